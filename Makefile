@@ -1,0 +1,58 @@
+# `make demo` and `make test` work on a fresh clone: each makes .venv first when it is missing.
+# The first Python found among these that is 3.11 or newer is used; `make PYTHON=/path/to/python3 test` names one.
+# pip's own settings are honoured; where there is no GPU, an index with CPU builds of torch saves a large download.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test check bench
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.train ## distil a real code model on this machine, nothing downloaded (minutes on two cores)
+	$(BIN)/kdtrain demo
+
+test: .venv/.dev ## run the tests (under 10 minutes on two cores)
+	$(BIN)/python -m pytest
+
+check: .venv/.dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/.dev ## measure the losses beside eager and the bare matrix products (under 10 minutes on two cores)
+	$(BIN)/python -m benchmarks
+
+# Torch comes first and alone, so that the build of it that pip finds decides the rest.
+.venv/.train: .venv/.python pyproject.toml constraints.txt
+	@echo "installing torch and the training packages into .venv (once)"
+	$(PIP) torch
+	$(PIP) --editable '.[train]'
+	@touch $@
+
+.venv/.dev: .venv/.python pyproject.toml constraints.txt
+	@echo "installing torch, the training packages and the test tools into .venv (once)"
+	$(PIP) torch
+	$(PIP) --editable '.[train,dev]'
+	@touch $@ .venv/.train
+
+.venv/.python:
+	@python=''; \
+	for candidate in $(PYTHON) $(if $(PYTHON),,python3.11 python3.12 python3 python); do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python="$$candidate"; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "kdkernels needs Python 3.11 or newer with venv and pip, and none of '$(or $(PYTHON),python3.11 python3.12 python3 python)' is one: install it, or name it with 'make PYTHON=/path/to/python3 ...'." >&2; \
+	  exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || "$$python" -m venv .venv; \
+	touch $@

@@ -1,0 +1,1 @@
+"""A lean loop that distils code models with the losses of kdkernels."""
