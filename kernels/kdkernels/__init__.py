@@ -1,3 +1,44 @@
-"""Exact fused knowledge-distillation losses."""
+"""Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
+
+from .divergences import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Decoupled,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+)
+from .feature_losses import projection_mse
+from .logit_losses import kd_loss, linear_kd_loss
+from .modules import KDLoss, LinearKDLoss
+from .options import IGNORE_INDEX, Impl, Reduction
+from .teachers import Teacher, TeacherHead, TeacherLogits, TeacherTopK
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "IGNORE_INDEX",
+    "JSD",
+    "TVD",
+    "AlphaBeta",
+    "Decoupled",
+    "Divergence",
+    "ForwardKL",
+    "Impl",
+    "KDLoss",
+    "LinearKDLoss",
+    "Reduction",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "Teacher",
+    "TeacherHead",
+    "TeacherLogits",
+    "TeacherTopK",
+    "kd_loss",
+    "linear_kd_loss",
+    "projection_mse",
+]

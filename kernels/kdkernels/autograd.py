@@ -1,0 +1,183 @@
+"""From row values and gradients to a loss that autograd can use.
+
+A solver computes, for a tuple of tensors and a weight per row, the unweighted value of every row and
+the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
+
+- `GradientInForward` for `mean` and `sum` of losses whose matrix products are dear: the gradient is
+  computed together with the value, backward only multiplies it by the upstream gradient;
+- `RecomputeInBackward` where the upstream gradient is needed first (`reduction="none"`) or where the
+  gradient is as large as an input and cheap to compute (`kd_loss`): only the inputs are kept.
+
+Both multiply out of place, so a second backward over a retained graph starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .options import Reduction
+
+Tensors = tuple[Tensor | None, ...]
+
+DOUBLE_BACKWARD = (
+    "kdkernels losses have no second derivative; they were differentiated twice (create_graph=True). "
+    "Use impl='reference', which is plain autograd, where a second derivative is needed"
+)
+
+# float16 gradients of single logits would underflow, so they are written larger and divided again in
+# float32. 2**16 is the end of float16: an entry may be 128 times its usual bound before it overflows.
+HALF_HEADROOM = 512.0
+
+
+class Solver(Protocol):
+    """A loss as rows. The first of its tensors has the rows as its first axis."""
+
+    @property
+    def half_bound(self) -> float | None:
+        """For float16 inputs the usual size of a logit gradient of weight 1: gradients then come back in
+        float32 and stay so until backward knows the upstream factor. None for other dtypes."""
+        ...
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one."""
+        ...
+
+
+class _NoSecondDerivative(Function):
+    """The identity on gradients; differentiating it raises the sentence above."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def _without_second_derivative(gradients: Tensors, upstream: Tensor, inputs: Tensors) -> Tensors:
+    """The gradients; under create_graph they hang on `upstream` and `inputs` by a node that raises."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return _NoSecondDerivative.apply(len(gradients), *gradients, upstream, *inputs)
+
+
+def _boost(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | None]:
+    """For float16, row weights brought to HALF_HEADROOM, and the factor that undoes it."""
+    if bound is None or row_weight.numel() == 0:
+        return row_weight, None
+    peak = row_weight.abs().amax() * bound
+    factor = peak.masked_fill(peak == 0, 1.0) / HALF_HEADROOM
+    return row_weight / factor, factor
+
+
+def _finish(gradients: Tensors, factor: Tensor | None, inputs: Tensors) -> Tensors:
+    """Gradients times `factor`, each in the dtype of its input."""
+    return tuple(
+        None
+        if gradient is None or tensor is None
+        else (gradient if factor is None else gradient * factor).to(tensor.dtype)
+        for gradient, tensor in zip(gradients, inputs, strict=True)
+    )
+
+
+def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction) -> Tensor:
+    """Row values (N,), 0 where a row does not count, to the loss."""
+    if weight is not None:
+        values = values * weight
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total / denominator if reduction == "mean" else total
+
+
+class GradientInForward(Function):
+    """A mean or sum whose gradient is computed together with its value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solver: Solver,
+        weight: Tensor | None,
+        denominator: Tensor,
+        reduction: Reduction,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        needs = tuple(ctx.needs_input_grad[4:])
+        first = tensors[0]
+        assert first is not None
+        row_weight = denominator.new_ones(first.shape[0]) if weight is None else weight
+        if reduction == "mean":
+            row_weight = row_weight / denominator
+        row_weight, ctx.factor = _boost(row_weight, solver.half_bound)
+        values, gradients = solver.solve(tensors, row_weight, needs)
+        # Inputs are kept only so that a second derivative finds the node that refuses it.
+        inputs = tuple(tensor if need else None for tensor, need in zip(tensors, needs, strict=True))
+        ctx.save_for_backward(*gradients, *inputs)
+        return reduce_rows(values, weight, denominator, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        saved = ctx.saved_tensors
+        count = len(saved) // 2
+        gradients, inputs = saved[:count], saved[count:]
+        with torch.no_grad():
+            factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
+            scaled = _finish(gradients, factor, inputs)
+        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+
+
+class RecomputeInBackward(Function):
+    """Any reduction; forward computes values only and keeps its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solver: Solver,
+        weight: Tensor | None,
+        denominator: Tensor,
+        reduction: Reduction,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        ctx.solver, ctx.reduction = solver, reduction
+        ctx.save_for_backward(weight, denominator, *tensors)
+        return reduce_rows(values, weight, denominator, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        weight, denominator, *tensors = ctx.saved_tensors
+        with torch.no_grad():
+            factor = upstream[0] / denominator if ctx.reduction == "mean" else upstream[0]
+            row_weight = factor.expand(tensors[0].shape[0]).contiguous()
+            if weight is not None:
+                # An upstream gradient may be infinite or NaN in rows that do not count.
+                row_weight = (row_weight * weight).masked_fill_(weight == 0, 0.0)
+            row_weight, factor = _boost(row_weight, ctx.solver.half_bound)
+            _, gradients = ctx.solver.solve(tuple(tensors), row_weight, tuple(ctx.needs_input_grad[4:]))
+            scaled = _finish(gradients, factor, tuple(tensors))
+        inputs = tuple(tensors)
+        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+
+
+def row_loss(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    *,
+    gradient_in_forward: bool,
+) -> Tensor:
+    """The loss; a Function is entered only when some tensor needs a gradient."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        return reduce_rows(values, weight, denominator, reduction)
+    function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
+    return function.apply(solver, weight, denominator, reduction, *tensors)

@@ -1,0 +1,85 @@
+"""Which back end runs a loss, and what a back end has to supply.
+
+A back end is a package (`_torch`, `_triton`) with the three functions below. Both are driven by
+the same schedule (`chunked.py`) and import nothing of each other. They are imported only when used,
+so that `import kdkernels` does not pull in triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .options import Impl, RowTerms
+
+
+class Backend(Protocol):
+    """What `_torch` and `_triton` export."""
+
+    @staticmethod
+    def kd_rows(
+        student_logits: Tensor,  # (R, V) floating, last axis contiguous, any row stride
+        teacher_logits: Tensor,  # (R, V) likewise, its dtype may differ
+        labels: Tensor | None,  # (R,) int64, read only in rows whose weight is not 0
+        terms: RowTerms,
+        *,
+        student_bias: Tensor | None = None,  # (V,)
+        teacher_bias: Tensor | None = None,  # (V,)
+        row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
+        grad: Tensor | None = None,  # (R, V) receives the gradient; may alias student_logits
+    ) -> tuple[Tensor, Tensor]:  # (R,) divergence and (R,) cross entropy, both without their weights
+        """Divergence, cross entropy and, into `grad`, the gradient of every row."""
+        ...
+
+    @staticmethod
+    def mse_rows(
+        prediction: Tensor,  # (R, D) fp32 or fp64, overwritten with the gradient when write_grad
+        target: Tensor,  # (R, D)
+        *,
+        bias: Tensor | None = None,  # (D,) added to the prediction
+        row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
+        scale: float | Tensor = 1.0,
+        write_grad: bool = True,
+    ) -> Tensor:  # (R,) sums of squared differences
+        """Squared differences of every row; the gradient is 2 * (prediction - target) * row_weight * scale."""
+        ...
+
+    @staticmethod
+    def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
+        """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""
+        ...
+
+
+def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> Impl:
+    """The back end to use: as asked, or triton for CUDA and ROCm tensors and torch elsewhere."""
+    if impl is None:
+        impl = "triton" if device.type == "cuda" else "torch"
+    if impl == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl='triton' needs CUDA or ROCm tensors, got tensors on {device}; use impl='torch' there"
+            )
+        if dtype == torch.float64:
+            raise ValueError(
+                "impl='triton' computes in float32 and would lose the digits of float64 inputs; "
+                "use impl='torch' or impl='reference' for float64"
+            )
+    return impl
+
+
+def load_backend(impl: Impl) -> Backend:
+    """Import the back end; a missing triton is said in a sentence."""
+    try:
+        module = importlib.import_module(f".._{impl}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModuleNotFoundError(
+            "impl='triton' needs the package triton, which is not installed; install it or use impl='torch'",
+            name="triton",
+        ) from error
+    return cast(Backend, module)

@@ -1,0 +1,316 @@
+"""Every check of an argument, with its sentence: what was given, why it cannot be, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .counting import refuse_labels
+from .options import Impl, Project, Reduction
+from .teachers import Teacher, TeacherHead, TeacherLogits, TeacherTopK
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as it is written in a sentence: (8, 7, 5)."""
+    return str(tuple(tensor.shape))
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite plain number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a plain number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_temperature(temperature: float) -> None:
+    """A finite number above 0."""
+    check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
+
+
+def check_integer(name: str, value: object) -> None:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_impl(impl: object) -> None:
+    """None or the name of a back end."""
+    if impl is not None:
+        check_choice("impl", impl, get_args(Impl))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_reduction(reduction: Reduction, num_items_in_batch: int | Tensor | None) -> None:
+    """A known reduction, and `num_items_in_batch` only where something is divided by it."""
+    check_choice("reduction", reduction, get_args(Reduction))
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items_in_batch is what a mean divides by, but reduction is {reduction!r}; "
+            "use reduction='mean' or leave num_items_in_batch out"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.dim() != 0:
+            raise ValueError(
+                f"num_items_in_batch must be a number or a 0-D tensor, got shape {shape_of(num_items_in_batch)}"
+            )
+        if num_items_in_batch.requires_grad:
+            raise ValueError("num_items_in_batch gets no gradient; pass num_items_in_batch.detach()")
+        return
+    check_number("num_items_in_batch", num_items_in_batch)
+    if num_items_in_batch < 0:
+        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
+
+
+def refuse_unbuilt(**options: tuple[object, object]) -> None:
+    """Options of the contract that are not built: each is (value, the only value supported so far)."""
+    for name, (value, default) in options.items():
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            shown = f"tensor of shape {shape_of(value)}" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name} is not supported yet: leave it at {default!r}, got {shown}")
+
+
+def check_tensor(name: str, tensor: object) -> Tensor:
+    """A floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    return tensor
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """On the device of another tensor."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device"
+        )
+
+
+def check_frozen(name: str, tensor: Tensor | None) -> None:
+    """No gradient is wanted for a teacher's tensor."""
+    if tensor is not None and tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the teacher is frozen here and would get no gradient; "
+            "run the teacher under torch.no_grad(), or pass the tensor's .detach()"
+        )
+
+
+def check_head(
+    side: str,
+    hidden: object,
+    weight: object,
+    bias: object,
+    *,
+    hidden_name: str,
+    weight_name: str,
+    bias_name: str,
+    same_dtype: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden (..., D), weight (V, D) and bias (V,) that fit together."""
+    hidden, weight = check_tensor(hidden_name, hidden), check_tensor(weight_name, weight)
+    if hidden.dim() < 2:
+        raise ValueError(f"{hidden_name} must have shape (..., D), got {shape_of(hidden)}; add a row axis")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{weight_name} must have shape (V, D) with V and D above 0, got {shape_of(weight)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{hidden_name} has width {hidden.shape[-1]} but {weight_name} takes {weight.shape[1]} "
+            f"(shapes {shape_of(hidden)} and {shape_of(weight)}); pass the hidden states that enter the {side} head"
+        )
+    if same_dtype and hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{hidden_name} is {hidden.dtype} and {weight_name} is {weight.dtype}; "
+            "cast one of them, or call the loss inside torch.autocast"
+        )
+    check_device(weight_name, weight, hidden, hidden_name)
+    if bias is None:
+        return hidden, weight, None
+    bias = check_tensor(bias_name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} must have shape ({weight.shape[0]},), got {shape_of(bias)}")
+    check_device(bias_name, bias, hidden, hidden_name)
+    return hidden, weight, bias
+
+
+def check_teacher(teacher: Teacher, same_dtype: bool) -> TeacherLogits | TeacherHead:
+    """One of the built forms, with frozen tensors that fit together."""
+    if isinstance(teacher, Tensor):
+        teacher = TeacherLogits(teacher)
+    if isinstance(teacher, TeacherTopK):
+        raise NotImplementedError("TeacherTopK is not supported yet; pass TeacherLogits or TeacherHead")
+    if isinstance(teacher, TeacherLogits):
+        logits = check_tensor("teacher logits", teacher.logits)
+        if logits.dim() < 2 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"teacher logits must have shape (..., V) with V above 0, got {shape_of(logits)}"
+            )
+        check_frozen("teacher logits", logits)
+        return teacher
+    if not isinstance(teacher, TeacherHead):
+        raise ValueError(
+            "teacher must be a tensor of logits, TeacherLogits, TeacherHead or TeacherTopK, "
+            f"got {type(teacher).__name__}"
+        )
+    refuse_unbuilt(
+        **{"TeacherHead.softcap": (teacher.softcap, None), "TeacherHead.scale": (teacher.scale, 1.0)}
+    )
+    check_head(
+        "teacher",
+        teacher.hidden,
+        teacher.weight,
+        teacher.bias,
+        hidden_name="teacher hidden",
+        weight_name="teacher weight",
+        bias_name="teacher bias",
+        same_dtype=same_dtype,
+    )
+    check_frozen("teacher hidden", teacher.hidden)
+    check_frozen("teacher weight", teacher.weight)
+    check_frozen("teacher bias", teacher.bias)
+    return teacher
+
+
+def check_pair(
+    student_name: str, student: Tensor, student_vocabulary: int, teacher: TeacherLogits | TeacherHead
+) -> None:
+    """Student and teacher have the same rows, vocabulary and device."""
+    if isinstance(teacher, TeacherHead):
+        name, tensor, vocabulary = "teacher hidden", teacher.hidden, teacher.weight.shape[0]
+    else:
+        name, tensor, vocabulary = "teacher logits", teacher.logits, teacher.logits.shape[-1]
+    if tensor.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{student_name} and {name} must have the same rows, got shapes "
+            f"{shape_of(student)} and {shape_of(tensor)}"
+        )
+    if vocabulary != student_vocabulary:
+        raise ValueError(
+            f"student and teacher must have the same vocabulary, got {student_vocabulary} and {vocabulary} "
+            "entries; cut both to the ids they share (vocab_map is not supported yet)"
+        )
+    check_device(name, tensor, student, student_name)
+
+
+def check_rows(
+    student_name: str,
+    student: Tensor,  # (..., D) or (..., V)
+    vocabulary: int,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    ce_weight: float,
+    ignore_index: int,
+) -> None:
+    """Labels and token weights have one entry per row; on the CPU labels are also checked for range."""
+    if labels is None and ce_weight != 0.0:
+        raise ValueError(
+            f"ce_weight is {ce_weight} but there are no labels; pass labels or set ce_weight=0.0"
+        )
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels must be an int64 tensor of class ids, got {kind}")
+        _check_per_row("labels", labels, student_name, student)
+        if labels.device.type == "cpu":
+            refuse_labels(labels, labels != ignore_index, vocabulary)
+    if token_weight is not None:
+        check_tensor("token_weight", token_weight)
+        _check_per_row("token_weight", token_weight, student_name, student)
+        if token_weight.requires_grad:
+            raise ValueError("token_weight gets no gradient; pass token_weight.detach()")
+
+
+def _check_per_row(name: str, tensor: Tensor, student_name: str, student: Tensor) -> None:
+    if tensor.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(student.shape[:-1])} to go with {student_name} "
+            f"{shape_of(student)}, got {shape_of(tensor)}"
+        )
+    check_device(name, tensor, student, student_name)
+
+
+def check_student_logits(student_logits: object) -> Tensor:
+    """Student logits (..., V)."""
+    logits = check_tensor("student_logits", student_logits)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"student_logits must have shape (..., V) with V above 0, got {shape_of(logits)}")
+    return logits
+
+
+def check_features(
+    student: object, teacher: object, weight: object, bias: object, project: Project, *, same_dtype: bool
+) -> None:
+    """Student and teacher features (..., D_s), (..., D_t) and a projection between them."""
+    student, teacher = check_tensor("student", student), check_tensor("teacher", teacher)
+    if student.dim() < 2 or teacher.dim() < 2 or 0 in (student.shape[-1], teacher.shape[-1]):
+        raise ValueError(
+            "student and teacher must have shapes (..., D_s) and (..., D_t) with widths above 0, "
+            f"got {shape_of(student)} and {shape_of(teacher)}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student and teacher must have the same rows, got shapes {shape_of(student)} and {shape_of(teacher)}"
+        )
+    check_device("teacher", teacher, student, "student")
+    check_frozen("teacher", teacher)
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias belongs to a projection, but weight is None; pass weight too or drop bias")
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"student and teacher have widths {student.shape[-1]} and {teacher.shape[-1]}; "
+                "pass a weight that maps one onto the other"
+            )
+        return
+    source, target = (student, teacher) if project == "student" else (teacher, student)
+    shape = (target.shape[-1], source.shape[-1])
+    weight = check_tensor("weight", weight)
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight must have shape {shape} to map the {project}'s width {shape[1]} onto {shape[0]}, "
+            f"got {shape_of(weight)}"
+        )
+    check_head(
+        project, source, weight, bias, hidden_name=project, weight_name="weight", bias_name="bias",
+        same_dtype=same_dtype,
+    )  # fmt: skip
+
+
+def check_mask(mask: object, student: Tensor) -> None:
+    """A boolean mask with one entry per row."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a bool tensor, True where a row counts, got {kind}; use mask.bool()")
+    _check_per_row("mask", mask, "student", student)
+
+
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    """A positive number of bytes."""
+    if chunk_bytes is None:
+        return
+    check_integer("chunk_bytes", chunk_bytes)
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be above 0, got {chunk_bytes}")

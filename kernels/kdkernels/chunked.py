@@ -1,0 +1,249 @@
+"""The token-chunk schedule that both fast back ends share.
+
+Each class holds the plain options of one loss and solves it chunk by chunk (`autograd.Solver`):
+rows that count are gathered first, so the others cost no matrix product; logits exist for one chunk
+of tokens at a time; the back end's row function turns the chunk of logits into its own gradient in
+place; the products then add it to the gradients of hidden states and head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .autograd import Tensors
+from .backends import Backend
+from .matmul import add_weight_gradient, has_half_products, head_logits, hidden_gradient, wide_dtype
+from .options import Project, RowTerms
+
+
+def _take(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """The rows named by `index`, all of them for None."""
+    return tensor if tensor is None or index is None else tensor.index_select(0, index)
+
+
+def _put(rows: int, index: Tensor | None, tensor: Tensor) -> Tensor:
+    """Rows of a compacted tensor back at their places, zeros elsewhere."""
+    if index is None:
+        return tensor
+    return tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """`tensor` in the dtype autocast asks for, if it does."""
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+
+def _logit_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """(rows, V) for logits of the head `like`; on GPUs rows start at multiples of 16 bytes."""
+    width = -(-vocabulary // 4) * 4 if like.device.type == "cuda" else vocabulary
+    return torch.empty((rows, width), dtype=wide_dtype(like.dtype), device=like.device)
+
+
+def _gradient_view(buffer: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:
+    """Where the gradient of the logits in `buffer` goes: the same memory, in the dtype the products take."""
+    return buffer.view(dtype)[:, :vocabulary] if dtype != buffer.dtype else buffer[:, :vocabulary]
+
+
+def _row_weight_or_zero(hidden: Tensor, weight: Tensor | None) -> Tensor:
+    """Hidden rows of weight 0 become 0: their logit gradients are 0, but 0 * NaN would reach the head."""
+    return hidden if weight is None else hidden.masked_fill((weight == 0).unsqueeze(1), 0.0)
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Teacher logits chunk by chunk, from stored logits or from hidden states and a head."""
+
+    source: Tensor  # (N, V) logits, rows in their original places, or (M, D_t) hidden states
+    weight: Tensor | None
+    index: Tensor | None  # places of the counted rows in stored logits
+    buffer: Tensor | None
+
+    @staticmethod
+    def prepare(
+        source: Tensor, weight: Tensor | None, dtype: torch.dtype | None, index: Tensor | None, chunk: int
+    ) -> TeacherSource:
+        """`dtype` is what autocast makes of hidden states and weight."""
+        if weight is None:
+            return TeacherSource(source, None, index, None)
+        cast_weight, hidden = weight.to(dtype or weight.dtype), source.to(dtype or source.dtype)
+        hidden = hidden if index is None else hidden.index_select(0, index)
+        return TeacherSource(hidden, cast_weight, None, _logit_buffer(chunk, weight.shape[0], cast_weight))
+
+    def logits(self, rows: slice) -> Tensor:
+        """(R, V) with a contiguous last axis."""
+        if self.weight is None or self.buffer is None:
+            if self.index is not None:
+                return self.source.index_select(0, self.index[rows])
+            chunk = self.source[rows]
+            return chunk if chunk.stride(-1) == 1 else chunk.contiguous()
+        out = self.buffer[: rows.stop - rows.start, : self.weight.shape[0]]
+        head_logits(self.source[rows], self.weight, out)
+        return out
+
+
+@dataclass(frozen=True)
+class LinearKD:
+    """`linear_kd_loss`: tensors are student hidden, weight, bias; teacher source, weight, bias; labels; index."""
+
+    terms: RowTerms
+    backend: Backend
+    chunk_bytes: int | None
+    autocast: torch.dtype | None
+    half_bound: float | None
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Row losses and the gradients of student hidden states, weight and bias."""
+        hidden, head, bias, teacher_source, teacher_head, teacher_bias, labels, index = tensors
+        assert hidden is not None and head is not None and teacher_source is not None
+        rows, vocabulary = hidden.shape[0], head.shape[0]
+        hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
+        hidden = hidden if index is None else hidden.index_select(0, index)
+        labels, weight = _take(labels, index), _take(weight, index)
+        counted = hidden.shape[0]
+        wide = wide_dtype(head.dtype)
+        values = torch.zeros(counted, dtype=wide, device=hidden.device)
+        needs_hidden, needs_head, needs_bias = needs[:3]
+
+        # bfloat16 products are rounded once on their way out; float16 waits in float32 for its factor.
+        half = has_half_products(head)
+        hidden_dtype = head.dtype if half and self.half_bound is None else wide
+        d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
+        allocate = torch.empty_like if counted else torch.zeros_like
+        d_head = allocate(head, dtype=wide, memory_format=torch.contiguous_format) if needs_head else None
+        d_bias = torch.zeros(vocabulary, dtype=wide, device=head.device) if needs_bias else None
+
+        size = self.backend.chunk_rows(max(counted, 1), vocabulary, self.chunk_bytes, hidden.device)
+        buffer = _logit_buffer(min(size, counted), vocabulary, head)
+        gradient = _gradient_view(buffer, head.dtype if half else wide, vocabulary) if any(needs) else None
+        teacher = TeacherSource.prepare(teacher_source, teacher_head, self.autocast, index, buffer.shape[0])
+        for start in range(0, counted, size):
+            here = slice(start, min(start + size, counted))
+            chunk = here.stop - start
+            logits = buffer[:chunk, :vocabulary]
+            head_logits(hidden[here], head, logits)
+            grad = None if gradient is None else gradient[:chunk]
+            kd, ce = self.backend.kd_rows(
+                logits,
+                teacher.logits(here),
+                None if labels is None else labels[here],
+                self.terms,
+                student_bias=bias,
+                teacher_bias=teacher_bias,
+                row_weight=None if weight is None else weight[here],
+                grad=grad,
+            )
+            values[here] = kd * self.terms.kd_scale + ce * self.terms.ce_weight
+            if grad is None:
+                continue
+            if d_hidden is not None:
+                hidden_gradient(grad, head, d_hidden[here])
+            if d_head is not None:
+                kept = _row_weight_or_zero(hidden[here], None if weight is None else weight[here])
+                add_weight_gradient(d_head, grad, kept, first=start == 0)
+            if d_bias is not None:
+                d_bias.add_(grad.sum(0, dtype=wide))
+        d_hidden = None if d_hidden is None else _put(rows, index, d_hidden)
+        return _put(rows, index, values), (d_hidden, d_head, d_bias, *(None,) * 5)
+
+
+@dataclass(frozen=True)
+class LogitKD:
+    """`kd_loss`: tensors are student logits; teacher source, weight, bias; labels."""
+
+    terms: RowTerms
+    backend: Backend
+    autocast: torch.dtype | None
+    half_bound: float | None = None
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Row losses and the gradient of the student logits."""
+        logits, teacher_source, teacher_head, teacher_bias, labels = tensors
+        assert logits is not None and teacher_source is not None
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        rows, vocabulary = logits.shape
+        values = torch.zeros(rows, dtype=wide_dtype(logits.dtype), device=logits.device)
+        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs[0] else None
+        # Stored teacher logits need no buffer, so their rows are one chunk.
+        size = max(rows, 1)
+        if teacher_head is not None:
+            size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
+        teacher = TeacherSource.prepare(teacher_source, teacher_head, self.autocast, None, min(size, rows))
+        for start in range(0, rows, size):
+            here = slice(start, min(start + size, rows))
+            kd, ce = self.backend.kd_rows(
+                logits[here],
+                teacher.logits(here),
+                None if labels is None else labels[here],
+                self.terms,
+                teacher_bias=teacher_bias,
+                row_weight=None if weight is None else weight[here],
+                grad=None if d_logits is None else d_logits[here],
+            )
+            values[here] = kd * self.terms.kd_scale + ce * self.terms.ce_weight
+        return values, (d_logits, *(None,) * 4)
+
+
+@dataclass(frozen=True)
+class ProjectionMSE:
+    """`projection_mse`: tensors are student, teacher, weight, bias.
+
+    Rows that do not count stay in the products: these are small, and finding the rows would make the
+    host wait for the device once per layer.
+    """
+
+    backend: Backend
+    project: Project
+    autocast: torch.dtype | None
+    half_bound: float | None
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Row sums of squared differences and the gradients of student, weight and bias."""
+        student, teacher, head, bias = tensors
+        assert student is not None and teacher is not None
+        source, target = (student, teacher) if self.project == "student" else (teacher, student)
+        if head is not None:
+            head, source = head.to(self.autocast or head.dtype), source.to(self.autocast or source.dtype)
+        rows, width = target.shape
+        wide = wide_dtype(student.dtype)
+        values = torch.zeros(rows, dtype=wide, device=student.device)
+
+        needs_student, _, needs_head, needs_bias = needs[:4]
+        d_student = torch.empty_like(student, dtype=wide) if needs_student else None
+        d_head = torch.zeros_like(head, dtype=wide) if needs_head and head is not None else None
+        d_bias = torch.zeros(width, dtype=wide, device=student.device) if needs_bias else None
+        size = self.backend.chunk_rows(max(rows, 1), width, None, student.device)
+        buffer = _logit_buffer(min(size, rows), width, student)
+        for start in range(0, rows, size):
+            here = slice(start, min(start + size, rows))
+            prediction = buffer[: here.stop - start, :width]
+            if head is None:
+                prediction.copy_(source[here])
+            else:
+                head_logits(source[here], head, prediction)
+            part = None if weight is None else weight[here]
+            values[here] = self.backend.mse_rows(
+                prediction, target[here], bias=bias, row_weight=part, write_grad=any(needs)
+            )
+            if d_bias is not None:
+                d_bias.add_(prediction.sum(0))
+            grad = prediction.to(head.dtype) if head is not None and has_half_products(head) else prediction
+            if d_student is not None:
+                if self.project == "teacher":
+                    torch.neg(prediction, out=d_student[here])
+                elif head is None:
+                    d_student[here] = prediction
+                else:
+                    hidden_gradient(grad, head, d_student[here])
+            if d_head is not None:
+                kept = _row_weight_or_zero(source[here], part)
+                add_weight_gradient(d_head, grad, kept, first=start == 0)
+        return values, (d_student, None, d_head, d_bias)

@@ -1,0 +1,70 @@
+"""Names shared by every loss.
+
+Axis letters: N tokens, V vocabulary, D width (D_s student, D_t teacher), B batch, L layers,
+K kept teacher entries, T temperature, C classes. Student before teacher, labels last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from .divergences import BuiltDivergence, Divergence, ForwardKL
+
+Reduction = Literal["mean", "sum", "none"]
+Impl = Literal["triton", "torch", "reference"]
+Mode = Literal["fast", "low_memory"]
+Project = Literal["student", "teacher"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """What one token's loss is made of: kd_scale * D(p_t, p_s) + ce_weight * CE(labels, student at T=1).
+
+    All fields are plain numbers. A kernel takes them as run-time arguments, so that a new
+    temperature or weight compiles nothing anew.
+    """
+
+    divergence: BuiltDivergence = field(default_factory=ForwardKL)
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    t_squared: bool = True
+
+    @property
+    def kd_scale(self) -> float:
+        """The factor of the divergence: kd_weight, times T squared unless that was turned off."""
+        return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
+
+
+class KDOptions(TypedDict, total=False):
+    """The keywords of `kd_loss` that a module stores; meanings and defaults are in its docstring."""
+
+    divergence: str | Divergence
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    label_smoothing: float
+    t_squared: bool
+    ignore_index: int
+    reduction: Reduction
+    softcap: float | None
+    logit_scale: float
+    vocab_map: str | Tensor | None
+    impl: Impl | None
+    return_stats: bool
+
+
+class LinearKDOptions(KDOptions, total=False):
+    """The keywords of `linear_kd_loss` that a module stores."""
+
+    static_shapes: bool
+    mode: Mode
+    chunk_bytes: int | None
+    vocab_group: object | None
+    logit_dtype: torch.dtype | None
