@@ -1,0 +1,85 @@
+"""`python -m benchmarks`: measure and print; see benchmarks/README.md for the protocol."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.cases import SUITES
+from benchmarks.contenders import CONTENDERS
+from benchmarks.measure import environment
+from benchmarks.runner import MINIMUM_ROUNDS, run_case
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; everything has a default that fits a two-core machine."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--suite", choices=sorted(SUITES), default="cpu", help="which cases (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--divergence",
+        action="append",
+        metavar="NAME",
+        help="only cases of this divergence; may be given again",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=sorted(CONTENDERS),
+        default=list(CONTENDERS),
+        help="who takes part (default: all; one that cannot run says why)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed rounds of a case, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help=f"stop adding rounds when a case's share of this is used, after {MINIMUM_ROUNDS} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="also write <date>.csv and <date>.json there"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds < MINIMUM_ROUNDS:
+        parser.error(f"--rounds must be at least {MINIMUM_ROUNDS}, got {chosen.rounds}")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the suite; the table goes to stdout, progress to stderr."""
+    chosen = parse(arguments)
+    wanted = chosen.divergence
+    cases = [case for case in SUITES[chosen.suite] if wanted is None or case.divergence in wanted]
+    if not cases:
+        known = sorted({case.divergence for case in SUITES[chosen.suite]})
+        print(f"No case of suite '{chosen.suite}' has divergence {wanted}; it has {known}.", file=sys.stderr)
+        return 2
+
+    stamp = environment()
+    print(", ".join(f"{name} {value}" for name, value in stamp.items()))
+    everything: list[report.Record] = []
+    start = time.monotonic()
+    for number, case in enumerate(cases, 1):
+
+        def say(what: str, number: int = number) -> None:
+            print(
+                f"[{time.monotonic() - start:4.0f} s, case {number} of {len(cases)}] {what}", file=sys.stderr
+            )
+
+        share = (start + chosen.minutes * 60 - time.monotonic()) / (len(cases) - number + 1)
+        found = report.records(case, run_case(case, chosen.contenders, chosen.rounds, share, say))
+        everything += found
+        print(f"\n{case.name}\n\n{report.markdown(found)}", flush=True)
+        if chosen.out:
+            report.write(chosen.out, stamp, everything)
+    if chosen.out:
+        print(f"\nwritten: {', '.join(str(path) for path in report.write(chosen.out, stamp, everything))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

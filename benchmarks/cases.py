@@ -1,0 +1,109 @@
+"""What is measured: operations at shapes, and the inputs of each."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape: loss and gradients of both student tensors, mean over the counted rows.
+
+    Axes: N tokens, V vocabulary, D hidden width (student `width`, teacher `teacher_width`).
+    """
+
+    divergence: str
+    tokens: int = 2048
+    width: int = 256
+    teacher_width: int = 512
+    vocabulary: int = 32000
+    dtype: str = "float32"
+    masked: float = 0.0  # share of the rows whose label is ignored
+    operation: str = "linear_kd"
+
+    @property
+    def name(self) -> str:
+        masked = f", {self.masked:.0%} masked" if self.masked else ""
+        return (
+            f"{self.operation} {self.divergence}, N={self.tokens}, D_s={self.width}, D_t={self.teacher_width}, "
+            f"V={self.vocabulary}, {self.dtype}{masked}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case. The student's two require grad; rows labelled -100 do not count."""
+
+    student_hidden: Tensor  # (N, D_s)
+    student_weight: Tensor  # (V, D_s)
+    teacher_hidden: Tensor  # (N, D_t)
+    teacher_weight: Tensor  # (V, D_t)
+    labels: Tensor  # (N,) int64
+
+    @property
+    def counted(self) -> Tensor:
+        return self.labels != IGNORE_INDEX
+
+    def clear_gradients(self) -> None:
+        self.student_hidden.grad = None
+        self.student_weight.grad = None
+
+
+SUITES: dict[str, tuple[Case, ...]] = {
+    # The shape that the project's CPU bar is set at.
+    "cpu": (
+        Case("forward_kl"),
+        Case("reverse_kl"),
+        Case("jsd"),
+        Case("forward_kl", masked=0.5),
+    ),
+    # Seconds instead of minutes: does everything run and agree?
+    "smoke": (
+        Case("forward_kl", tokens=256, width=64, teacher_width=96, vocabulary=4000, masked=0.25),
+        Case("jsd", tokens=256, width=64, teacher_width=96, vocabulary=4000),
+    ),
+}
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Inputs whose logits look like those of trained models: a Zipf prior over tokens, and a student near its teacher.
+
+    Both models see one latent meaning of each row and token; the student sees it through noise. The last column of the
+    hidden states is 1 and carries the prior, as a head with a bias would.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rank = min(32, case.width - 1, case.teacher_width - 1)
+    row_meaning, token_meaning = normal(case.tokens, rank), normal(case.vocabulary, rank) * (2.5 / rank**0.5)
+    ranks = torch.randperm(case.vocabulary, generator=generator) + 1
+    prior = (-ranks.float().log()).unsqueeze(1)
+
+    def model(width: int, noise: float) -> tuple[Tensor, Tensor]:
+        into_width = torch.linalg.qr(normal(width - 1, rank)).Q.T  # (rank, width - 1), rows orthonormal
+        hidden = row_meaning @ into_width + noise * normal(case.tokens, width - 1)
+        weight = token_meaning @ into_width + noise / width**0.5 * normal(case.vocabulary, width - 1)
+        dtype = getattr(torch, case.dtype)
+        hidden = torch.cat([hidden, torch.ones(case.tokens, 1)], dim=1).to(dtype)
+        return hidden.contiguous(), torch.cat([weight, prior], dim=1).to(dtype).contiguous()
+
+    student_hidden, student_weight = model(case.width, noise=0.2)
+    teacher_hidden, teacher_weight = model(case.teacher_width, noise=0.0)
+    labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
+    labels[torch.rand(case.tokens, generator=generator) < case.masked] = IGNORE_INDEX
+    return Inputs(
+        student_hidden.requires_grad_(),
+        student_weight.requires_grad_(),
+        teacher_hidden,
+        teacher_weight,
+        labels,
+    )

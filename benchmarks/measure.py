@@ -1,0 +1,92 @@
+"""Clock, high-water mark of memory, quartiles, and the stamp that says where figures come from."""
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    """Wall-clock seconds of one step."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _status_bytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{STATUS} has no {field}: memory is measured on Linux only.")
+
+
+def peak_bytes_of(step: Callable[[], object]) -> int:
+    """How far one step raises this process's resident memory above what it holds before (inputs, code).
+
+    The kernel keeps the high-water mark (VmHWM); writing 5 to clear_refs sets it back to what is resident now.
+    """
+    gc.collect()
+    # Freed heap goes back to the system first: memory that malloc kept from the warm-up would hide what the step needs.
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")
+    before = _status_bytes("VmRSS")
+    step()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, middle, upper
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that was measured, marked when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/kernels", ":/benchmarks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this runs. Taken before the first measurement, so that the load is the others' and not ours."""
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel")
+    return {
+        "device": f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU",
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{package: version for package in packages if (version := _version(package))},
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,124 @@
+"""Runs a case: starts one process a contender, lets them take turns, and gathers what they measured."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.contenders import YARDSTICKS
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMUM_ROUNDS = 3
+
+
+@dataclass
+class Row:
+    """What one contender did in one case."""
+
+    contender: str
+    seconds: list[float] = field(default_factory=list)  # one a round, in the order of the rounds
+    peak_bytes: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    cannot_run: str | None = None
+
+
+class Worker:
+    """A contender's process and the pipe to it."""
+
+    def __init__(self, contender: str, case: Case, folder: Path) -> None:
+        self.row = Row(contender)
+        job = {"contender": contender, "case": case.as_dict(), "truth": str(folder / "truth.pt")}
+        # The checkout comes first on the path, so that it is what is measured, whatever else is installed.
+        path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+        self._complaints = (
+            folder / f"{contender}.stderr"
+        )  # a file: a pipe that nobody reads fills up and blocks
+        with self._complaints.open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", json.dumps(job)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer; a reason not to run is kept in the row, and a process that died gives its last words."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            last_line = self._complaints.read_text().strip().rpartition("\n")[2]
+            found = {"cannot_run": f"stopped with status {status}: {last_line}"[:200]}
+        else:
+            found = json.loads(line)
+        if "cannot_run" in found:
+            self.row.cannot_run = found["cannot_run"]
+        return found
+
+    def order(self, what: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def run_case(
+    case: Case, contenders: list[str], rounds: int, seconds: float, say: Callable[[str], None]
+) -> list[Row]:
+    """Measure one case: at most `rounds` rounds, stopping after `seconds` when MINIMUM_ROUNDS are done.
+
+    Set-up and warm-up run one contender after the other. Then every round times each contender once, in an order drawn
+    anew each time, so that a slow spell of the machine falls on all of them. Memory and error come last, untimed.
+    """
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if set(contenders) - YARDSTICKS:
+            say("fp64 truth")
+            worker = Worker("truth", case, folder)
+            found = worker.answer()
+            worker.close()
+            if "cannot_run" in found:
+                raise RuntimeError(f"The fp64 truth of '{case.name}' failed: {found['cannot_run']}")
+        workers: list[Worker] = []
+        try:
+            for name in contenders:
+                say(f"warm-up of {name}")
+                workers.append(Worker(name, case, folder))
+                workers[-1].answer()
+            running = [worker for worker in workers if worker.row.cannot_run is None]
+            shuffled = random.Random(0)
+            for number in range(rounds):
+                if number >= MINIMUM_ROUNDS and time.monotonic() > end:
+                    break
+                say(f"round {number + 1} of at most {rounds}")
+                for worker in shuffled.sample(running, len(running)):
+                    worker.row.seconds.append(worker.order("time")["seconds"])
+            say("memory and error")
+            for worker in running:
+                worker.row.peak_bytes = worker.order("memory")["peak_bytes"]
+                worker.row.errors = worker.order("error")
+        finally:
+            for worker in workers:
+                worker.close()
+    return [worker.row for worker in workers]

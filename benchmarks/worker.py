@@ -1,0 +1,117 @@
+"""One contender in a process of its own, taking orders on stdin: warm up, time one step, measure memory, show error.
+
+Run by benchmarks.runner as `python -m benchmarks.worker '{"contender": .., "case": {..}, "truth": "file"}'`.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs, make_inputs
+from benchmarks.contenders import CONTENDERS, YARDSTICKS, CannotRun, Step
+from benchmarks.measure import peak_bytes_of, seconds_of
+
+WARM_UP_STEPS = 2
+TRUTH_ROWS = 64  # rows of fp64 logits held at a time
+
+
+def write_truth(case: Case, inputs: Inputs, path: Path) -> None:
+    """Loss and gradients in fp64, by `impl="reference"` on a few rows at a time so that it fits in memory."""
+    from kdkernels import TeacherHead, linear_kd_loss
+
+    hidden = inputs.student_hidden.detach().double().requires_grad_()
+    weight = inputs.student_weight.detach().double().requires_grad_()
+    teacher_hidden, teacher_weight = inputs.teacher_hidden.double(), inputs.teacher_weight.double()
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, case.tokens, TRUTH_ROWS):
+        rows = slice(start, start + TRUTH_ROWS)
+        loss = linear_kd_loss(
+            hidden[rows],
+            weight,
+            TeacherHead(teacher_hidden[rows], teacher_weight),
+            inputs.labels[rows],
+            divergence=case.divergence,
+            reduction="sum",
+            impl="reference",
+        )
+        loss.backward()
+        total += loss.detach()
+    count = inputs.counted.sum()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.save({"loss": total / count, "hidden": hidden.grad / count, "weight": weight.grad / count}, path)
+
+
+def relative_error(actual: Tensor | None, truth: Tensor) -> float:
+    """Euclidean norm of the difference over that of the truth."""
+    if actual is None:
+        raise CannotRun("a gradient is missing")
+    return ((actual.double() - truth).norm() / truth.norm()).item()
+
+
+def errors(step: Step, inputs: Inputs, truth_path: Path) -> dict[str, float]:
+    """Relative errors of the loss and of both gradients against fp64."""
+    truth = torch.load(truth_path, weights_only=True)
+    inputs.clear_gradients()
+    loss = step()
+    return {
+        "loss_error": relative_error(loss, truth["loss"]),
+        "hidden_error": relative_error(inputs.student_hidden.grad, truth["hidden"]),
+        "weight_error": relative_error(inputs.student_weight.grad, truth["weight"]),
+    }
+
+
+def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answer every order until stdin closes."""
+    case, truth_path = Case(**job["case"]), Path(job["truth"])
+    inputs = make_inputs(case)
+    if job["contender"] == "truth":
+        write_truth(case, inputs, truth_path)
+        answer({"ready": True})
+        return
+    step = CONTENDERS[job["contender"]](case, inputs)
+
+    def fresh_step() -> None:
+        inputs.clear_gradients()
+        step()
+
+    for _ in range(WARM_UP_STEPS):
+        fresh_step()
+    answer({"ready": True})
+    for order in sys.stdin:
+        inputs.clear_gradients()
+        if order.strip() == "time":
+            answer({"seconds": seconds_of(step)})
+        elif order.strip() == "memory":
+            answer({"peak_bytes": peak_bytes_of(step)})
+        elif order.strip() == "error":
+            answer({} if job["contender"] in YARDSTICKS else errors(step, inputs, truth_path))
+
+
+def main() -> None:
+    """Serve one job; whatever stops it becomes an answer with the reason."""
+    # Answers go to the real stdout; what libraries print goes to stderr.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")  # a peer's deprecations are no finding of this table
+
+    def answer(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    try:
+        serve(json.loads(sys.argv[1]), answer)
+    except CannotRun as reason:
+        answer({"cannot_run": str(reason)})
+    except Exception as error:  # a peer may fail in any way; the table shows how
+        first_line = str(error).strip().partition("\n")[0]
+        answer({"cannot_run": f"{type(error).__name__}: {first_line}"[:200]})
+
+
+if __name__ == "__main__":
+    main()
