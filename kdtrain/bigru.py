@@ -1,0 +1,156 @@
+"""A bidirectional GRU encoder that loads like any transformers model once `kdtrain` is imported."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+
+class BiGRUConfig(PreTrainedConfig):
+    """Shape of a BiGRU encoder. `hidden_size` is the width of one direction; the sentence state has twice that."""
+
+    model_type = "kdtrain_bigru"
+
+    vocab_size: int = 5000
+    hidden_size: int = 320
+    num_hidden_layers: int = 3
+    max_position_embeddings: int = 512
+    hidden_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int = 1
+    bos_token_id: int = 0
+    eos_token_id: int = 2
+
+
+@dataclass
+class BiGRUOutput(BaseModelOutput):
+    """`last_hidden_state` (B, N, 2D) and, for every layer, the sentence state (B, L, 2D)."""
+
+    sentence_states: Tensor | None = None
+
+
+@dataclass
+class BiGRUClassifierOutput(SequenceClassifierOutput):
+    """Class logits (B, C) and the sentence states (B, L, 2D) of all layers."""
+
+    sentence_states: Tensor | None = None
+
+
+class BiGRUPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading."""
+
+    config_class = BiGRUConfig
+    base_model_prefix = "bigru"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.GRU):
+            for name, parameter in module.named_parameters():
+                if name.startswith("weight_hh"):
+                    for gate in parameter.chunk(3):
+                        nn.init.orthogonal_(gate)
+                elif name.startswith("weight_ih"):
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
+        else:
+            super()._init_weights(module)
+
+
+class BiGRUModel(BiGRUPreTrainedModel):
+    """Embeddings (token + position, layer norm, dropout) and one bidirectional GRU per layer over the real tokens."""
+
+    def __init__(self, config: BiGRUConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.token_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            nn.GRU(width if i == 0 else 2 * width, width, batch_first=True, bidirectional=True)
+            for i in range(config.num_hidden_layers)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.token_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.token_embeddings = value
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BiGRUOutput:
+        """Encode (B, N) token ids; padding may stand on either side and is never read.
+
+        The sentence state of a layer joins the forward half after the last token with the backward half after the first.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # Real tokens first, in order: the packed form wants them there. Right-padded rows stay as they are.
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        tokens = input_ids.gather(1, order).masked_fill(mask.gather(1, order) == 0, self.config.pad_token_id)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        embedded = self.dropout(
+            self.norm(self.token_embeddings(tokens) + self.position_embeddings(positions))
+        )
+        lengths = mask.sum(dim=1).cpu()  # the packed form needs them on the host
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        states = []
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                packed = packed._replace(data=self.dropout(packed.data))
+            packed, last = layer(packed)
+            states.append(torch.cat([last[0], last[1]], dim=-1))
+        hidden, _lengths = pad_packed_sequence(packed, batch_first=True, total_length=input_ids.shape[1])
+        hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
+        return BiGRUOutput(last_hidden_state=hidden, sentence_states=torch.stack(states, dim=1))
+
+
+class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
+    """The encoder under RoBERTa's classification head: dropout, dense, tanh, dropout, projection onto the classes."""
+
+    def __init__(self, config: BiGRUConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        width = 2 * config.hidden_size
+        dropout = (
+            config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        )
+        self.bigru = BiGRUModel(config)
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(width, config.num_labels),
+        )
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> BiGRUClassifierOutput:
+        """Class logits of (B, N) token ids; with `labels` (B,) also the mean cross-entropy."""
+        encoded = self.bigru(input_ids, attention_mask)
+        logits = self.classifier(encoded.sentence_states[:, -1])
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return BiGRUClassifierOutput(loss=loss, logits=logits, sentence_states=encoded.sentence_states)
+
+
+def register() -> None:
+    """Make the Auto classes know the model; `import kdtrain` does it."""
+    AutoConfig.register(BiGRUConfig.model_type, BiGRUConfig, exist_ok=True)
+    AutoModel.register(BiGRUConfig, BiGRUModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(BiGRUConfig, BiGRUForSequenceClassification, exist_ok=True)

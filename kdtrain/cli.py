@@ -1,0 +1,40 @@
+"""The command `kdtrain`. Every sub-command is a module with `add_arguments(parser)` and `main(arguments) -> int`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kdtrain.errors import KdtrainError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("kdtrain.commands.train", "train one student as a recipe says"),
+    "cache": ("kdtrain.commands.cache", "store the teacher's outputs that a recipe needs"),
+    "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again"),
+}
+"""Name, module and one line of help; a module is imported only when its command runs."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; user errors are one line and code 2."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = argparse.ArgumentParser(prog="kdtrain", description="Distil code models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in words[:1]:
+            importlib.import_module(module).add_arguments(command)
+    arguments, overrides = parser.parse_known_args(words)
+    module = importlib.import_module(COMMANDS[arguments.command][0])
+    if hasattr(arguments, "recipe"):  # any field of a recipe can be overridden: --training.learning_rate 3e-4
+        arguments.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        return module.main(arguments)
+    except KdtrainError as error:
+        print(f"kdtrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kdtrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130

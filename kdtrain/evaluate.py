@@ -1,0 +1,107 @@
+"""How good, how faithful, how large and how fast: measured on logits, models and finished run folders."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from kdtrain.data.tokens import TokenRows, token_budget_batches
+
+EVALUATION_TOKENS = 8192
+RESAMPLES = 2000
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, rows: TokenRows, accelerator: Accelerator, *, precise: bool = True) -> Tensor:
+    """Logits (rows, C) float32 on the host; processes share the work.
+
+    `precise` computes in float32, as the saved student does when it is loaded; otherwise in the run's precision.
+    """
+    model.eval()
+    batches = token_budget_batches(rows.lengths, EVALUATION_TOKENS)
+    parts, places = [], []
+    with nullcontext() if precise else accelerator.autocast():
+        for index in batches[accelerator.process_index :: accelerator.num_processes]:
+            input_ids, mask = rows.batch(index)
+            output = model(
+                input_ids=input_ids.to(accelerator.device), attention_mask=mask.to(accelerator.device)
+            )
+            parts.append(output.logits.float())
+            places.append(index)
+    logits = torch.zeros(len(rows), model.config.num_labels, device=accelerator.device)  # type: ignore[union-attr]
+    if parts:
+        logits[torch.cat(places).to(accelerator.device)] = torch.cat(parts)
+    return accelerator.reduce(logits, "sum").cpu()  # type: ignore[union-attr]
+
+
+def classification_metrics(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None
+) -> dict[str, float]:
+    """Accuracy, top-3 accuracy, macro F1 over the classes that occur, cross-entropy, and agreement with the teacher.
+
+    Args:
+        logits: (rows, C) float32.
+        labels: (rows,) int64.
+        teacher_logits: (rows, C); agreement is the share of rows in which both name the same class.
+    """
+    predicted = logits.argmax(dim=1)
+    top = logits.topk(min(3, logits.shape[1]), dim=1).indices
+    metrics = {
+        "accuracy": float((predicted == labels).double().mean()),
+        "top3": float((top == labels[:, None]).any(dim=1).double().mean()),
+        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0)),
+        "loss": float(nn.functional.cross_entropy(logits.double(), labels)),
+    }
+    if teacher_logits is not None:
+        metrics["agreement"] = float((predicted == teacher_logits.argmax(dim=1)).double().mean())
+    return metrics
+
+
+def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, one per row (2000 resamples)."""
+    generator = np.random.default_rng(seed)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    correct: np.ndarray, other: np.ndarray, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `correct - other` over the same rows, with its bootstrap interval: (difference, low, high)."""
+    difference = correct.astype(np.float64) - other.astype(np.float64)
+    return float(difference.mean()), *bootstrap_interval(difference, level=level, seed=seed)
+
+
+@torch.inference_mode()
+def latency_ms(model: nn.Module, rows: TokenRows, *, count: int = 100) -> float:
+    """Median milliseconds of one forward pass of one row, over `count` rows spread over the split, in float32."""
+    model.eval()
+    device = next(model.parameters()).device
+    chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()
+    batches = [tuple(tensor.to(device) for tensor in rows.batch(index[None])) for index in chosen]
+    times = []
+    for input_ids, mask in batches[:5] + batches:  # the first five warm up
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        model(input_ids=input_ids, attention_mask=mask)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[5:]) * 1000)
+
+
+def report(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> dict[str, Any]:
+    """The metrics of one split with the bootstrap interval of the accuracy."""
+    correct = (logits.argmax(dim=1) == labels).numpy().astype(np.float64)
+    return {
+        **classification_metrics(logits, labels, teacher_logits),
+        "accuracy_interval": list(bootstrap_interval(correct)),
+        "rows": len(labels),
+    }

@@ -1,0 +1,97 @@
+"""Files are written whole or not at all: into a temporary neighbour first, then moved into place."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from kdtrain.errors import KdtrainError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path`; after any failure the old file, or no file, stands there.
+
+    Raises:
+        KdtrainError: the system refused (full disk, no permission); the temporary file is gone by then.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _refused(path, error, len(content)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON with a newline at the end."""
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    write_atomic(path, serialize({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path`, replacing what was there, when the block ends without error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
+        raise _refused(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a text file in a single write."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise _refused(path, error, len(line)) from error
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def human_bytes(count: float) -> str:
+    """1234567 as '1.2 MB' (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _refused(path: Path, error: Exception, size: int | None = None) -> KdtrainError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    amount = f" ({human_bytes(size)})" if size is not None else ""
+    return KdtrainError(
+        f"could not write {path}{amount}: {reason}; nothing was left half written. "
+        "Free some space or choose another folder, then run the same command again"
+    )

@@ -1,0 +1,20 @@
+"""The methods, one file each; a new one is a file and a row in this table."""
+
+from kdtrain.errors import KdtrainError
+from kdtrain.methods.ft import FineTuning
+from kdtrain.methods.kd import LogitDistillation
+from kdtrain.methods.kd_features import FeatureDistillation
+from kdtrain.objective import Method
+
+METHODS: dict[str, type[Method]] = {
+    "ft": FineTuning,
+    "kd": LogitDistillation,
+    "kd_features": FeatureDistillation,
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class behind a recipe's `method.name`."""
+    if name not in METHODS:
+        raise KdtrainError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]

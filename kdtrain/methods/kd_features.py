@@ -1,0 +1,66 @@
+"""Logit distillation with hidden states: patient distillation (Sun et al. 2019, arXiv 1908.09355) for unequal widths."""
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels import projection_mse
+from kdtrain.errors import KdtrainError
+from kdtrain.methods.kd import LogitDistillation
+from kdtrain.models import Shape
+from kdtrain.objective import Batch
+from kdtrain.recipe import MethodRecipe
+
+
+class FeatureDistillation(LogitDistillation):
+    """The terms of kd, and `feature_weight * MSE` between mapped sentence states, mean over widths and layer pairs.
+
+    One linear map per pair is trained along; it stays in the run's `projection.safetensors` and never ships
+    inside the student.
+    """
+
+    def __init__(self, recipe: MethodRecipe, student: Shape, teacher: Shape | None) -> None:
+        super().__init__(recipe, student, teacher)
+        assert teacher is not None
+        pairs = layer_pairs(recipe.layer_map, student.layers, teacher.layers)
+        self.student_layers = tuple(pair[0] for pair in pairs)
+        self.teacher_layers = tuple(pair[1] for pair in pairs)
+        self.weights["feature"] = recipe.feature_weight
+        widths = (student.width, teacher.width)
+        source, target = widths if recipe.project == "student" else widths[::-1]
+        self.target_width = target
+        self.projections = nn.ModuleList(nn.Linear(source, target) for _ in pairs)
+
+    def terms(self, logits: Tensor, states: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """kd, ce and feature."""
+        assert states is not None and batch.teacher_states is not None
+        sums = [
+            projection_mse(
+                states[:, i],
+                batch.teacher_states[:, i],
+                projection.weight,
+                projection.bias,
+                project=self.recipe.project,
+                normalize=self.recipe.normalize,
+                reduction="sum",
+            )
+            for i, projection in enumerate(self.projections)
+        ]
+        feature = torch.stack(sums).sum() / (self.target_width * len(sums))
+        return {**super().terms(logits, None, batch), "feature": feature}
+
+
+def layer_pairs(
+    layer_map: tuple[tuple[int, int], ...], student_layers: int, teacher_layers: int
+) -> tuple[tuple[int, int], ...]:
+    """The pairs asked for, or student layer i with teacher layer round(i * teacher / student), i = 1, 2, ..."""
+    if not layer_map:
+        return tuple((i, round(i * teacher_layers / student_layers)) for i in range(1, student_layers + 1))
+    for pair in layer_map:
+        for layer, layers, side in zip(
+            pair, (student_layers, teacher_layers), ("student", "teacher"), strict=True
+        ):
+            if not 1 <= layer <= layers:
+                raise KdtrainError(
+                    f"method.layer_map holds {list(pair)}, but the {side} has layers 1 to {layers}"
+                )
+    return layer_map

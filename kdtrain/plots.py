@@ -1,0 +1,46 @@
+"""Pictures of runs, drawn from their metrics.jsonl."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from kdtrain.files import write_atomic
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw training loss and validation accuracy over steps, one line a run, into a PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, folder in runs.items():
+        lines = read_metrics(folder)
+        training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        valid = [(line["step"], line["valid/accuracy"]) for line in lines if "valid/accuracy" in line]
+        left.plot(*zip(*training, strict=True), label=name) if training else None
+        right.plot(*zip(*valid, strict=True), marker="o", label=name) if valid else None
+    left.set(xlabel="optimizer steps", ylabel="training loss")
+    right.set(xlabel="optimizer steps", ylabel="validation accuracy")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    from io import BytesIO
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())

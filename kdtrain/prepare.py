@@ -1,0 +1,144 @@
+"""What has to stand before a run can start: its folder, tokenizer, method and the teacher's outputs."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdtrain.cache import Identity, TeacherCache, build_cache
+from kdtrain.data.classification import ClassificationData, TextRows
+from kdtrain.errors import KdtrainError
+from kdtrain.files import atomic_folder, write_json
+from kdtrain.methods import method_class
+from kdtrain.models import Shape, Teacher, load_config, load_teacher, load_tokenizer, shape_of
+from kdtrain.objective import Method
+from kdtrain.recipe import Recipe, differences, recipe_to_dict, save_recipe
+from kdtrain.summary import FILE, Summary
+from kdtrain.tokenizers import train_tokenizer
+
+IDENTITY = "checkpoints/identity.json"
+
+
+def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
+    """The teacher that the recipe names, if it names one."""
+    if recipe.teacher.path is None:
+        return None
+    return load_teacher(recipe.teacher.path, data.classes, recipe.teacher.max_length)
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate for this run; each run of a process may have its own precision."""
+    # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision)
+    )
+
+
+def claim_folder(
+    folder: Path, recipe: Recipe, data: ClassificationData, teacher: Teacher | None
+) -> Summary | None:
+    """Make `folder` this run's own; give the summary when this very run is finished there.
+
+    Raises:
+        KdtrainError: the folder holds another run; the sentence names the first fields that differ.
+    """
+    identity = {"data": data.fingerprint(), "teacher": None if teacher is None else teacher.weights_hash()}
+    if (folder / "recipe.yaml").exists():
+        old, new = yaml.safe_load((folder / "recipe.yaml").read_text()), recipe_to_dict(recipe)
+        found = differences({**old, "output": None}, {**new, "output": None})
+        known = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else identity
+        found += [
+            f"the content of the {part} has changed" for part in identity if known[part] != identity[part]
+        ]
+        if found:
+            raise KdtrainError(
+                f"{folder} holds another run ({'; '.join(found[:3])}); choose another output or delete that folder"
+            )
+        if (folder / FILE).exists():
+            return Summary.load(folder)
+    write_json(folder / IDENTITY, identity)
+    save_recipe(recipe, folder / "recipe.yaml")
+    return None
+
+
+def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTokenizerBase:
+    """The finished tokenizer that the recipe names, or one trained on the labelled training code."""
+    given = recipe.student.tokenizer or recipe.student.path
+    if given is not None:
+        return load_tokenizer(given, "student.tokenizer" if recipe.student.tokenizer else "student.path")
+    path = Path(recipe.output) / "checkpoints" / "tokenizer"
+    if not path.exists():
+        tokenizer = train_tokenizer(
+            data.train.texts,
+            vocab_size=recipe.student.vocab_size,
+            max_length=recipe.student.max_length,
+            focus=data.focus,
+        )
+        with atomic_folder(path) as temporary:
+            tokenizer.save_pretrained(temporary)
+    return load_tokenizer(str(path), "student.tokenizer")
+
+
+def training_rows(recipe: Recipe, data: ClassificationData, method: Method) -> TextRows:
+    """The rows that this method trains on: unlabelled ones only where a teacher speaks for them."""
+    return data.train + data.unlabelled if method.needs_teacher and recipe.data.use_unlabelled else data.train
+
+
+def prepare_cache(
+    recipe: Recipe, data: ClassificationData, teacher: Teacher, method: Method, device: torch.device
+) -> TeacherCache:
+    """Open the teacher cache and fill what this run needs: the rows it trains on and those it measures on."""
+    identity = Identity.of(
+        teacher,
+        focus=data.focus,
+        dtype=recipe.teacher.dtype,
+        layers=recipe.teacher.layers + method.teacher_layers,
+    )
+    rows = data.valid + data.test
+    if method.needs_teacher:
+        rows = training_rows(recipe, data, method) + rows
+    return build_cache(
+        cache_folder(recipe),
+        teacher,
+        identity,
+        rows.texts,
+        rows.keys(),
+        batch_tokens=recipe.teacher.batch_tokens,
+        device=device,
+    )
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where this recipe's teacher outputs lie."""
+    return Path(recipe.teacher.cache) if recipe.teacher.cache else Path(recipe.output) / "teacher_cache"
+
+
+def build_method(recipe: Recipe, teacher: Teacher | None) -> Method:
+    """The recipe's method, told the shapes of both sides."""
+    method_type = method_class(recipe.method.name)
+    if method_type.needs_teacher and teacher is None:
+        raise KdtrainError(
+            f"method {recipe.method.name} needs a teacher; set teacher.path to a folder or hub id"
+        )
+    given = recipe.student
+    if given.path is not None:
+        student = shape_of(load_config(given.path, "student.path"))
+    else:
+        student = Shape(given.layers, given.hidden_size * (2 if given.architecture == "bigru" else 1))
+    return method_type(recipe.method, student, None if teacher is None else shape_of(teacher.model.config))
+
+
+def check_length(recipe: Recipe, student: PreTrainedModel) -> None:
+    """Refuse rows longer than the student has positions for."""
+    config = student.config
+    positions = getattr(config, "max_position_embeddings", recipe.student.max_length)
+    positions -= 2 if config.model_type == "roberta" else 0
+    if recipe.student.max_length > positions:
+        raise KdtrainError(
+            f"student.max_length is {recipe.student.max_length}, but {recipe.student.path} reads at most {positions} tokens"
+        )

@@ -1,0 +1,346 @@
+"""A recipe describes one run: frozen dataclasses, one YAML file, any field overridable on the command line."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from kdtrain.errors import KdtrainError
+from kdtrain.files import write_atomic
+
+Value = TypeVar("Value")
+
+
+def option(default: Value, help: str) -> Value:
+    """A field with its default and the sentence that explains it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Which rows to train and to measure on: either one folder, or files with a column mapping."""
+
+    path: str | None = option(
+        None, "folder with dataset.json, train.jsonl, valid.jsonl, test.jsonl[, unlabelled.jsonl]"
+    )
+    train: str | None = option(None, "training file (.jsonl, .csv or .parquet), in place of `path`")
+    valid: str | None = option(None, "validation file, chooses the best checkpoint")
+    test: str | None = option(
+        None, "test file, measured once at the end; the validation file where there is none"
+    )
+    unlabelled: str | None = option(None, "file of rows without labels, scored by the teacher only")
+    text: str = option("code", "column that holds the text")
+    label: str = option("label", "column that holds the label: a number, or a name out of `classes`")
+    classes: tuple[str, ...] = option((), "class names in order of their numbers; needed with files")
+    focus: str | None = option(None, "marker in the text that a cut row is centred on, such as __HOLE__")
+    use_unlabelled: bool = option(True, "whether a method with a teacher also trains on the unlabelled rows")
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.train is None):
+            raise KdtrainError("data needs either data.path (a folder) or data.train (a file), and not both")
+        if self.train is not None and self.valid is None:
+            raise KdtrainError("data.train needs data.valid beside it: the best checkpoint is chosen there")
+        if self.train is not None and len(self.classes) < 2:
+            raise KdtrainError(f"data.train needs data.classes, at least two names, got {list(self.classes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe:
+    """The small model: its shape, or where to start from."""
+
+    architecture: Literal["roberta", "bigru"] = option("roberta", "encoder of a new student")
+    path: str | None = option(
+        None, "start from this folder or hub id (weights and tokenizer) in place of a new model"
+    )
+    tokenizer: str | None = option(
+        None, "folder of a finished tokenizer; without it one is trained on the task's code"
+    )
+    vocab_size: int = option(5000, "tokens of the byte-level BPE that is trained")
+    hidden_size: int = option(128, "width D; of one direction for bigru")
+    layers: int = option(2, "encoder layers")
+    heads: int = option(4, "attention heads (roberta)")
+    intermediate_size: int = option(512, "width inside the feed-forward layers (roberta)")
+    max_length: int = option(256, "tokens kept of one row, special tokens included")
+    dropout: float = option(0.1, "dropout everywhere in the student")
+
+    def __post_init__(self) -> None:
+        positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size")
+        if self.vocab_size < 300:
+            raise KdtrainError(
+                f"student.vocab_size must be at least 300 (256 bytes and the special tokens), got {self.vocab_size}"
+            )
+        if self.max_length < 8:
+            raise KdtrainError(f"student.max_length must be at least 8, got {self.max_length}")
+        if self.architecture == "roberta" and self.hidden_size % self.heads:
+            raise KdtrainError(
+                f"student.hidden_size must be a multiple of student.heads, got {self.hidden_size} and {self.heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise KdtrainError(f"student.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe:
+    """The large model. It is only ever read; its outputs are stored once and used by every epoch and run."""
+
+    path: str | None = option(None, "folder or hub id of a sequence classifier with the task's classes")
+    max_length: int | None = option(
+        None, "tokens the teacher sees of one row; by default what it was made for, at most 512"
+    )
+    cache: str | None = option(
+        None, "folder of the stored outputs, shared by runs; <output>/teacher_cache by default"
+    )
+    layers: tuple[int, ...] = option(
+        (), "layers whose first-token states are stored; by default those the method needs"
+    )
+    dtype: Literal["float32", "float16"] = option(
+        "float16", "how stored features are rounded; logits stay float32"
+    )
+    batch_tokens: int = option(16384, "tokens in one teacher forward pass; bounds its memory")
+
+    def __post_init__(self) -> None:
+        positive(self, "teacher", "batch_tokens")
+        if self.max_length is not None and self.max_length < 8:
+            raise KdtrainError(f"teacher.max_length must be at least 8, got {self.max_length}")
+        if any(layer < 0 for layer in self.layers):
+            raise KdtrainError(f"teacher.layers must be 0 (embeddings) or more, got {list(self.layers)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRecipe:
+    """How the student learns. The loss of a batch is the sum of weight * term over its rows, divided by their number."""
+
+    name: str = option(
+        "ft", "ft (labels only), kd (teacher's soft labels) or kd_features (and its hidden states)"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
+        "forward_kl", "between the softened probabilities of teacher and student"
+    )
+    temperature: float = option(
+        2.0, "T that softens both sides; value and gradient are multiplied by T squared"
+    )
+    kd_weight: float = option(1.0, "weight of the divergence")
+    ce_weight: float = option(1.0, "weight of the cross-entropy with the labels")
+    feature_weight: float = option(1.0, "weight of the hidden-state loss (kd_features)")
+    layer_map: tuple[tuple[int, int], ...] = option(
+        (),
+        "pairs [student layer, teacher layer]; by default every student layer, spread evenly over the teacher's",
+    )
+    project: Literal["student", "teacher"] = option(
+        "student", "which side is mapped onto the width of the other"
+    )
+    normalize: bool = option(False, "whether both sides are divided by their L2 norm first")
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise KdtrainError(f"method.temperature must be greater than 0, got {self.temperature}")
+        for name in ("kd_weight", "ce_weight", "feature_weight"):
+            if not getattr(self, name) >= 0:
+                raise KdtrainError(f"method.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """Steps, optimizer and how often to look."""
+
+    epochs: int = option(5, "passes over the rows")
+    max_steps: int | None = option(None, "stop (and finish the schedule) after this many optimizer steps")
+    batch_size: int = option(32, "rows of one optimizer step, over all pieces and processes")
+    accumulation: int = option(
+        1, "pieces a batch is cut into on each process; changes memory, never the result"
+    )
+    learning_rate: float = option(5e-4, "highest rate of AdamW")
+    weight_decay: float = option(0.01, "decay of matrices; biases and norms are left alone")
+    warmup: float = option(0.1, "share of the steps in which the rate rises from 0")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = option(
+        "linear", "what the rate does after that"
+    )
+    clip_norm: float = option(1.0, "largest norm of the whole gradient; .inf leaves it alone")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "precision of the student's matrix products")
+    evaluate_every: int | None = option(
+        None, "steps between evaluations and checkpoints; each epoch by default"
+    )
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    best_metric: Literal["accuracy", "macro_f1", "loss"] = option(
+        "accuracy", "what the best checkpoint is best in"
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "training", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate")
+        positive(self, "training", "clip_norm", "evaluate_every", "log_every")
+        if not 0 <= self.warmup < 1:
+            raise KdtrainError(
+                f"training.warmup is a share of the steps and lies in [0, 1), got {self.warmup}"
+            )
+        if not self.weight_decay >= 0:
+            raise KdtrainError(f"training.weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.accumulation > self.batch_size:
+            raise KdtrainError(
+                f"training.accumulation cuts a batch of training.batch_size rows into pieces and cannot be larger, "
+                f"got {self.accumulation} and {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole."""
+
+    data: DataRecipe
+    student: StudentRecipe = field(default_factory=StudentRecipe, metadata={"help": StudentRecipe.__doc__})
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe, metadata={"help": TeacherRecipe.__doc__})
+    method: MethodRecipe = field(default_factory=MethodRecipe, metadata={"help": MethodRecipe.__doc__})
+    training: TrainingRecipe = field(
+        default_factory=TrainingRecipe, metadata={"help": TrainingRecipe.__doc__}
+    )
+    output: str = option("runs/run", "folder of the run")
+    seed: int = option(0, "first weights, order of the rows, dropout")
+
+
+def positive(section: Any, prefix: str, *names: str) -> None:
+    """Refuse zero, negative numbers and NaN in the named fields (None is left alone)."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            raise KdtrainError(f"{prefix}.{name} must be greater than 0, got {value}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe; `overrides` are command-line words such as `--training.learning_rate 3e-4`.
+
+    Raises:
+        KdtrainError: no such file, not YAML, an unknown key (with the nearest valid name), or a wrong value.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise KdtrainError(f"there is no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise KdtrainError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise KdtrainError(
+            f"{path} must hold sections such as `data:` and `student:`, got {type(content).__name__}"
+        )
+    for dotted, value in _parse_overrides(overrides):
+        *sections, last = dotted.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise KdtrainError(f"--{dotted}: {section} is not a section of {path}")
+        place[last] = value
+    return recipe_from_dict(content)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every field, defaults too."""
+    write_atomic(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, as they stand in YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def recipe_from_dict(content: dict[str, Any]) -> Recipe:
+    """The inverse of `recipe_to_dict`; missing fields take their defaults."""
+    return _build(Recipe, content, "")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted fields in which two recipes differ, as 'name: old there, new here'."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}: {before} there, {after} here")
+    return found
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise KdtrainError(f"expected an override such as --training.learning_rate 3e-4, got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise KdtrainError(f"--{name} needs a value")
+            value = remaining.pop(0)
+        try:
+            pairs.append((name, yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise KdtrainError(f"--{name}: {value!r} is not a value") from None
+    return pairs
+
+
+def _build(kind: type[Any], content: Any, prefix: str) -> Any:
+    if not isinstance(content, dict):
+        raise KdtrainError(f"{prefix.rstrip('.')} must be a section with fields, got {content!r}")
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    annotations = typing.get_type_hints(kind)
+    values = {}
+    for name, value in content.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.0)[0]
+            raise KdtrainError(
+                f"unknown recipe key {prefix}{name}; did you mean {prefix}{near}? (valid here: {', '.join(fields)})"
+            )
+        values[name] = _convert(value, annotations[name], f"{prefix}{name}")
+    if kind is Recipe and "data" not in values:
+        raise KdtrainError("a recipe needs a `data:` section with data.path or data.train")
+    return kind(**values)
+
+
+def _convert(value: Any, annotation: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _build(typing.cast(type, annotation), {} if value is None else value, f"{name}.")
+    if origin is types.UnionType:  # `X | None`
+        return None if value is None else _convert(value, arguments[0], name)
+    if origin is Literal:
+        if value not in arguments:
+            raise KdtrainError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise KdtrainError(f"{name} must be a list, got {value!r}")
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(arguments):
+            raise KdtrainError(f"{name} must have {len(arguments)} entries, got {value!r}")
+        return tuple(
+            _convert(item, kind, f"{name}[{i}]")
+            for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
+        )
+    try:
+        return _scalar(value, annotation)
+    except (TypeError, ValueError):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise KdtrainError(f"{name} must be {words[annotation]}, got {value!r}") from None
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    # YAML 1.1 reads 3e-4 as text, and bool is an int in Python: both are caught here.
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value

@@ -1,0 +1,167 @@
+"""One run, from recipe to student: prepare everything, train, measure, save."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdtrain.checkpoint import Position
+from kdtrain.data.classification import ClassificationData, load_classification
+from kdtrain.data.tokens import tokenize
+from kdtrain.evaluate import latency_ms, predict, report
+from kdtrain.files import atomic_folder, folder_bytes, write_tensors
+from kdtrain.loop import EvaluationSet, TrainingSet, peak_memory, train
+from kdtrain.models import Teacher, build_student, parameter_count
+from kdtrain.objective import DistillationModel, Method
+from kdtrain.plots import learning_curves
+from kdtrain.prepare import (
+    build_method,
+    check_length,
+    claim_folder,
+    open_teacher,
+    prepare_cache,
+    start_accelerator,
+    student_tokenizer,
+    training_rows,
+)
+from kdtrain.progress import say
+from kdtrain.recipe import Recipe
+from kdtrain.summary import Summary, installed_versions
+
+
+def run(recipe: Recipe) -> Summary:
+    """Train, measure and save one student; everything lands in `recipe.output`.
+
+    A finished run of the same recipe, data and teacher is recognised and given back; an unfinished one goes on
+    exactly where it stopped; another run's folder is refused.
+
+    Raises:
+        KdtrainError: anything wrong with recipe, data, teacher or machine, as one sentence.
+    """
+    folder = Path(recipe.output)
+    data = load_classification(recipe.data)
+    teacher = open_teacher(recipe, data)
+    torch.manual_seed(recipe.seed)
+    method = build_method(recipe, teacher)
+    finished = claim_folder(folder, recipe, data, teacher)
+    if finished is not None:
+        say(f"already done: {finished.line()}")
+        return finished
+
+    accelerator = start_accelerator(recipe)
+    with accelerator.main_process_first():
+        tokenizer = student_tokenizer(recipe, data)
+    torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself
+    student = build_student(recipe.student, tokenizer, data.classes)
+    check_length(recipe, student)
+    cache = None
+    if teacher is not None:
+        with accelerator.main_process_first():
+            cache = prepare_cache(recipe, data, teacher, method, accelerator.device)
+        teacher.model.cpu()
+
+    rows = training_rows(recipe, data, method)
+    max_length = recipe.student.max_length
+    stored = (
+        cache.rows(rows.keys(), method.teacher_layers) if cache is not None and method.needs_teacher else None
+    )
+    training = TrainingSet(
+        tokenize(rows.texts, tokenizer, max_length, data.focus),
+        rows.labels,
+        stored,
+        bool(method.teacher_layers),
+    )
+    valid, test = (
+        EvaluationSet(
+            tokenize(split.texts, tokenizer, max_length, data.focus),
+            split.labels,
+            None if cache is None else cache.rows(split.keys()).logits,
+        )
+        for split in (data.valid, data.test)
+    )
+    position = train(recipe, DistillationModel(student, method), training, valid, folder, accelerator)
+
+    valid_logits, test_logits = (predict(student, split.rows, accelerator) for split in (valid, test))
+    if accelerator.is_main_process:
+        save_student(folder, student, tokenizer, method)
+        save_predictions(folder / "predictions" / "valid.safetensors", valid_logits, valid)
+        save_predictions(folder / "predictions" / "test.safetensors", test_logits, test)
+        learning_curves({folder.name: folder}, folder / "plots" / "learning_curve.png")
+        summary = Summary(
+            name=folder.name,
+            method=recipe.method.name,
+            seed=recipe.seed,
+            student={
+                "architecture": student.config.model_type,
+                "parameters": parameter_count(student),
+                "bytes": folder_bytes(folder / "student"),
+                "latency_ms": latency_ms(student, test.rows),
+            },
+            test=report(test_logits, test.labels, test.teacher_logits),
+            valid=report(valid_logits, valid.labels, valid.teacher_logits),
+            teacher=describe_teacher(teacher, test),
+            training=describe_training(position, accelerator),
+            data={"name": data.name, "fingerprint": data.fingerprint(), "rows": split_sizes(data)},
+            versions=installed_versions(),
+        )
+        summary.save(folder)
+        say(summary.line())
+    accelerator.wait_for_everyone()
+    return Summary.load(folder)
+
+
+def save_student(
+    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
+) -> None:
+    """Write `student/`, and the method's own weights beside it: they are no part of the student."""
+    transformers.logging.disable_progress_bar()
+    with atomic_folder(folder / "student") as temporary:
+        student.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    transformers.logging.enable_progress_bar()
+    own = method.state_dict()
+    if own:
+        write_tensors(folder / "projection.safetensors", own)
+
+
+def save_predictions(path: Path, logits: Tensor, split: EvaluationSet) -> None:
+    """Keep logits and labels, for paired comparisons of runs."""
+    tensors = {"logits": logits, "labels": split.labels}
+    if split.teacher_logits is not None:
+        tensors["teacher_logits"] = split.teacher_logits
+    write_tensors(path, tensors)
+
+
+def describe_teacher(teacher: Teacher | None, test: EvaluationSet) -> dict[str, Any] | None:
+    """The teacher's own place in the table."""
+    if teacher is None or test.teacher_logits is None:
+        return None
+    return {
+        "path": teacher.path,
+        "parameters": parameter_count(teacher.model),
+        "test": report(test.teacher_logits, test.labels, None),
+    }
+
+
+def describe_training(position: Position, accelerator: Accelerator) -> dict[str, Any]:
+    """What the training took."""
+    return {
+        "steps": position.step,
+        "best_step": position.best_step,
+        "seconds": round(position.seconds, 2),
+        "tokens": position.tokens,
+        "tokens_per_second": round(position.tokens / position.seconds, 1),
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def split_sizes(data: ClassificationData) -> dict[str, int]:
+    """Rows of each split."""
+    return {name: len(getattr(data, name)) for name in ("train", "valid", "test", "unlabelled")}
