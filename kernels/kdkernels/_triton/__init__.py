@@ -1,0 +1,7 @@
+"""Triton back end: row kernels and their launchers. Imported only when a call runs on it."""
+
+from .configs import chunk_rows
+from .projection import mse_rows
+from .rows import kd_rows
+
+__all__ = ["chunk_rows", "kd_rows", "mse_rows"]

@@ -1,0 +1,70 @@
+"""Launch configurations: one frozen table, nothing is tuned at run time.
+
+The row kernels write in place, so an autotuner that ran one twice would feed it its own output.
+Chosen by compiled-code counts (registers, spills, widths of loads) on 2026-11-22, not yet timed on a GPU; docs/log.md
+has the counts of the configurations that lost.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How one program walks a row.
+
+    block: columns of a tile. width: neighbouring columns of a tile that are reduced first; 8 of them are one 128-bit
+    load of halves or two of fp32, all in one thread. num_warps: warps of a program. All powers of two, width < block.
+    """
+
+    block: int
+    width: int
+    num_warps: int
+
+
+# 8 columns of each side a thread in every row of the table: 16 need twice the registers and halve the warps in flight.
+_NVIDIA = RowConfig(block=2048, width=8, num_warps=8)
+_AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
+
+# A chunk of two fp32 logit buffers: the default budget in bytes, and the rows below which the heads are read too often.
+CHUNK_BYTES = 2**30
+CHUNK_ROWS_AT_LEAST = 1024
+CHUNK_ROWS_STEP = 256
+
+
+def row_config(architecture: str) -> RowConfig:
+    """Configuration of the row kernels on an architecture as `architecture_of` names it."""
+    return _AMD if architecture.startswith("gfx") else _NVIDIA
+
+
+@lru_cache
+def architecture_of(device: torch.device) -> str:
+    """The device's architecture as compilers spell it: "sm_90", "gfx942"; "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
+    """Rows of a token chunk: the byte budget over two fp32 buffers, in steps of 256 rows, at least 1024.
+
+    A budget that the caller gives is kept to the row, down to 1: the floor of 1024 guards the default only.
+    """
+    budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    fit = budget // (8 * vocabulary)
+    if fit >= CHUNK_ROWS_STEP:
+        fit -= fit % CHUNK_ROWS_STEP
+    if chunk_bytes is None:
+        fit = max(fit, CHUNK_ROWS_AT_LEAST)
+    return max(1, min(fit, rows))

@@ -1,0 +1,75 @@
+"""Numeric helpers of the row kernels: upcasting loads, and the online softmax statistics of one row.
+
+A row is read in tiles of (LANES, WIDTH) columns: the WIDTH columns of one lane are neighbours in memory and are held by
+one thread, so that a tile costs wide loads and its reduction along axis 1 no traffic between threads.
+Every statistic of a pass is kept per lane and joined once, after the last tile: the loops hold no barrier.
+
+Units: maxima are logits, sums are of 2**((logit - maximum) * scale) with scale = log2(e) / T, logarithms are base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(
+    row_ptr,  # start of one row of logits, (V,)
+    bias_ptr,  # (V,), read when HAS_BIAS
+    columns,  # (LANES, WIDTH)
+    V,
+    HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Logits of one tile in fp32, with the bias added; -inf at columns outside the row."""
+    if MASKED:
+        inside = columns < V
+        logits = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        logits = tl.load(row_ptr + columns).to(tl.float32)
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + columns).to(tl.float32)
+    return logits
+
+
+@triton.jit
+def store_tile(row_ptr, columns, values, V, MASKED: tl.constexpr):
+    """Write one tile of a row, rounded once to the dtype of the row."""
+    values = values.to(row_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(row_ptr + columns, values, mask=columns < V)
+    else:
+        tl.store(row_ptr + columns, values)
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """Reference point of exponents: the maximum, or 0 where nothing finite was seen, as -inf - -inf is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def times_unless_zero(weight, values):
+    """weight * values, and 0 where the weight is 0: log-ratios are infinite there (0 * inf). Keeps NaN weights."""
+    return tl.where(weight == 0.0, 0.0, weight * values)
+
+
+@triton.jit
+def softmax_step(maximum, total, logits, scale):
+    """Take one tile into the (maximum, sum) of every lane."""
+    next_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+    reference = finite_or_zero(next_maximum)
+    shifted = logits - reference[:, None]
+    total = total * tl.exp2((maximum - reference) * scale) + tl.sum(tl.exp2(shifted * scale), axis=1)
+    return next_maximum, total, shifted
+
+
+@triton.jit
+def join_lanes(maximum, total, scale):
+    """Of a whole row, from the (maximum, sum) of every lane: its reference point and its sum."""
+    reference = finite_or_zero(tl.max(maximum, axis=0))
+    return reference, tl.sum(total * tl.exp2((maximum - reference) * scale), axis=0)

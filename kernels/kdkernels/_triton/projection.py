@@ -1,0 +1,142 @@
+"""Row kernel of the projection MSE: squared differences of a row, and the gradient written over the prediction.
+
+One pass: a read of prediction and target and one write, 12 bytes an element with fp32 on both sides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import RowConfig, architecture_of, device_guard, row_config
+from .numeric import store_tile
+
+
+@triton.jit
+def _difference_step(
+    total,  # (LANES,) sum of squares so far
+    prediction_row,
+    target_row,
+    bias_ptr,
+    columns,
+    factor,
+    D,
+    HAS_BIAS: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile: add its squares, write its gradient."""
+    inside = columns < D if MASKED else None
+    other = 0.0 if MASKED else None
+    difference = tl.load(prediction_row + columns, mask=inside, other=other).to(tl.float32)
+    if HAS_BIAS:
+        difference += tl.load(bias_ptr + columns, mask=inside, other=other).to(tl.float32)
+    difference -= tl.load(target_row + columns, mask=inside, other=other).to(tl.float32)
+    if WRITE_GRAD:
+        store_tile(prediction_row, columns, difference * factor, D, MASKED)
+    return total + tl.sum(difference * difference, axis=1)
+
+
+@triton.jit
+def _mse_rows_kernel(
+    prediction_ptr,  # (R, D), overwritten when WRITE_GRAD
+    target_ptr,  # (R, D)
+    bias_ptr,  # (D,), read when HAS_BIAS
+    row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
+    scale,  # a number, or a pointer to one when SCALE_IN_MEMORY
+    squares_ptr,  # (R,) fp32, written
+    stride_prediction_row,
+    stride_target_row,
+    D,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW_WEIGHT: tl.constexpr,
+    SCALE_IN_MEMORY: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)  # rows x stride leaves int32
+    LANES: tl.constexpr = BLOCK // WIDTH
+    tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    prediction_row = prediction_ptr + row * stride_prediction_row
+    target_row = target_ptr + row * stride_target_row
+    full_blocks = D // BLOCK
+    tail = full_blocks * BLOCK
+
+    factor = 2.0 * (tl.load(scale).to(tl.float32) if SCALE_IN_MEMORY else scale)
+    if HAS_ROW_WEIGHT:
+        weight = tl.load(row_weight_ptr + row)
+        if weight == 0.0:  # nothing of the row is read: its numbers need not be valid
+            tl.store(squares_ptr + row, 0.0)
+            if WRITE_GRAD:
+                zeros = tl.zeros((LANES, WIDTH), tl.float32)
+                for block in range(full_blocks):
+                    store_tile(prediction_row, block * BLOCK + tile, zeros, D, False)
+                if tail < D:
+                    store_tile(prediction_row, tail + tile, zeros, D, True)
+            return
+        factor *= weight
+
+    total = tl.zeros((LANES,), tl.float32)
+    for block in range(full_blocks):
+        columns = block * BLOCK + tile
+        total = _difference_step(
+            total, prediction_row, target_row, bias_ptr, columns, factor, D, HAS_BIAS, WRITE_GRAD, False
+        )
+    if tail < D:
+        total = _difference_step(
+            total, prediction_row, target_row, bias_ptr, tail + tile, factor, D, HAS_BIAS, WRITE_GRAD, True
+        )
+    tl.store(squares_ptr + row, tl.sum(total, axis=0))
+
+
+def mse_rows(
+    prediction: Tensor,  # (R, D)
+    target: Tensor,  # (R, D)
+    *,
+    bias: Tensor | None = None,  # (D,)
+    row_weight: Tensor | None = None,  # (R,)
+    scale: float | Tensor = 1.0,
+    write_grad: bool = True,
+    config: RowConfig | None = None,
+) -> Tensor:  # (R,) fp32
+    """Sum of squared differences of every row; the prediction becomes 2 * (prediction - target) * row_weight * scale.
+
+    fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of the
+    prediction. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `scale` may be a tensor
+    of one element on the device, which is read there. `config` replaces the table's configuration.
+    """
+    for name, values in (("prediction", prediction), ("target", target)):
+        if values.dtype == torch.float64:
+            raise ValueError(
+                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
+            )
+    rows, width = prediction.shape
+    squares = torch.empty(rows, dtype=torch.float32, device=prediction.device)
+    if rows == 0:
+        return squares
+    if config is None:
+        config = row_config(architecture_of(prediction.device))
+    with device_guard(prediction.device):
+        _mse_rows_kernel[(rows,)](
+            prediction_ptr=prediction,
+            target_ptr=target,
+            # A pointer that its flag leaves unread is given the prediction, so that one signature serves all.
+            bias_ptr=prediction if bias is None else bias.contiguous(),
+            row_weight_ptr=prediction if row_weight is None else row_weight.contiguous(),
+            scale=scale if isinstance(scale, Tensor) else float(scale),
+            squares_ptr=squares,
+            stride_prediction_row=prediction.stride(0),
+            stride_target_row=target.stride(0),
+            D=width,
+            HAS_BIAS=bias is not None,
+            HAS_ROW_WEIGHT=row_weight is not None,
+            SCALE_IN_MEMORY=isinstance(scale, Tensor),
+            WRITE_GRAD=write_grad,
+            BLOCK=config.block,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+    return squares
