@@ -1,8 +1,8 @@
 """A lean loop that distils code models with the losses of kdkernels."""
 
-from kdtrain.bigru import register
 from kdtrain.errors import KdtrainError
+from kdtrain.registration import register_models
 
-register()  # from here on AutoModelForSequenceClassification loads BiGRU students
+register_models()  # so that AutoModelForSequenceClassification loads BiGRU students
 
 __all__ = ["KdtrainError"]

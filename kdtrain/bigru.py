@@ -6,32 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-
-class BiGRUConfig(PreTrainedConfig):
-    """Shape of a BiGRU encoder. `hidden_size` is the width of one direction; the sentence state has twice that."""
-
-    model_type = "kdtrain_bigru"
-
-    vocab_size: int = 5000
-    hidden_size: int = 320
-    num_hidden_layers: int = 3
-    max_position_embeddings: int = 512
-    hidden_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    pad_token_id: int = 1
-    bos_token_id: int = 0
-    eos_token_id: int = 2
+from kdtrain.bigru_config import BiGRUConfig
 
 
 @dataclass
@@ -150,7 +128,6 @@ class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
 
 
 def register() -> None:
-    """Make the Auto classes know the model; `import kdtrain` does it."""
-    AutoConfig.register(BiGRUConfig.model_type, BiGRUConfig, exist_ok=True)
+    """Make the Auto classes know the models."""
     AutoModel.register(BiGRUConfig, BiGRUModel, exist_ok=True)
     AutoModelForSequenceClassification.register(BiGRUConfig, BiGRUForSequenceClassification, exist_ok=True)

@@ -2,18 +2,51 @@
 
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from kdtrain.data.tokens import TokenRows, token_budget_batches
+from kdtrain.cache import TeacherCache
+from kdtrain.data.classification import TextRows, load_classification
+from kdtrain.data.tokens import TokenRows, token_budget_batches, tokenize
+from kdtrain.errors import KdtrainError
+from kdtrain.files import folder_bytes
+from kdtrain.models import load_tokenizer, parameter_count
+from kdtrain.prepare import build_method, open_teacher, prepare_cache, start_accelerator
+from kdtrain.recipe import load_recipe
 
 EVALUATION_TOKENS = 8192
 RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Tokenized rows to measure on; the teacher's logits where a teacher is known."""
+
+    rows: TokenRows
+    labels: Tensor
+    teacher_logits: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        split: TextRows,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        focus: str | None,
+        cache: TeacherCache | None,
+    ) -> "EvaluationSet":
+        """Tokenize a split for the student and look up what the teacher says."""
+        rows = tokenize(split.texts, tokenizer, max_length, focus)
+        return cls(rows, split.labels, None if cache is None else cache.rows(split.keys()).logits)
 
 
 @torch.inference_mode()
@@ -105,3 +138,44 @@ def report(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> dic
         "accuracy_interval": list(bootstrap_interval(correct)),
         "rows": len(labels),
     }
+
+
+def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
+    """Load a finished run's student as a user would and measure it anew on one split of its data.
+
+    Raises:
+        KdtrainError: the folder holds no finished run.
+    """
+    if not (folder / "student").is_dir() or not (folder / "recipe.yaml").is_file():
+        raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml")
+    data = load_classification(recipe.data)
+    accelerator = start_accelerator(recipe)
+    teacher = open_teacher(recipe, data)
+    cache = None
+    if teacher is not None:
+        cache = prepare_cache(recipe, data, teacher, build_method(recipe, teacher), accelerator.device)
+    student = AutoModelForSequenceClassification.from_pretrained(folder / "student", dtype=torch.float32)
+    student.to(accelerator.device)
+    tokenizer = load_tokenizer(str(folder / "student"), "student")
+    rows = EvaluationSet.of(getattr(data, split), tokenizer, recipe.student.max_length, data.focus, cache)
+    return {
+        **report(predict(student, rows.rows, accelerator), rows.labels, rows.teacher_logits),
+        "parameters": parameter_count(student),
+        "bytes": folder_bytes(folder / "student"),
+        "latency_ms": latency_ms(student, rows.rows),
+    }
+
+
+def compare_runs(folder: Path, other: Path, split: str = "test") -> tuple[float, float, float]:
+    """Accuracy of one run minus another's on the same rows, with the paired bootstrap interval."""
+    found = []
+    for run in (folder, other):
+        path = run / "predictions" / f"{split}.safetensors"
+        if not path.is_file():
+            raise KdtrainError(f"{run} holds no finished run: {path} is missing")
+        found.append(load_file(path))
+    if not torch.equal(found[0]["labels"], found[1]["labels"]):
+        raise KdtrainError(f"{folder} and {other} were measured on different {split} rows")
+    correct = [(run["logits"].argmax(dim=1) == run["labels"]).numpy() for run in found]
+    return paired_difference(*correct)

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save as serialize
-from torch import Tensor
 
 from kdtrain.errors import KdtrainError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -41,8 +42,10 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all."""
+    from safetensors.torch import save as serialize  # loads torch, which reading a recipe does without
+
     write_atomic(path, serialize({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 

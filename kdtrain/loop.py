@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from kdtrain.cache import TeacherRows
 from kdtrain.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
 from kdtrain.data.tokens import TokenRows, length_grouped_batches
-from kdtrain.evaluate import classification_metrics, predict
+from kdtrain.evaluate import EvaluationSet, classification_metrics, predict
 from kdtrain.files import append_line, write_atomic
 from kdtrain.objective import Batch, DistillationModel
 from kdtrain.progress import progress, say
@@ -42,15 +42,6 @@ class TrainingSet:
         return Batch(
             *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
         )  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Tokenized rows to measure on; the teacher's logits where a teacher is known."""
-
-    rows: TokenRows
-    labels: Tensor
-    teacher_logits: Tensor | None = None
 
 
 def train(

@@ -22,7 +22,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from kdtrain.bigru import BiGRUConfig, BiGRUForSequenceClassification
+from kdtrain.bigru import BiGRUForSequenceClassification
+from kdtrain.bigru_config import BiGRUConfig
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import StudentRecipe
 
@@ -75,10 +76,13 @@ def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) ->
         hidden_dropout_prob=recipe.dropout,
         attention_probs_dropout_prob=recipe.dropout,
         layer_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special_ids(tokenizer),
     )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The ids that a configuration repeats from its tokenizer."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
 
 
 def build_student(
@@ -106,9 +110,7 @@ def build_student(
             num_hidden_layers=recipe.layers,
             max_position_embeddings=recipe.max_length,
             hidden_dropout_prob=recipe.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **special_ids(tokenizer),
             **names,
         )
     )

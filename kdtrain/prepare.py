@@ -89,23 +89,27 @@ def training_rows(recipe: Recipe, data: ClassificationData, method: Method) -> T
     return data.train + data.unlabelled if method.needs_teacher and recipe.data.use_unlabelled else data.train
 
 
+def cached_rows(recipe: Recipe, data: ClassificationData, method: Method) -> TextRows:
+    """The rows whose teacher outputs a run needs: those it measures on, and those it learns from the teacher."""
+    measured = data.valid + data.test
+    return training_rows(recipe, data, method) + measured if method.needs_teacher else measured
+
+
+def cache_identity(recipe: Recipe, data: ClassificationData, teacher: Teacher, method: Method) -> Identity:
+    """Whose outputs, of which layers, this run needs."""
+    layers = recipe.teacher.layers + method.teacher_layers
+    return Identity.of(teacher, focus=data.focus, dtype=recipe.teacher.dtype, layers=layers)
+
+
 def prepare_cache(
     recipe: Recipe, data: ClassificationData, teacher: Teacher, method: Method, device: torch.device
 ) -> TeacherCache:
-    """Open the teacher cache and fill what this run needs: the rows it trains on and those it measures on."""
-    identity = Identity.of(
-        teacher,
-        focus=data.focus,
-        dtype=recipe.teacher.dtype,
-        layers=recipe.teacher.layers + method.teacher_layers,
-    )
-    rows = data.valid + data.test
-    if method.needs_teacher:
-        rows = training_rows(recipe, data, method) + rows
+    """Open the teacher cache and compute the rows that it lacks."""
+    rows = cached_rows(recipe, data, method)
     return build_cache(
         cache_folder(recipe),
         teacher,
-        identity,
+        cache_identity(recipe, data, teacher, method),
         rows.texts,
         rows.keys(),
         batch_tokens=recipe.teacher.batch_tokens,

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdtrain.checkpoint import Position
 from kdtrain.data.classification import ClassificationData, load_classification
 from kdtrain.data.tokens import tokenize
-from kdtrain.evaluate import latency_ms, predict, report
+from kdtrain.evaluate import EvaluationSet, latency_ms, predict, report
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.loop import EvaluationSet, TrainingSet, peak_memory, train
+from kdtrain.loop import TrainingSet, peak_memory, train
 from kdtrain.models import Teacher, build_student, parameter_count
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
@@ -76,12 +76,7 @@ def run(recipe: Recipe) -> Summary:
         bool(method.teacher_layers),
     )
     valid, test = (
-        EvaluationSet(
-            tokenize(split.texts, tokenizer, max_length, data.focus),
-            split.labels,
-            None if cache is None else cache.rows(split.keys()).logits,
-        )
-        for split in (data.valid, data.test)
+        EvaluationSet.of(split, tokenizer, max_length, data.focus, cache) for split in (data.valid, data.test)
     )
     position = train(recipe, DistillationModel(student, method), training, valid, folder, accelerator)
 
