@@ -45,8 +45,10 @@ def divergence(log_p_s: Tensor, log_p_t: Tensor, kind: BuiltDivergence) -> Tenso
     if isinstance(kind, ForwardKL):
         return _expectation(log_p_t, log_p_t - log_p_s)
     if isinstance(kind, JSD):
-        beta = torch.tensor(kind.beta, dtype=log_p_s.dtype, device=log_p_s.device)
-        log_m = torch.logaddexp(log_p_t + beta.log(), log_p_s + torch.log1p(-beta))
+        beta = kind.beta
+        mixture = beta * log_p_t.exp() + (1.0 - beta) * log_p_s.exp()
+        # Clamped for entries in which both probabilities are 0: their ratios are not counted, but log(0) has no slope.
+        log_m = mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
         teacher, student = _expectation(log_p_t, log_p_t - log_m), _expectation(log_p_s, log_p_s - log_m)
         return beta * teacher + (1.0 - beta) * student
     return _expectation(log_p_s, log_p_s - log_p_t)
