@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=8.0,
+        default=7.0,
         help=f"stop adding rounds when a case's share of this is used, after {MINIMUM_ROUNDS} (default: %(default)s)",
     )
     parser.add_argument(
