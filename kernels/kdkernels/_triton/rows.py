@@ -288,7 +288,6 @@ def _kd_rows_kernel(
             _, total_at_one = join_lanes(student_max, student_sum_at_one, LOG2_E)
         log_sum_at_one = tl.log2(total_at_one)
         ce = log_sum_at_one * LN_2 - (label_logit - student_reference)
-    tl.store(ce_ptr + row, ce)
 
     ratio_mean = 0.0
     if DIVERGENCE == "reverse_kl":
@@ -358,6 +357,7 @@ def _kd_rows_kernel(
             )
         if DIVERGENCE != "jsd":
             tl.store(kd_ptr + row, tl.sum(value, axis=0))
+    tl.store(ce_ptr + row, ce)
 
 
 def kd_rows(
