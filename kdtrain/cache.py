@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdtrain.data.tokens import TokenRows, token_budget_batches, tokenize
 from kdtrain.errors import KdtrainError
@@ -67,7 +67,7 @@ class Identity:
             max_length=teacher.max_length,
             focus=focus,
             dtype=dtype,
-            classes=teacher.model.config.num_labels,
+            classes=teacher.classes,
             layers=tuple(sorted(set(layers))),
         )
 
@@ -193,7 +193,7 @@ def build_cache(
         )
     todo_keys = list(todo)
     rows = tokenize(list(todo.values()), teacher.tokenizer, teacher.max_length, identity.focus)
-    teacher.model.to(device)
+    nn.Module.to(teacher.model, device)
     waiting: list[tuple[list[str], Tensor, Tensor | None]] = []
     with progress(len(todo), "teacher", unit="rows") as bar:
         batches = token_budget_batches(rows.lengths, batch_tokens)
@@ -255,7 +255,7 @@ def verify_cache(
     chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
     rows = tokenize([texts[i] for i in chosen], teacher.tokenizer, teacher.max_length, identity.focus)
     stored_rows = cache.rows([keys[i] for i in chosen], cache.layers)
-    teacher.model.to(device)
+    nn.Module.to(teacher.model, device)
     for row in range(len(chosen)):
         index = torch.tensor([row])
         logits, states = teacher_outputs(teacher, rows, index, cache.layers, device)

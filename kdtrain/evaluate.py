@@ -87,7 +87,7 @@ def classification_metrics(
     metrics = {
         "accuracy": float((predicted == labels).double().mean()),
         "top3": float((top == labels[:, None]).any(dim=1).double().mean()),
-        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro")),
         "loss": float(nn.functional.cross_entropy(logits.double(), labels)),
     }
     if teacher_logits is not None:

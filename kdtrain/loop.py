@@ -36,12 +36,15 @@ class TrainingSet:
     def batch(self, index: Tensor, device: torch.device) -> Batch:
         """The given rows, padded to the longest of them."""
         input_ids, mask = self.rows.batch(index)
-        logits = self.teacher.logits[index] if self.teacher is not None else None
-        states = self.teacher.states(index) if self.teacher is not None and self.with_states else None
-        tensors = (input_ids, mask, self.labels[index], logits, states)
         return Batch(
-            *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
-        )  # type: ignore[arg-type]
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            labels=self.labels[index].to(device),
+            teacher_logits=None if self.teacher is None else self.teacher.logits[index].to(device),
+            teacher_states=self.teacher.states(index).to(device)
+            if self.teacher and self.with_states
+            else None,
+        )
 
 
 def train(
@@ -144,7 +147,9 @@ def train(
                     loss, terms = model(batch, len(batch_rows))
                     accelerator.backward(loss * share)
                 sums[:-1] += terms * (share / (len(batch_rows) * accelerator.num_processes))
-            sums[-1] += accelerator.clip_grad_norm_(parameters, options.clip_norm)
+            sums[-1] += accelerator.clip_grad_norm_(
+                parameters, options.clip_norm
+            )  # a list: a generator would be empty by now
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

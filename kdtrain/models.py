@@ -48,6 +48,11 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
 
+    @property
+    def classes(self) -> int:
+        """C, the width of its logits."""
+        return int(self.model.config.num_labels or 0)
+
     def weights_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
         digest = hashlib.sha256()

@@ -36,6 +36,33 @@ def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
     save_figure(figure, path)
 
 
+def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw accuracy with its interval over parameters; models without parameters are the floor, a dashed line."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    floors = [metrics["accuracy"] for metrics in models.values() if metrics["parameters"] is None]
+    for name, metrics in models.items():
+        if metrics["parameters"] is None:
+            continue
+        low, high = metrics["accuracy_interval"]
+        accuracy = metrics["accuracy"]
+        axes.errorbar(
+            metrics["parameters"] / 1e6,
+            100 * accuracy,
+            yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
+            marker="o",
+            capsize=3,
+            linestyle="none",
+            label=name,
+        )
+    if floors:
+        axes.axhline(100 * max(floors), linestyle="--", color="grey", label="floor: best bag of tokens")
+    axes.set(xscale="log", xlabel="parameters, millions", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, and close it."""
     from io import BytesIO

@@ -135,7 +135,6 @@ class MethodRecipe:
     project: Literal["student", "teacher"] = option(
         "student", "which side is mapped onto the width of the other"
     )
-    normalize: bool = option(False, "whether both sides are divided by their L2 norm first")
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

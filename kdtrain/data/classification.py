@@ -144,16 +144,17 @@ def _load_file(name: str | None, recipe: DataRecipe) -> TextRows:
         raise KdtrainError(f"{path} must end in one of {', '.join(FORMATS)}")
     if not path.exists():
         raise KdtrainError(f"cannot read {path}: there is no such file")
-    import datasets  # takes a second; a data set folder does without it
+    from datasets import load_dataset  # takes a second; a data set folder does without it
+    from datasets.exceptions import DatasetGenerationError
 
     try:
-        table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
+        table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except DatasetGenerationError as error:
         if path.suffix == ".jsonl":
             for _ in read_jsonl(path):  # names the line
                 pass
         raise KdtrainError(f"{path} cannot be read as {FORMATS[path.suffix]}: {error.__cause__}") from None
-    places = ((f"{path}, row {number}", row) for number, row in enumerate(table, start=1))
+    places = ((f"{path}, row {number}", dict(row)) for number, row in enumerate(table, start=1))
     return _rows(places, (recipe.text, recipe.label), recipe.classes, name != recipe.unlabelled)
 
 

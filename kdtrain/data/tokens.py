@@ -72,11 +72,12 @@ def tokenize(
                 start = window_start(len(ids), budget, place)
             rows.append(np.array([*prefix, *ids[start : start + budget], *suffix], dtype=np.int32))
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    pad_id = tokenizer.pad_token_id
     return TokenRows(
         tokens=torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0, dtype=torch.int32),
         starts=lengths.cumsum(0) - lengths,
         lengths=lengths,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_id=pad_id if isinstance(pad_id, int) else 0,  # masked, so any id will do
     )
 
 

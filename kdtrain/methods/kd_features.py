@@ -1,6 +1,5 @@
 """Logit distillation with hidden states: patient distillation (Sun et al. 2019, arXiv 1908.09355) for unequal widths."""
 
-import torch
 from torch import Tensor, nn
 
 from kdkernels import projection_mse
@@ -33,19 +32,18 @@ class FeatureDistillation(LogitDistillation):
     def terms(self, logits: Tensor, states: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """kd, ce and feature."""
         assert states is not None and batch.teacher_states is not None
-        sums = [
-            projection_mse(
+        total = logits.new_zeros(())
+        for i, projection in enumerate(self.projections):
+            assert isinstance(projection, nn.Linear)
+            total = total + projection_mse(
                 states[:, i],
                 batch.teacher_states[:, i],
                 projection.weight,
                 projection.bias,
                 project=self.recipe.project,
-                normalize=self.recipe.normalize,
                 reduction="sum",
             )
-            for i, projection in enumerate(self.projections)
-        ]
-        feature = torch.stack(sums).sum() / (self.target_width * len(sums))
+        feature = total / (self.target_width * len(self.projections))
         return {**super().terms(logits, None, batch), "feature": feature}
 
 

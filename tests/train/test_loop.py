@@ -1,0 +1,149 @@
+"""The loop end to end, on tiny models: it learns, it can be killed, it does not repeat itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kdtrain.errors import KdtrainError
+from kdtrain.plots import read_metrics
+from kdtrain.recipe import Recipe, save_recipe
+from kdtrain.run import run
+from kdtrain.summary import Summary
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock or the machine decides."""
+    measured = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in measured} for line in read_metrics(folder)]
+
+
+def test_teacher_learns_the_task(teacher: Path) -> None:
+    summary = Summary.load(teacher.parent)
+    losses = [line["loss"] for line in read_metrics(teacher.parent) if "loss" in line]
+    assert losses[-1] < 0.3 * losses[0]
+    assert summary.test["accuracy"] > 0.9
+    assert summary.training["tokens"] > 0
+
+
+def test_run_leaves_what_it_promises(teacher: Path) -> None:
+    folder = teacher.parent
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json", "plots/learning_curve.png", "checkpoints"):
+        assert (folder / name).exists(), name
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".tmp", ".old")]
+    summary = Summary.load(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    assert type(model).__module__.startswith("transformers.")
+    assert model.config.id2label == {0: "KeyError", 1: "ValueError", 2: "OSError"}
+    assert sum(p.numel() for p in model.parameters()) == summary.student["parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    text = "def f(k, d):\n    try:\n        return d[k]\n    except __HOLE__:\n        pass\n"
+    with torch.inference_mode():
+        logits = model(**tokenizer(text, return_tensors="pt")).logits
+    assert int(logits.argmax()) == 0
+
+
+def test_saved_student_gives_the_saved_predictions(teacher: Path) -> None:
+    predictions = load_file(teacher.parent / "predictions" / "test.safetensors")
+    accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).double().mean()
+    assert float(accuracy) == Summary.load(teacher.parent).test["accuracy"]
+
+
+def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) -> None:
+    """A process killed with -9 after a checkpoint, started again, ends with the same bytes as one left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    training = replace(distillation.training, epochs=3, accumulation=2, evaluate_every=3, log_every=2)
+    recipe = replace(distillation, training=training)
+    run(replace(recipe, output=str(whole)))
+
+    save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    reached = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
+    assert 0 < reached < Summary.load(whole).training["steps"]
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"resumed at step {reached}" in again.stderr
+    assert lines(killed) == lines(whole)
+    for name in ("student/model.safetensors", "projection.safetensors", "predictions/test.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_finished_run_is_recognised_and_another_is_refused(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(recipe, output=str(tmp_path / "run"), training=replace(recipe.training, max_steps=2))
+    first = run(recipe)
+    written = (tmp_path / "run" / "summary.json").stat().st_mtime_ns
+    assert run(recipe) == first
+    assert "already done" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns == written
+    other = replace(recipe, training=replace(recipe.training, learning_rate=1e-4))
+    with pytest.raises(
+        KdtrainError, match=r"holds another run \(training.learning_rate: 0.003 there, 0.0001 here\)"
+    ):
+        run(other)
+
+
+def test_best_weights_are_restored(recipe: Recipe, tmp_path: Path) -> None:
+    """A rate that ruins the model after its first steps: the student of the best step is what is saved."""
+    training = replace(recipe.training, epochs=3, evaluate_every=6, learning_rate=3e-3, best_metric="loss")
+    training = replace(training, warmup=0.0, schedule="constant_with_warmup", max_steps=18)
+    summary = run(replace(recipe, training=training, output=str(tmp_path / "run")))
+    values = {
+        line["step"]: line["valid/loss"] for line in read_metrics(tmp_path / "run") if "valid/loss" in line
+    }
+    assert summary.training["best_step"] == min(values, key=lambda step: values[step])
+    assert summary.valid["loss"] == pytest.approx(min(values.values()), rel=1e-5)
+
+
+def test_bf16_and_bigru_train(distillation: Recipe, tmp_path: Path) -> None:
+    student = replace(distillation.student, architecture="bigru")
+    training = replace(distillation.training, precision="bf16", epochs=6)
+    summary = run(replace(distillation, student=student, training=training, output=str(tmp_path / "run")))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert summary.student["architecture"] == "kdtrain_bigru"
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").num_labels == 3
+
+
+def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path) -> None:
+    """torchrun with two gloo processes takes the same steps as one process, up to the order of sums."""
+    student = replace(distillation.student, dropout=0.0)
+    training = replace(distillation.training, batch_size=13, max_steps=6, log_every=1, evaluate_every=6)
+    recipe = replace(distillation, student=student, training=training)
+    run(replace(recipe, output=str(tmp_path / "one")))
+    save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    found = subprocess.run(
+        [*launch, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["training"]["processes"] == 2
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (one["step"], name)
+    before, after = (load_file(tmp_path / name / "student/model.safetensors") for name in ("one", "two"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-2, atol=2e-4)
