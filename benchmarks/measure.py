@@ -26,17 +26,18 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def _status_bytes(field: str) -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {field}: memory is measured on Linux only.")
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
 
 
-def peak_bytes_of(step: Callable[[], object]) -> int:
+def peak_bytes_of(step: Callable[[], object]) -> int | None:
     """How far one step raises this process's resident memory above what it holds before (inputs, code).
 
     The kernel keeps the high-water mark (VmHWM); writing 5 to clear_refs sets it back to what is resident now.
+    None where the system has no such file: the cell of the table stays empty.
     """
+    if not CLEAR_REFS.exists():
+        return None
     gc.collect()
     # Freed heap goes back to the system first: memory that malloc kept from the warm-up would hide what the step needs.
     ctypes.CDLL(None).malloc_trim(0)

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 def _ratio(row: Row, base: Row | None) -> float | None:
     """Median of the ratios within each round: what slows a whole round down cancels out."""
-    if base is None or not row.seconds or not base.seconds:
+    if base is None or row.cannot_run or base.cannot_run:
         return None
     return statistics.median(mine / theirs for mine, theirs in zip(row.seconds, base.seconds, strict=True))
 

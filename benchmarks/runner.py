@@ -73,13 +73,14 @@ class Worker:
         return self.answer()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
 
 def run_case(
@@ -113,11 +114,16 @@ def run_case(
                     break
                 say(f"round {number + 1} of at most {rounds}")
                 for worker in shuffled.sample(running, len(running)):
-                    worker.row.seconds.append(worker.order("time")["seconds"])
+                    found = worker.order("time")
+                    if "seconds" in found:
+                        worker.row.seconds.append(found["seconds"])
+                    else:
+                        running.remove(worker)
             say("memory and error")
             for worker in running:
-                worker.row.peak_bytes = worker.order("memory")["peak_bytes"]
-                worker.row.errors = worker.order("error")
+                worker.row.peak_bytes = worker.order("memory").get("peak_bytes")
+                if worker.row.cannot_run is None:
+                    worker.row.errors = worker.order("error")
         finally:
             for worker in workers:
                 worker.close()

@@ -1,0 +1,99 @@
+"""The benchmark runner on a case of milliseconds: what it measures, and what it says of a contender that cannot run."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import Case, make_inputs
+from benchmarks.contenders import CONTENDERS, PEER_BETA
+from benchmarks.measure import peak_bytes_of, quartiles
+from benchmarks.report import markdown, records
+from benchmarks.runner import Row, run_case
+
+TINY = Case("forward_kl", tokens=48, width=8, teacher_width=12, vocabulary=300, masked=0.5)
+MEBIBYTE = 2**20
+
+
+def test_a_case_is_measured_in_processes_and_checked_against_fp64() -> None:
+    rows = run_case(TINY, ["products", "ours", "eager"], rounds=3, seconds=0.0, say=lambda what: None)
+    for row in rows:
+        assert row.cannot_run is None
+        assert len(row.seconds) == 3 and min(row.seconds) > 0
+    assert rows[0].errors == {}  # a yardstick computes no loss
+    for row in rows[1:]:
+        assert row.errors.keys() == {"loss_error", "hidden_error", "weight_error"}
+        assert 0 < max(row.errors.values()) < 1e-5
+
+
+# Every divergence of the suites: the eager lines are the baseline of a claim, so they must be the same loss as ours.
+@pytest.mark.parametrize("divergence", list(PEER_BETA))
+def test_the_eager_baseline_is_the_same_loss(divergence: str) -> None:
+    case = Case(divergence, tokens=48, width=8, teacher_width=12, vocabulary=300, masked=0.5)
+    losses, gradients = [], []
+    for name in ("ours", "eager"):
+        inputs = make_inputs(case)
+        losses.append(CONTENDERS[name](case, inputs)())
+        gradients.append((inputs.student_hidden.grad, inputs.student_weight.grad))
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_inputs_look_trained() -> None:
+    """A student near its teacher, neither of them uniform: what benchmarks/README.md says of the inputs."""
+    inputs = make_inputs(Case("forward_kl", tokens=64, vocabulary=8000))
+    student = torch.log_softmax(inputs.student_hidden.detach() @ inputs.student_weight.detach().T, -1)
+    teacher = torch.log_softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, -1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    entropy = -(teacher.exp() * teacher).sum(-1).mean()
+    assert 0.02 < divergence < 0.5
+    assert 2 < entropy < 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")
+def test_peak_memory_is_what_the_step_adds() -> None:
+    held = torch.ones(40 * MEBIBYTE // 4)
+    peak = peak_bytes_of(lambda: (held + 1).sum())
+    assert peak is not None and 38 * MEBIBYTE < peak < 60 * MEBIBYTE
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """One slow round triples everybody; the ratio of the medians would be 3, that of the rounds is 2."""
+    rows = [Row("products", [1.0, 1.0, 3.0]), Row("ours", [2.0, 6.0, 6.0], errors={"loss_error": 1e-7})]
+    floor, ours = records(TINY, rows)
+    assert floor["times_floor"] == 1.0 and ours["times_floor"] == 2.0
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_a_contender_that_cannot_run_says_why() -> None:
+    found = records(
+        TINY, [Row("products", [1.0]), Row("trl", cannot_run="not installed (No module named 'trl')")]
+    )
+    assert "cannot run: not installed (No module named 'trl')" in markdown(found)
+    assert found[1]["times_floor"] is None
+
+
+def test_the_command_prints_a_table_and_writes_csv_and_json(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "benchmarks", "--suite", "smoke", "--divergence", "jsd", "--rounds", "3"]
+    command += ["--contenders", "products", "copy", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| floor: four bare matrix products |" in done.stdout
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contender"] for row in rows] == ["products", "copy"]
+    whole = json.loads(table.with_suffix(".json").read_text())
+    assert whole["environment"]["torch"] == torch.__version__ and len(whole["rows"]) == 2
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json"}
+
+
+def test_an_unknown_divergence_is_refused() -> None:
+    from benchmarks.__main__ import main
+
+    assert main(["--divergence", "no_such"]) == 2
