@@ -127,7 +127,5 @@ class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
         return BiGRUClassifierOutput(loss=loss, logits=logits, sentence_states=encoded.sentence_states)
 
 
-def register() -> None:
-    """Make the Auto classes know the models."""
-    AutoModel.register(BiGRUConfig, BiGRUModel, exist_ok=True)
-    AutoModelForSequenceClassification.register(BiGRUConfig, BiGRUForSequenceClassification, exist_ok=True)
+AutoModel.register(BiGRUConfig, BiGRUModel, exist_ok=True)
+AutoModelForSequenceClassification.register(BiGRUConfig, BiGRUForSequenceClassification, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The shape of a BiGRU student."""
+"""The shape of a BiGRU student; importing this module makes AutoConfig know it."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -21,6 +21,4 @@ class BiGRUConfig(PreTrainedConfig):
     eos_token_id: int = 2
 
 
-def register() -> None:
-    """Make AutoConfig know the shape."""
-    AutoConfig.register(BiGRUConfig.model_type, BiGRUConfig, exist_ok=True)
+AutoConfig.register(BiGRUConfig.model_type, BiGRUConfig, exist_ok=True)

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from kdtrain.errors import KdtrainError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "kdtrain.commands.demo",
+        "the whole story on this machine: data, teacher, students, table, plots",
+    ),
+    "data": ("kdtrain.commands.data", "build a data set"),
     "train": ("kdtrain.commands.train", "train one student as a recipe says"),
     "cache": ("kdtrain.commands.cache", "store the teacher's outputs that a recipe needs"),
     "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again"),

@@ -79,7 +79,7 @@ def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) ->
         max_position_embeddings=recipe.max_length + 2,  # RoBERTa counts positions from pad_token_id + 1
         type_vocab_size=1,
         hidden_dropout_prob=recipe.dropout,
-        attention_probs_dropout_prob=recipe.dropout,
+        attention_probs_dropout_prob=recipe.attention_dropout,
         layer_norm_eps=1e-5,
         **special_ids(tokenizer),
     )

@@ -17,14 +17,14 @@ OURS = {
     "transformers.models.auto.configuration_auto": "kdtrain.bigru_config",
     "transformers.models.auto.modeling_auto": "kdtrain.bigru",
 }
-"""Module with Auto classes, and the module of ours whose `register()` adds to them."""
+"""Module with Auto classes, and the module of ours that adds to them when it is imported."""
 
 
 def register_models() -> None:
     """Register with the Auto classes that are loaded, and with the others as soon as they are."""
     for theirs, ours in OURS.items():
         if theirs in sys.modules:
-            importlib.import_module(ours).register()
+            importlib.import_module(ours)
         else:
             sys.meta_path.insert(0, _Waiting(theirs, ours))
 
@@ -56,4 +56,4 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(self.ours).register()
+        importlib.import_module(self.ours)
