@@ -213,6 +213,27 @@ def test_nan_logits_are_not_swallowed(divergence: BuiltDivergence):
         assert grad[1].isnan().any() and not grad[[0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("label", [-100, -1, 130, 2**32 + 5])
+def test_a_label_out_of_range_reads_nothing_and_is_loud(label: int):
+    student, teacher, labels = inputs(130)
+    labels[1] = label
+    grad = torch.zeros_like(student)
+    _, ce = kd_rows(
+        student, teacher, labels, RowTerms(ForwardKL(), 2.0, ce_weight=0.5), grad=grad, config=SMALL
+    )
+    assert ce.isnan().tolist() == [False, True, False]
+    assert grad[1].isnan().all() and not grad[[0, 2]].isnan().any()
+
+
+def test_labels_without_a_weight_are_not_read():
+    student, teacher, labels = inputs(130)
+    student[:, 3] = float("-inf")
+    labels[:] = 3
+    labels[0] = 10**6
+    kd, ce = kd_rows(student, teacher, labels, RowTerms(JSD(), 2.0), grad=student, config=SMALL)
+    assert kd.isfinite().all() and torch.equal(ce, torch.zeros_like(ce)) and student.isfinite().all()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_offsets_cost_no_digits(divergence: BuiltDivergence):
     student, teacher, labels = inputs(130)

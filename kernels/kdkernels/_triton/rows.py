@@ -204,7 +204,7 @@ def _last_step(
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V)
-    labels_ptr,  # (R,) int64, read when HAS_LABELS and the weight is not 0
+    labels_ptr,  # (R,) int64, read when HAS_LABELS and the row's weight is not 0
     student_bias_ptr,  # (V,)
     teacher_bias_ptr,  # (V,)
     row_weight_ptr,  # (R,) fp32
@@ -258,10 +258,14 @@ def _kd_rows_kernel(
     label = -1
     label_logit = 0.0
     if HAS_LABELS:
-        label = tl.load(labels_ptr + row).to(tl.int32)
-        label_logit = tl.load(student_row + label).to(tl.float32)
+        # A label out of range reads nothing, and its row becomes NaN: checking it on the host would wait for the device.
+        label = tl.load(labels_ptr + row)
+        valid = (label >= 0) & (label < V)
+        label_logit = tl.load(student_row + label, mask=valid, other=float("nan")).to(tl.float32)
         if HAS_STUDENT_BIAS:
-            label_logit += tl.load(student_bias_ptr + label).to(tl.float32)
+            label_logit += tl.load(student_bias_ptr + label, mask=valid, other=0.0).to(tl.float32)
+        ce_weight = tl.where(valid, ce_weight, float("nan"))
+        label = label.to(tl.int32)
 
     # Pass 1, from the last tile to the first: the last pass has to ascend and finds the first tiles still in cache.
     scale = inverse_temperature * LOG2_E
@@ -378,7 +382,7 @@ def kd_rows(
     once to the dtype of `grad`. `grad` may be `student_logits` itself or a narrower view of the same rows, such as the
     (R, 2V) half view of an fp32 buffer cut to V columns: the row is overwritten behind what has been read.
     Rows of weight 0 are not read; their values are 0 and their gradient is exactly 0.
-    Both values come back without their weights and without T squared. `config` replaces the table's configuration.
+    Both values come back without their weights and without T squared; CE is 0 where `ce_weight` is. `config` replaces the table's configuration.
     """
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits.dtype == torch.float64:
@@ -408,6 +412,7 @@ def kd_rows(
     if config is None:
         config = row_config(architecture_of(student_logits.device))
     divergence = terms.divergence
+    with_ce = labels is not None and terms.ce_weight != 0.0
     with device_guard(student_logits.device):
         _kd_rows_kernel[(rows,)](
             student_ptr=student_logits,
@@ -429,8 +434,8 @@ def kd_rows(
             ce_weight=float(terms.ce_weight),
             beta=float(divergence.beta) if isinstance(divergence, JSD) else 0.5,
             DIVERGENCE=KERNEL_NAMES[type(divergence)],
-            HAS_LABELS=labels is not None,
-            CE_AT_ONE=labels is not None and terms.temperature != 1.0,
+            HAS_LABELS=with_ce,
+            CE_AT_ONE=with_ce and terms.temperature != 1.0,
             HAS_STUDENT_BIAS=student_bias is not None,
             HAS_TEACHER_BIAS=teacher_bias is not None,
             HAS_ROW_WEIGHT=row_weight is not None,
