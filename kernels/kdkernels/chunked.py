@@ -37,8 +37,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def _logit_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """(rows, V) for logits of the head `like`; on GPUs rows start at multiples of 16 bytes."""
-    width = -(-vocabulary // 4) * 4 if like.device.type == "cuda" else vocabulary
+    """(rows, V) for logits of the head `like`; on GPUs rows start at multiples of 16 elements.
+
+    The products take such rows as they are, in float32 and as their half alias, and Triton reads them 128 bits at a
+    time only when it knows the stride to be a multiple of 16.
+    """
+    width = -(-vocabulary // 16) * 16 if like.device.type == "cuda" else vocabulary
     return torch.empty((rows, width), dtype=wide_dtype(like.dtype), device=like.device)
 
 
