@@ -21,9 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from joblib import Parallel, delayed
 
@@ -59,14 +60,7 @@ def build_exceptions(
     are train.jsonl, valid.jsonl, test.jsonl, unlabelled.jsonl and dataset.json; dataset.json is written last, so a
     folder that holds it is whole.
     """
-    missing = [str(folder) for folder in (*trees, *site_packages) if not folder.is_dir()]
-    if missing:
-        raise KdtrainError(f"there is no folder {missing[0]} to take Python code from")
-    distributions: list[Distribution] = []
-    if trees:
-        files = [file for tree in trees for file in tree_sources(tree)]
-    else:
-        files, distributions = installed_sources(site_packages)
+    files, distributions = source_files(trees, site_packages)
     functions = collect_functions(files)
     kept = without_duplicates(functions)
     rows = rows_by_split(kept)
@@ -79,12 +73,25 @@ def build_exceptions(
     return _write(output, rows, files, distributions, duplicates=len(functions) - len(kept))
 
 
+def source_files(
+    trees: Sequence[Path], site_packages: Sequence[Path]
+) -> tuple[list[SourceFile], list[Distribution]]:
+    """The Python files to read, and the distributions they came with when they are installed ones."""
+    missing = [str(folder) for folder in (*trees, *site_packages) if not folder.is_dir()]
+    if missing:
+        raise KdtrainError(f"there is no folder {missing[0]} to take Python code from")
+    if trees:
+        return [file for tree in trees for file in tree_sources(tree)], []
+    return installed_sources(site_packages)
+
+
 def collect_functions(files: Sequence[SourceFile], *, raises: bool = False) -> list[Function]:
     """The functions of all files, read by every core; with `raises`, those with a `raise` count too."""
     found: list[Function] = []
     jobs = (delayed(read_functions)(file, raises=raises) for file in files)
+    results = cast(Iterator[list[Function]], Parallel(n_jobs=-1, return_as="generator")(jobs))
     with progress(len(files), "reading Python code", unit="files") as bar:
-        for functions in Parallel(n_jobs=-1, return_as="generator", batch_size=32)(jobs):
+        for functions in results:
             found += functions
             bar.update()
     return found

@@ -102,11 +102,11 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 def _licence(fields: metadata.PackageMetadata) -> str | None:
     """The licence as a short text when it is permissive, else None."""
-    stated = [fields.get("License-Expression") or ""]
+    stated = fields.get_all("License-Expression") or []
     stated += [
         line.split("::")[-1] for line in fields.get_all("Classifier") or [] if line.startswith("License ::")
     ]
-    if not any(stated):  # old metadata: free text, possibly the whole licence; its first line names it
-        stated.append((fields.get("License") or "").strip().split("\n")[0][:80])
+    if not stated:  # old metadata: free text, possibly the whole licence; its first line names it
+        stated = [text.strip().split("\n")[0][:80] for text in fields.get_all("License") or []]
     text = "; ".join(part.strip() for part in stated if part.strip())
     return text if _PERMISSIVE.search(text) and not _COPYLEFT.search(text) else None
