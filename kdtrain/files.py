@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise _refused(path, error, len(content)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -63,6 +64,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
         raise _refused(path, error) from error
+    except KdtrainError as error:  # a file inside: the reader knows the folder by its real name
+        raise (_refused(path, error.__cause__) if isinstance(error.__cause__, OSError) else error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

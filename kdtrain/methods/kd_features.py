@@ -52,7 +52,9 @@ def layer_pairs(
 ) -> tuple[tuple[int, int], ...]:
     """The pairs asked for, or student layer i with teacher layer round(i * teacher / student), i = 1, 2, ..."""
     if not layer_map:
-        return tuple((i, round(i * teacher_layers / student_layers)) for i in range(1, student_layers + 1))
+        return tuple(
+            (i, max(1, round(i * teacher_layers / student_layers))) for i in range(1, student_layers + 1)
+        )
     for pair in layer_map:
         for layer, layers, side in zip(
             pair, (student_layers, teacher_layers), ("student", "teacher"), strict=True

@@ -1,0 +1,96 @@
+"""The BiGRU student: a transformers model in every respect that matters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from kdtrain.bigru import BiGRUForSequenceClassification
+from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.models import parameter_count
+
+
+@pytest.fixture
+def model() -> BiGRUForSequenceClassification:
+    config = BiGRUConfig(
+        vocab_size=60, hidden_size=12, num_hidden_layers=2, num_labels=4, max_position_embeddings=32
+    )
+    return BiGRUForSequenceClassification(config).eval()
+
+
+def test_save_and_load_in_a_fresh_process(tmp_path: Path, model: BiGRUForSequenceClassification) -> None:
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    ids = torch.tensor([[0, 7, 9, 2]])
+    code = (
+        "import kdtrain, sys\n"
+        "assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+        "import torch\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        f"print(Auto.from_pretrained({str(tmp_path)!r})(torch.tensor([[0, 7, 9, 2]])).logits.tolist())"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    torch.testing.assert_close(torch.tensor(eval(found.stdout)), model(ids).logits)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), BiGRUConfig)
+    assert AutoModel.from_pretrained(tmp_path).config.hidden_size == 12
+    assert isinstance(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path), BiGRUForSequenceClassification
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_never_read(model: BiGRUForSequenceClassification, side: str) -> None:
+    rows = [[0, 5, 6, 7, 2], [0, 2], [0, 9, 2]]
+    ids, mask = torch.full((3, 11), 1), torch.zeros(3, 11, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(11 - len(row), 11)
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    padded = model(ids, mask)
+    encoded = model.bigru(ids, mask)
+    for i, row in enumerate(rows):
+        alone = model.bigru(torch.tensor([row]))
+        torch.testing.assert_close(padded.logits[i], model(torch.tensor([row])).logits[0])
+        assert encoded.last_hidden_state is not None and alone.last_hidden_state is not None
+        torch.testing.assert_close(encoded.last_hidden_state[i][mask[i] == 1], alone.last_hidden_state[0])
+    ids[mask == 0] = 33  # whatever stands there
+    assert torch.equal(model(ids, mask).logits, padded.logits)
+
+
+def test_sentence_states_are_the_ends_of_every_layer(model: BiGRUForSequenceClassification) -> None:
+    """Against one stacked torch.nn.GRU with the same weights."""
+    bigru = model.bigru
+    stacked = nn.GRU(12, 12, num_layers=2, batch_first=True, bidirectional=True)
+    for i, layer in enumerate(bigru.layers):
+        for name, parameter in layer.named_parameters():
+            getattr(stacked, name.replace("_l0", f"_l{i}")).data.copy_(parameter.data)
+    ids = torch.tensor([[0, 5, 6, 7, 2]])
+    embedded = bigru.norm(bigru.token_embeddings(ids) + bigru.position_embeddings(torch.arange(5)))
+    hidden, last = stacked(embedded)
+    states = model(ids).sentence_states
+    assert states is not None
+    torch.testing.assert_close(states[0], last.view(2, 2, 12).flatten(1))
+    torch.testing.assert_close(states[0, 1], torch.cat([hidden[0, -1, :12], hidden[0, 0, 12:]]))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "layers", "millions"),
+    [
+        (50_000, 768, 8, 122.6),
+        (20_000, 448, 6, 30.5),
+        (5_000, 320, 3, 7.1),
+        (2_000, 176, 2, 1.5),
+        (1_000, 112, 2, 0.6),
+    ],
+)
+def test_sizes_of_the_study(vocab: int, width: int, layers: int, millions: float) -> None:
+    """The five BiGRU students of arXiv 2508.15423 have the parameters that their names promise."""
+    config = BiGRUConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_labels=2)
+    with torch.device("meta"):
+        model = BiGRUForSequenceClassification(config)
+    assert round(parameter_count(model) / 1e6, 1) == pytest.approx(millions)

@@ -1,0 +1,238 @@
+"""The teacher cache: whose it is, what it holds, and what happens to it when things go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kdtrain.cache import Identity, TeacherCache, build_cache, open_cache, teacher_outputs, verify_cache
+from kdtrain.data.classification import ClassificationData, load_classification
+from kdtrain.data.tokens import tokenize
+from kdtrain.errors import KdtrainError
+from kdtrain.models import Teacher, load_teacher
+from kdtrain.recipe import DataRecipe, Recipe
+from tests.train.conftest import CLASSES, FOCUS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(toy: Path) -> ClassificationData:
+    return load_classification(DataRecipe(path=str(toy)))
+
+
+@pytest.fixture(scope="module")
+def model(teacher: Path) -> Teacher:
+    return load_teacher(str(teacher), CLASSES)
+
+
+def identity_of(teacher: Teacher, dtype: str = "float32", layers: tuple[int, ...] = (1, 3)) -> Identity:
+    return Identity.of(teacher, focus=FOCUS, dtype=dtype, layers=layers)
+
+
+def build(
+    folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData, count: int = 40
+) -> TeacherCache:
+    texts, keys = data.test.texts[:count], data.test.keys()[:count]
+    return build_cache(folder, teacher, identity, texts, keys, batch_tokens=300, device=CPU)
+
+
+def check(folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData) -> int:
+    cache = open_cache(folder, identity)
+    assert cache is not None
+    return verify_cache(
+        cache, teacher, identity, data.test.texts, data.test.keys(), count=10, seed=0, device=CPU
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_stored_outputs_are_the_teachers(
+    tmp_path: Path, model: Teacher, data: ClassificationData, dtype: str, tolerance: float
+) -> None:
+    """Against the plain model on one row at a time, as a user would call it."""
+    cache = build(tmp_path, model, identity_of(model, dtype), data)
+    rows = cache.rows(data.test.keys(), (3,))
+    lengths = tokenize(data.test.texts, model.tokenizer, 1000).lengths
+    whole = [i for i in range(40) if lengths[i] <= model.max_length]  # the others are cut around the focus
+    assert len(whole) > 10
+    for i in whole:
+        encoded = model.tokenizer(data.test.texts[i], return_tensors="pt")
+        with torch.inference_mode():
+            output = model.model(**encoded, output_hidden_states=True)
+        torch.testing.assert_close(rows.logits[i], output.logits[0], rtol=1e-4, atol=1e-5)
+        state = output.hidden_states[3][0, 0]
+        torch.testing.assert_close(
+            rows.states(torch.tensor([i]))[0, 0], state, rtol=tolerance, atol=tolerance
+        )
+    assert not model.model.training
+    assert not any(p.requires_grad for p in model.model.parameters())
+
+
+def test_manifest_says_whose_it_is(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    build(tmp_path, model, identity_of(model), data)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["teacher_weights"] == model.weights_hash()
+    assert manifest["tokenizer"] == model.tokenizer_hash()
+    assert (manifest["max_length"], manifest["focus"], manifest["dtype"]) == (64, FOCUS, "float32")
+    assert (manifest["layers"], manifest["classes"], manifest["rows"]) == ([1, 3], 3, 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"teacher_weights": "0" * 32}, "the weights of the teacher is"),
+        ({"tokenizer": "0" * 32}, "the tokenizer of the teacher is"),
+        (
+            {"max_length": 32},
+            "the tokens the teacher sees of a row (teacher.max_length) is 64 there and 32 here",
+        ),
+        ({"focus": None}, "the focus marker of the data is '__HOLE__' there and None here"),
+        (
+            {"dtype": "float16"},
+            "how features are stored (teacher.dtype) is 'float32' there and 'float16' here",
+        ),
+        ({"classes": 20}, "the number of classes is 3 there and 20 here"),
+        ({"layers": (1, 2)}, "stores the layers [1, 3] and this run needs [2] too"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(
+    tmp_path: Path, model: Teacher, data: ClassificationData, change: dict[str, object], sentence: str
+) -> None:
+    build(tmp_path, model, identity_of(model), data, count=8)
+    with pytest.raises(KdtrainError) as caught:
+        open_cache(tmp_path, replace(identity_of(model), **change))  # type: ignore[arg-type]
+    assert sentence in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "teacher.cache" in str(caught.value)
+
+
+def test_a_teacher_with_one_other_weight_is_refused(
+    tmp_path: Path, teacher: Path, model: Teacher, data: ClassificationData
+) -> None:
+    build(tmp_path / "cache", model, identity_of(model), data, count=8)
+    changed = AutoModelForSequenceClassification.from_pretrained(teacher)
+    with torch.no_grad():
+        changed.classifier.out_proj.bias[0] += 1e-3
+    changed.save_pretrained(tmp_path / "changed")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "changed")
+    other = load_teacher(str(tmp_path / "changed"), CLASSES)
+    with pytest.raises(KdtrainError, match=r"the weights of the teacher is '.*' there and '.*' here"):
+        open_cache(tmp_path / "cache", identity_of(other))
+    assert load_teacher(str(teacher), CLASSES).weights_hash() == model.weights_hash()
+
+
+def test_fewer_layers_and_known_rows_cost_nothing(
+    tmp_path: Path, model: Teacher, data: ClassificationData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path, model, identity_of(model), data)
+    assert "teacher cache: 40 rows x (3 logits + 2 x 48 features in float32)" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    cache = build(tmp_path, model, identity_of(model, layers=(3,)), data)
+    assert len(cache) == 40
+    assert capsys.readouterr().err == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_more_rows_are_added(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    first = build(tmp_path, model, identity_of(model), data, count=15).rows(data.test.keys()[:15]).logits
+    cache = build(tmp_path, model, identity_of(model), data)
+    assert len(cache) == 40 and len(list(tmp_path.glob("shard-*"))) == 2
+    assert torch.equal(cache.rows(data.test.keys()[:15]).logits, first)
+    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == 40
+
+
+def test_verify_finds_a_flipped_byte(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    identity = identity_of(model)
+    build(tmp_path, model, identity, data)
+    assert check(tmp_path, model, identity, data) == 10
+    shard = tmp_path / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1  # the lowest bits of one feature: no recomputation with a tolerance could tell
+    shard.write_bytes(content)
+    with pytest.raises(KdtrainError, match=r"shard-00000.safetensors has changed since it was written"):
+        check(tmp_path, model, identity, data)
+    shard.unlink()  # what the sentence advises
+    build(tmp_path, model, identity, data)
+    assert check(tmp_path, model, identity, data) == 10
+
+
+def test_verify_finds_rows_of_another_model(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    """Whole shards with whole checksums that the teacher never produced."""
+    identity = identity_of(model)
+    with torch.no_grad():
+        model.model.classifier.out_proj.bias += 0.5  # type: ignore[union-attr, operator]
+        build(tmp_path, model, identity, data)
+        model.model.classifier.out_proj.bias -= 0.5  # type: ignore[union-attr, operator]
+    with pytest.raises(KdtrainError, match=r"the stored logits differ from the recomputed ones by 0.5"):
+        check(tmp_path, model, identity, data)
+
+
+def test_cut_shard_is_a_sentence(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    build(tmp_path, model, identity_of(model), data)
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(KdtrainError, match=r"shard-00000.safetensors is damaged .* delete this one file"):
+        open_cache(tmp_path, identity_of(model))
+
+
+def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Path) -> None:
+    """kill -9 between two shards: the shards stay, the next build computes the rest only."""
+    rows = "".join(json.dumps({"code": f"x{i} = d[{i}]", "label": i % 3}) + "\n" for i in range(6000))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "recipe.yaml").write_text(
+        f"data: {{train: {tmp_path}/rows.jsonl, valid: {tmp_path}/rows.jsonl, classes: [{', '.join(CLASSES)}]}}\n"
+        f"teacher: {{path: {teacher}, cache: {tmp_path}/cache, batch_tokens: 1024}}\nmethod: {{name: kd}}\n"
+    )
+    command = [sys.executable, "-m", "kdtrain", "cache", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cache").glob("shard-*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the build was over before it could be killed"
+    kept = len(TeacherCache(tmp_path / "cache", ()))
+    assert 2048 <= kept < 6000
+    again = subprocess.run(
+        [*command, "--verify"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"teacher cache: {6000 - kept} rows x (3 logits)" in again.stderr
+    assert "all checksums hold and 64 recomputed rows agree" in again.stderr
+
+
+def test_teacher_that_cannot_be_used(tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(KdtrainError, match=r"teacher.path: there is no folder ./nowhere"):
+        load_teacher("./nowhere", CLASSES)
+    with pytest.raises(KdtrainError, match=r"has 3 classes, the data set 2"):
+        load_teacher(str(teacher), CLASSES[:2])
+    with pytest.raises(
+        KdtrainError, match=r"class 0 of the teacher .* is 'KeyError', of the data set 'OSError'"
+    ):
+        load_teacher(str(teacher), CLASSES[::-1])
+    with pytest.raises(
+        KdtrainError, match=r"teacher.max_length is 65, but the teacher .* reads at most 64 tokens"
+    ):
+        load_teacher(str(teacher), CLASSES, 65)
+    with pytest.raises(KdtrainError, match=r"teacher layer 4 was asked for, but .* has 3 layers"):
+        identity_of(load_teacher(str(teacher), CLASSES), layers=(4,))
+    encoder = AutoModelForSequenceClassification.from_pretrained(teacher).roberta
+    encoder.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path)
+    with pytest.raises(KdtrainError, match=r"has no trained weights for classifier\.dense\.bias"):
+        load_teacher(str(tmp_path), CLASSES)
+
+
+def test_two_tokenizers_see_one_row(model: Teacher, data: ClassificationData) -> None:
+    """The teacher is asked in its own tokens, cut to its own length."""
+    short = replace(model, max_length=16)
+    rows = tokenize(data.test.texts, short.tokenizer, short.max_length, FOCUS)
+    logits, states = teacher_outputs(short, rows, torch.arange(4), (), CPU)
+    assert int(rows.lengths.max()) == 16 and logits.shape == (4, 3) and states is None

@@ -1,0 +1,100 @@
+"""Classification data: folders, plain files, unlabelled rows, and every way in which a file can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdtrain.data.classification import UNLABELLED, load_classification
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe import DataRecipe
+from tests.train.conftest import CLASSES, FOCUS
+
+
+@pytest.fixture
+def broken(toy: Path, tmp_path: Path) -> Path:
+    """A copy of the toy data set, to be spoiled."""
+    shutil.copytree(toy, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_folder(toy: Path) -> None:
+    data = load_classification(DataRecipe(path=str(toy)))
+    assert (data.name, data.classes, data.focus) == ("toy", CLASSES, FOCUS)
+    assert [len(rows) for rows in (data.train, data.valid, data.test, data.unlabelled)] == [240, 32, 40, 24]
+    assert set(data.train.labels.tolist()) == {0, 1, 2}
+    assert set(data.unlabelled.labels.tolist()) == {UNLABELLED}
+    assert all(len(key) == 32 for key in data.train.keys())  # noqa: SIM118
+
+
+def test_fingerprint_follows_the_content_only(toy: Path, broken: Path) -> None:
+    fingerprint = load_classification(DataRecipe(path=str(toy))).fingerprint()
+    assert load_classification(DataRecipe(path=str(broken))).fingerprint() == fingerprint
+    lines = (broken / "test.jsonl").read_text().splitlines()
+    row = json.loads(lines[-1])
+    lines[-1] = json.dumps({**row, "label": (row["label"] + 1) % 3})
+    (broken / "test.jsonl").write_text("\n".join(lines))
+    assert load_classification(DataRecipe(path=str(broken))).fingerprint() != fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_plain_files_with_a_column_mapping(tmp_path: Path, suffix: str) -> None:
+    rows = [("x = 1", "bad"), ("y = 2", "good"), ("z, = 3", "bad")]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        path.write_text("func,target\n" + "".join(f'"{code}",{label}\n' for code, label in rows))
+    else:
+        path.write_text("".join(json.dumps({"func": code, "target": label}) + "\n" for code, label in rows))
+    recipe = DataRecipe(
+        train=str(path), valid=str(path), text="func", label="target", classes=("good", "bad")
+    )
+    data = load_classification(recipe)
+    assert data.train.texts == [code for code, _ in rows]
+    assert data.train.labels.tolist() == [1, 0, 1]
+    assert data.test.texts == data.valid.texts  # no test file: the validation rows stand in
+    assert len(data.unlabelled) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"code": "x", "label": 0', "train.jsonl:2 is not a line of JSON"),
+        ("\udcff", "train.jsonl:2 is not a line of JSON"),
+        ("[1]", "train.jsonl:2 must hold a JSON object, got list"),
+        ('{"code": "x", "label": 3}', "train.jsonl:2 has label 3; the 3 classes are numbered 0 to 2"),
+        ('{"code": "x", "label": -1}', "train.jsonl:2 has label -1; the 3 classes are numbered 0 to 2"),
+        ('{"code": "x", "label": "Eror"}', "train.jsonl:2 has label 'Eror'"),
+        ('{"code": "x", "label": 1.0}', "train.jsonl:2 has label 1.0"),
+        ('{"code": "x"}', "train.jsonl:2 has no label in column 'label' (columns: code)"),
+        ('{"text": "x", "label": 0}', "train.jsonl:2 has no text in column 'code' (columns: text, label)"),
+    ],
+)
+def test_unreadable_rows_are_named(broken: Path, line: str, sentence: str) -> None:
+    first = (broken / "train.jsonl").read_text().splitlines()[0]
+    (broken / "train.jsonl").write_bytes(f"{first}\n{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(KdtrainError) as caught:
+        load_classification(DataRecipe(path=str(broken)))
+    assert sentence in str(caught.value)
+
+
+def test_unreadable_plain_file_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"code": "x", "label": 0}\n{"code": "x", \n')
+    with pytest.raises(KdtrainError, match=r"rows.jsonl:2 is not a line of JSON"):
+        load_classification(DataRecipe(train=str(path), valid=str(path), classes=("a", "b")))
+
+
+def test_missing_and_empty_files(broken: Path, tmp_path: Path) -> None:
+    with pytest.raises(KdtrainError, match=r"is no data set: it has no dataset.json"):
+        load_classification(DataRecipe(path=str(tmp_path)))
+    with pytest.raises(KdtrainError, match=r"there is no such file"):
+        load_classification(DataRecipe(train="no.jsonl", valid="no.jsonl", classes=("a", "b")))
+    with pytest.raises(KdtrainError, match=r"must end in one of .jsonl, .csv, .parquet"):
+        load_classification(DataRecipe(train="no.txt", valid="no.txt", classes=("a", "b")))
+    (broken / "valid.jsonl").write_text("")
+    with pytest.raises(KdtrainError, match=r"the valid split of toy has no rows"):
+        load_classification(DataRecipe(path=str(broken)))
+    (broken / "valid.jsonl").unlink()
+    with pytest.raises(KdtrainError, match=r"cannot read .*valid.jsonl: No such file or directory"):
+        load_classification(DataRecipe(path=str(broken)))

@@ -1,0 +1,93 @@
+"""Figures: metrics against numbers worked out by hand, intervals against theory, and a run measured twice."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdtrain.errors import KdtrainError
+from kdtrain.evaluate import (
+    bootstrap_interval,
+    classification_metrics,
+    compare_runs,
+    evaluate_run,
+    paired_difference,
+)
+from kdtrain.recipe import Recipe
+from kdtrain.run import run
+from kdtrain.summary import Summary
+
+
+def test_metrics_by_hand() -> None:
+    logits = torch.tensor(
+        [[4.0, 3.0, 2.0, 1.0], [1.0, 4.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]]
+    )
+    labels = torch.tensor([0, 2, 3, 3])
+    teacher = torch.eye(4)[[0, 1, 1, 0]]
+    metrics = classification_metrics(logits, labels, teacher)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["top3"] == 0.75
+    # per class: 0 has precision 1/2, recall 1; 1 and 2 have F1 0; 3 has precision 1, recall 1/2
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0 + 0 + 2 / 3) / 4)
+    assert metrics["agreement"] == 0.5
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels)
+    assert metrics["loss"] == pytest.approx(float(expected))
+    assert "agreement" not in classification_metrics(logits, labels)
+
+
+def test_bootstrap_interval_covers_as_it_should() -> None:
+    values = (np.arange(1000) % 4 == 0).astype(float)
+    low, high = bootstrap_interval(values)
+    half_width = 1.96 * np.sqrt(0.25 * 0.75 / 1000)
+    assert low == pytest.approx(0.25 - half_width, abs=0.004)
+    assert high == pytest.approx(0.25 + half_width, abs=0.004)
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_paired_difference_is_narrower_than_two_intervals() -> None:
+    generator = np.random.default_rng(0)
+    first = generator.random(800) < 0.7
+    second = first.copy()
+    second[:40] = False
+    difference, low, high = paired_difference(first, second)
+    assert difference == pytest.approx(first[:40].mean() * 40 / 800)
+    assert 0 < low < difference < high
+    whole = bootstrap_interval(first.astype(float))
+    assert high - low < 0.7 * (whole[1] - whole[0])
+
+
+def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_path: Path) -> None:
+    folder, other = tmp_path / "one", tmp_path / "two"
+    summary = run(replace(distillation, output=str(folder), method=replace(distillation.method, name="kd")))
+    run(replace(distillation, output=str(other), seed=1))
+    found = evaluate_run(folder)
+    for name in ("accuracy", "top3", "macro_f1", "agreement", "accuracy_interval"):
+        assert found[name] == summary.test[name], name
+    assert found["parameters"] == summary.student["parameters"]
+    assert found["bytes"] == summary.student["bytes"] > 0
+    assert 0 < found["latency_ms"] < 1000
+    assert evaluate_run(folder, "valid")["accuracy"] == summary.valid["accuracy"]
+    difference, low, high = compare_runs(folder, other)
+    assert difference == pytest.approx(summary.test["accuracy"] - Summary.load(other).test["accuracy"])
+    assert low <= difference <= high
+
+
+def test_teacher_stands_in_the_summary(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
+    """A fine-tuned student with a teacher beside it: agreement is known, training never saw the teacher."""
+    method = replace(distillation.method, name="ft")
+    summary = run(replace(distillation, output=str(tmp_path / "run"), method=method))
+    assert summary.teacher is not None
+    alone = Summary.load(teacher.parent)
+    assert summary.teacher["test"]["accuracy"] == alone.test["accuracy"]
+    assert summary.teacher["parameters"] == alone.student["parameters"]
+    assert 0 <= summary.test["agreement"] <= 1
+    assert not (tmp_path / "run" / "projection.safetensors").exists()
+
+
+def test_no_run_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(KdtrainError, match=r"holds no finished run: it needs student/ and recipe.yaml"):
+        evaluate_run(tmp_path)
+    with pytest.raises(KdtrainError, match=r"holds no finished run: .*test.safetensors is missing"):
+        compare_runs(tmp_path, tmp_path)

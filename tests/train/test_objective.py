@@ -1,0 +1,166 @@
+"""The objective: one sum over one count, whatever the pieces; padding that does not matter; what each method adds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from kdtrain.bigru import BiGRUForSequenceClassification
+from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.data.classification import UNLABELLED
+from kdtrain.errors import KdtrainError
+from kdtrain.methods import METHODS, method_class
+from kdtrain.methods.kd_features import layer_pairs
+from kdtrain.models import Shape, shape_of
+from kdtrain.objective import Batch, DistillationModel
+from kdtrain.recipe import MethodRecipe
+
+CLASSES, TEACHER = 5, Shape(layers=4, width=24)
+LENGTHS = [19, 3, 11, 7, 16, 4, 9]
+
+
+def student(architecture: str) -> RobertaForSequenceClassification | BiGRUForSequenceClassification:
+    """Two layers of width 16 without dropout."""
+    torch.manual_seed(1)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_labels": CLASSES}
+    if architecture == "bigru":
+        return BiGRUForSequenceClassification(BiGRUConfig(**shape, hidden_dropout_prob=0.0))
+    return RobertaForSequenceClassification(
+        RobertaConfig(
+            **shape,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def model_of(method: str, architecture: str = "roberta", **options: object) -> DistillationModel:
+    recipe = replace(MethodRecipe(name=method, temperature=3.0, kd_weight=0.7, ce_weight=0.4), **options)
+    encoder = student(architecture)
+    return DistillationModel(encoder, method_class(method)(recipe, shape_of(encoder.config), TEACHER))
+
+
+def rows(index: list[int], method: nn.Module, *, extra: int = 0) -> Batch:
+    """The given rows of one fixed data set, padded to their longest and `extra` more."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(5, 50, (len(LENGTHS), 20), generator=generator)
+    labels = torch.tensor([0, 1, UNLABELLED, 3, 4, UNLABELLED, 2])
+    logits = 2 * torch.randn(len(LENGTHS), CLASSES, generator=generator)
+    states = torch.randn(len(LENGTHS), 5, TEACHER.width, generator=generator)
+    width = max(LENGTHS[i] for i in index) + extra
+    ids, mask = torch.full((len(index), width), 1), torch.zeros(len(index), width, dtype=torch.int64)
+    for row, i in enumerate(index):
+        ids[row, : LENGTHS[i]] = tokens[i, : LENGTHS[i]]
+        mask[row, : LENGTHS[i]] = 1
+    layers = list(method.teacher_layers)  # type: ignore[arg-type]
+    return Batch(ids, mask, labels[index], logits[index], states[index][:, layers] if layers else None)
+
+
+def step(
+    model: DistillationModel, pieces: list[list[int]], extra: int = 0
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, terms and gradients of one optimizer step whose batch is cut into `pieces`."""
+    model.zero_grad()
+    count = sum(len(piece) for piece in pieces)
+    losses, terms = [], []
+    for piece in pieces:
+        loss, sums = model(rows(piece, model.method, extra=extra), count)
+        loss.backward()
+        losses.append(loss.detach())
+        terms.append(sums)
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return torch.stack(losses).sum(), torch.stack(terms).sum(0), grads
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "bigru"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_pieces_and_padding_do_not_change_the_step(method: str, architecture: str) -> None:
+    """1 x 7, 7 x 1 and uneven cuts, one with unlabelled rows only, with any padding: one loss, one gradient."""
+    model = model_of(method, architecture)
+    loss, terms, grads = step(model, [[0, 1, 2, 3, 4, 5, 6]])
+    assert len(grads) == len([p for p in model.parameters() if p.requires_grad])
+    for pieces, extra in (
+        ([[i] for i in range(7)], 0),
+        ([[6, 1], [2, 5], [4, 0, 3]], 0),
+        ([[0, 1, 2, 3, 4, 5, 6]], 13),
+    ):
+        other_loss, other_terms, other_grads = step(model, pieces, extra)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other_terms, terms, rtol=1e-5, atol=1e-5)
+        for grad, other in zip(grads, other_grads, strict=True):
+            torch.testing.assert_close(other, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_what_the_recipe_says() -> None:
+    """Against the formula written out in float64."""
+    model = model_of("kd_features", layer_map=((1, 3), (2, 4)), feature_weight=0.3)
+    batch = rows(list(range(7)), model.method)
+    loss, _ = model(batch, 7)
+    output = model.student(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    )
+    assert batch.teacher_logits is not None and batch.teacher_states is not None
+    s, t = output.logits.double(), batch.teacher_logits.double()
+    p = (t / 3).softmax(1)
+    kd = 9 * (p * (p.log() - (s / 3).log_softmax(1))).sum()
+    labelled = batch.labels != UNLABELLED
+    ce = -s.log_softmax(1)[labelled, batch.labels[labelled]].sum()
+    feature = torch.zeros((), dtype=torch.float64)
+    for i, layer in enumerate((1, 2)):
+        mapped = model.method.projections[i](output.hidden_states[layer][:, 0]).double()  # type: ignore[index]
+        feature += ((mapped - batch.teacher_states[:, i].double()) ** 2).mean(1).sum() / 2
+    torch.testing.assert_close(loss.double(), (0.7 * kd + 0.4 * ce + 0.3 * feature) / 7, rtol=1e-5, atol=1e-6)
+
+
+def test_projection_may_map_the_teacher() -> None:
+    model = model_of("kd_features", project="teacher")
+    loss, _, _ = step(model, [[0, 1, 2]])
+    assert torch.isfinite(loss)
+    assert [tuple(p.weight.shape) for p in model.method.projections] == [(16, 24)] * 2  # type: ignore[union-attr]
+
+
+def test_student_equal_to_teacher_has_no_divergence() -> None:
+    model = model_of("kd")
+    batch = rows([0, 1, 2], model.method)
+    with torch.no_grad():
+        logits = model.student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    _, terms = model(replace(batch, teacher_logits=logits), 3)
+    assert abs(float(terms[list(model.method.weights).index("kd")])) < 1e-5
+
+
+def test_unlabelled_rows_have_no_cross_entropy() -> None:
+    model = model_of("kd")
+    _, terms = model(rows([2, 5], model.method), 2)
+    assert terms.tolist()[list(model.method.weights).index("ce")] == 0.0
+    loss, _, grads = step(model, [[2, 5]])
+    assert torch.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_losses_leave_autocast() -> None:
+    """Under bf16 matrix products the terms are still float32."""
+    model = model_of("kd_features")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, terms = model(rows([0, 1, 2, 3], model.method), 4)
+    assert loss.dtype == terms.dtype == torch.float32
+    loss.backward()
+
+
+def test_layer_pairs() -> None:
+    assert layer_pairs((), 2, 4) == ((1, 2), (2, 4))
+    assert layer_pairs((), 3, 12) == ((1, 4), (2, 8), (3, 12))
+    assert layer_pairs((), 4, 2) == ((1, 1), (2, 1), (3, 2), (4, 2))
+    assert layer_pairs(((2, 2),), 2, 4) == ((2, 2),)
+    for pair, side in (((3, 1), "student has layers 1 to 2"), ((1, 5), "teacher has layers 1 to 4")):
+        with pytest.raises(KdtrainError, match=side):
+            layer_pairs((pair,), 2, 4)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(KdtrainError, match=r"method.name must be one of ft, kd, kd_features, got 'pkd'"):
+        method_class("pkd")
