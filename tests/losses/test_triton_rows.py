@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels._triton.configs import CHUNK_BYTES, RowConfig, chunk_rows, row_config
+from kdkernels._triton.configs import CHUNK_BYTES, RowConfig, chunk_rows, launch_options, row_config
 from kdkernels._triton.projection import mse_rows
 from kdkernels._triton.rows import kd_rows
 from kdkernels.divergences import JSD, BuiltDivergence, ForwardKL, ReverseKL
@@ -329,3 +329,9 @@ def test_chunk_rows():
     assert chunk_rows(8192, 32000, 8 * 32000 * 700, device) == 512
     assert chunk_rows(8192, 32000, 8 * 32000 * 3, device) == 3
     assert chunk_rows(8192, 32000, 1, device) == 1
+
+
+def test_only_ragged_rows_on_nvidia_are_given_registers():
+    assert "maxnreg" not in launch_options(row_config("sm_90"), 32000, 32000)
+    assert launch_options(row_config("sm_90"), 50257, 50272)["maxnreg"] == 128
+    assert "maxnreg" not in launch_options(row_config("gfx942"), 50257, 50257)

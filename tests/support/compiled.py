@@ -78,6 +78,7 @@ def other_variants() -> list[Variant]:
     for divergence in DIVERGENCES:
         variants += [
             _kd("fp32 in place", divergence, "fp32", "fp32", "fp32", **plain),
+            _kd("fp32 in place, padded, CE", divergence, "fp32", "fp32", "fp32", **padded),
             _kd("fp32 values, CE", divergence, "fp32", "fp32", "fp32", WRITE_GRAD=False),
             _kd("fp32, ragged, CE", divergence, "fp32", "fp32", "fp32", **ragged),
             _kd("fp32 > fp16 over it, biases", divergence, "fp32", "fp32", "fp16", ALIASED=True, **biases),
@@ -123,7 +124,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.compiler import ASTSource
 
     from kdkernels._triton import projection, rows
-    from kdkernels._triton.configs import row_config
+    from kdkernels._triton.configs import launch_options, row_config
 
     kernel: Any = rows._kd_rows_kernel if variant.kernel == "kd_rows" else projection._mse_rows_kernel
     config = row_config(architecture)
@@ -151,9 +152,10 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    return triton.compile(
-        source, target=target, options={"num_warps": config.num_warps, "enable_fp_fusion": True}
-    )
+    sizes = [
+        16 if name.startswith(variant.aligned) else 1 for name, kind in signature.items() if kind == "i32"
+    ]
+    return triton.compile(source, target=target, options=launch_options(config, *sizes))
 
 
 def _cuobjdump(cubin: Path, option: str) -> str:

@@ -18,15 +18,18 @@ class RowConfig:
 
     block: columns of a tile. width: neighbouring columns of a tile that are reduced first; 8 of them are one 128-bit
     load of halves or two of fp32, all in one thread. num_warps: warps of a program. All powers of two, width < block.
+    ragged_registers: registers a thread may have when the sizes of a row are not multiples of 16; None leaves the choice
+    to the compiler. NVIDIA's aims at 64, and around the narrow loads of a ragged tail it then spills a word now and then.
     """
 
     block: int
     width: int
     num_warps: int
+    ragged_registers: int | None = None
 
 
 # 8 columns of each side a thread in every row of the table: 16 need twice the registers and halve the warps in flight.
-_NVIDIA = RowConfig(block=2048, width=8, num_warps=8)
+_NVIDIA = RowConfig(block=2048, width=8, num_warps=8, ragged_registers=128)
 _AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
 
 # A chunk of two fp32 logit buffers: the default budget in bytes, and the rows below which the heads are read too often.
@@ -38,6 +41,15 @@ CHUNK_ROWS_STEP = 256
 def row_config(architecture: str) -> RowConfig:
     """Configuration of the row kernels on an architecture as `architecture_of` names it."""
     return _AMD if architecture.startswith("gfx") else _NVIDIA
+
+
+def launch_options(config: RowConfig, *sizes: int) -> dict[str, int | bool]:
+    """Options of a launch over rows of these sizes and strides."""
+    # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it.
+    options: dict[str, int | bool] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    if config.ragged_registers is not None and any(size % 16 for size in sizes):
+        options["maxnreg"] = config.ragged_registers
+    return options
 
 
 @lru_cache

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import RowConfig, architecture_of, device_guard, row_config
+from .configs import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile
 
 
@@ -136,7 +136,6 @@ def mse_rows(
             WRITE_GRAD=write_grad,
             BLOCK=config.block,
             WIDTH=config.width,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            **launch_options(config, width, prediction.stride(0), target.stride(0)),
         )
     return squares

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..divergences import JSD, BuiltDivergence, ForwardKL, ReverseKL
 from ..options import RowTerms
-from .configs import RowConfig, architecture_of, device_guard, row_config
+from .configs import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import (
     LN_2,
     LOG2_E,
@@ -443,7 +443,8 @@ def kd_rows(
             ALIASED=aliased,
             BLOCK=config.block,
             WIDTH=config.width,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            **launch_options(
+                config, vocabulary, student_logits.stride(0), teacher_logits.stride(0), written.stride(0)
+            ),
         )
     return kd, ce
