@@ -131,6 +131,52 @@ def kd_loss(
     impl: Impl | None = None,
     return_stats: bool = False,
 ) -> Tensor:
+    """Knowledge-distillation loss of student logits, with an optional cross entropy on labels.
+
+    Replaces, without keeping any (N, V) tensor but the logits and their gradient:
+
+        log_p_s = F.log_softmax(student_logits / T, -1)
+        log_p_t = F.log_softmax(teacher_logits / T, -1)
+        loss = kd_weight * T**2 * F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+        loss = loss + ce_weight * F.cross_entropy(student_logits, labels)
+
+    Args:
+        student_logits: (..., V), float16, bfloat16, float32 or float64.
+        teacher: logits (..., V) as a tensor or TeacherLogits, or TeacherHead(hidden, weight, bias). Frozen; its
+            dtype may differ from the student's. Logits may be -inf where the teacher gives probability 0.
+        labels: (...) int64 class ids; needed for ce_weight != 0. Without labels every row counts. On a GPU
+            labels out of range are not looked for, as that would make the host wait for the device.
+        divergence: "forward_kl" (default), "reverse_kl", "jsd", or an object: ForwardKL(), ReverseKL(), JSD(beta).
+            The other divergences are not supported yet.
+        temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
+        kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
+            and 0.0. The cross entropy is of the student at temperature 1.
+        t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
+        ignore_index: rows with this label do not count, whatever else they hold. Default -100.
+        token_weight: (...) floating, one factor per row, without gradient. Default: 1 for each row.
+        reduction: "mean" (default) divides the sum by the number of counted rows, by the sum of their
+            `token_weight` when given, or by `num_items_in_batch`; "sum"; "none" gives shape (...), 0 in rows
+            that do not count.
+        num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
+            the counted rows of all micro-batches together.
+        impl: None (default) takes triton for CUDA and ROCm tensors and torch elsewhere; "triton", "torch" and
+            "reference" (eager float32) are taken as asked, never replaced.
+        label_smoothing, softcap, logit_scale, vocab_map, return_stats: not supported yet.
+
+    Returns:
+        float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
+        finite 0 that still has a graph.
+
+    The gradient has the dtype of `student_logits` and is computed in backward, in float32. The loss has no
+    second derivative (impl="reference" does).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
+        NotImplementedError: an option that is not supported yet.
+
+    Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2 (T squared);
+    Lin, "Divergence measures based on the Shannon entropy", 1991 (JSD with weights).
+    """
     terms = check_options(
         divergence=divergence,
         temperature=temperature,
@@ -210,6 +256,58 @@ def linear_kd_loss(
     vocab_group: object | None = None,
     logit_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """`kd_loss` straight from hidden states and heads: the (N, V) logits never exist as a whole.
+
+    Replaces:
+
+        student_logits = F.linear(student_hidden, student_weight, student_bias)
+        teacher_logits = F.linear(teacher.hidden, teacher.weight, teacher.bias)
+        loss = kd_loss(student_logits, teacher_logits, labels, ...)
+
+    Args:
+        student_hidden: (..., D_s), float16, bfloat16, float32 or float64: what enters the student's head.
+        student_weight: (V, D_s), the student's head; no work is spent on its gradient when it is frozen.
+        teacher: TeacherHead(hidden (..., D_t), weight (V, D_t), bias (V,)), or logits (..., V) as a tensor or
+            TeacherLogits. Frozen; D_t and the dtype may differ from the student's.
+        labels: (...) int64 class ids; needed for ce_weight != 0. Without labels every row counts.
+        student_bias: (V,), the bias of the student's head.
+        divergence: "forward_kl" (default), "reverse_kl", "jsd", or an object: ForwardKL(), ReverseKL(), JSD(beta).
+            The other divergences are not supported yet.
+        temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
+        kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
+            and 0.0. The cross entropy is of the student at temperature 1.
+        t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
+        ignore_index: rows with this label do not count, whatever else they hold. Default -100.
+        token_weight: (...) floating, one factor per row, without gradient. Default: 1 for each row.
+        reduction: "mean" (default) divides the sum by the number of counted rows, by the sum of their
+            `token_weight` when given, or by `num_items_in_batch`; "sum"; "none" gives shape (...), 0 in rows
+            that do not count.
+        num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
+            the counted rows of all micro-batches together.
+        impl: None (default) takes triton for CUDA and ROCm tensors and torch elsewhere; "triton", "torch" and
+            "reference" (eager float32) are taken as asked, never replaced.
+        label_smoothing, softcap, logit_scale, vocab_map, return_stats: not supported yet.
+        static_shapes: keep rows that do not count in the products instead of gathering the others first.
+            Reading their number is the only time the host waits for the device. Default False.
+        chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens are worked
+            on at a time. Default: chosen by the back end.
+        mode, vocab_group, logit_dtype: only "fast", None and None are supported yet.
+
+    Returns:
+        float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
+        finite 0 that still has a graph.
+
+    Logits are float32 out of the product for every input dtype. Gradients have the dtypes of their inputs; for
+    "mean" and "sum" they are computed together with the value. The loss has no second derivative
+    (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
+        NotImplementedError: an option that is not supported yet.
+
+    Source: as `kd_loss`; the gradient during the forward pass over token chunks is that of Liger-Kernel
+    (Hsu et al., 2024).
+    """
     terms = check_options(
         divergence=divergence,
         temperature=temperature,

@@ -14,7 +14,13 @@ def test_reductions(impl: Impl) -> None:
 
     def loss(**options):
         return linear_kd_loss(
-            case.student_hidden, case.student_weight, case.teacher, case.labels, ce_weight=0.3, impl=impl, **options
+            case.student_hidden,
+            case.student_weight,
+            case.teacher,
+            case.labels,
+            ce_weight=0.3,
+            impl=impl,
+            **options,
         )
 
     rows = loss(reduction="none")

@@ -91,9 +91,7 @@ def test_autocast_changes_nothing_for_logits(impl: Impl) -> None:
         headed = kd_loss(case.student_logits.float(), case.teacher, case.labels, impl=impl)
     assert loss.dtype == headed.dtype == torch.float32
     assert abs(loss.item() - plain.item()) < 0.05 * plain.item()
-    half = TeacherHead(
-        case.teacher_hidden.bfloat16(), case.teacher_weight.bfloat16(), case.teacher_bias
-    )
+    half = TeacherHead(case.teacher_hidden.bfloat16(), case.teacher_weight.bfloat16(), case.teacher_bias)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         student = case.student_logits
     torch.testing.assert_close(kd_loss(student, half, case.labels, impl=impl), headed, rtol=0.02, atol=0.02)

@@ -6,7 +6,14 @@ import torch
 from kdkernels import JSD, ForwardKL, ReverseKL, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
-from tests.support.inputs import DIVERGENCES, FAST_IMPLS, IMPLS, eager_linear_kd, loss_and_gradients, make_case
+from tests.support.inputs import (
+    DIVERGENCES,
+    FAST_IMPLS,
+    IMPLS,
+    eager_linear_kd,
+    loss_and_gradients,
+    make_case,
+)
 
 NAMES = ("hidden", "weight", "bias")
 
@@ -55,7 +62,7 @@ def test_half_precision(divergence, dtype, impl: Impl) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 # Two classes, one row, a vocabulary wider than the rows are many, and more rows than classes.
-@pytest.mark.parametrize(("rows", "vocabulary"), [(5, 2), (1, 67), (3, 515), (70, 5)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(5, 2), (1, 67), (3, 515), (22, 5)])
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JSD(0.3)], ids=repr)
 def test_ragged_sizes(divergence, rows, vocabulary, impl: Impl) -> None:
     sizes = {"rows": rows, "vocabulary": vocabulary, "ignored_every": None}
@@ -67,7 +74,7 @@ def test_one_class_leaves_nothing_to_learn(impl: Impl) -> None:
     case = make_case(rows=5, vocabulary=1)
     for divergence in DIVERGENCES:
         loss, *gradients = loss_and_gradients(case, case.labels, impl, divergence=divergence, ce_weight=0.5)
-        assert loss.item() == 0.0
+        assert abs(loss.item()) < 1e-6
         for gradient in gradients:
             assert gradient.abs().max().item() < 1e-6
 
@@ -109,7 +116,12 @@ def test_teacher_logits_equal_teacher_head(impl: Impl) -> None:
 def test_leading_axes_and_strides_do_not_matter(impl: Impl) -> None:
     case = make_case(rows=12)
     flat = linear_kd_loss(
-        case.student_hidden, case.student_weight, case.teacher_logits, case.labels, impl=impl, reduction="none"
+        case.student_hidden,
+        case.student_weight,
+        case.teacher_logits,
+        case.labels,
+        impl=impl,
+        reduction="none",
     )
     # Batch and sequence swapped in memory: (4, 3, .) views of tensors stored as (3, 4, .).
     hidden, logits, labels = (

@@ -111,7 +111,8 @@ def eager_row_losses(
         value = kl(log_p_s, log_p_t)
     else:
         beta = divergence.beta
-        log_m = (beta * log_p_t.exp() + (1.0 - beta) * log_p_s.exp()).log()
+        mixture = beta * log_p_t.exp() + (1.0 - beta) * log_p_s.exp()
+        log_m = mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
         value = beta * kl(log_p_t, log_m) + (1.0 - beta) * kl(log_p_s, log_m)
     loss = kd_weight * temperature**2 * value
     if labels is None:
@@ -130,7 +131,12 @@ def eager_linear_kd(case: Case, labels: Tensor | None, **options: Any) -> tuple[
 
 
 def loss_and_gradients(
-    case: Case, labels: Tensor | None, impl: Impl, *, reduction: Literal["mean", "sum"] = "mean", **options: Any
+    case: Case,
+    labels: Tensor | None,
+    impl: Impl,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """`linear_kd_loss` with teacher head and biases, and its gradients for hidden, weight and bias."""
     hidden, weight, bias = case.leaves()

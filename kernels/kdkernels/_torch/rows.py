@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from .blocks import Block, divergence_gradient, divergence_value, exponentiate, 
 
 # Elements of one scratch buffer on the CPU. Measured on two cores with 2 MiB of L2 cache each.
 BLOCK_ELEMENTS = 1 << 18
+
+# Scratch buffers of a block: two exponentials, log ratio, products, two shifted logits, cross entropy.
+SCRATCH = 7
+
+# Row sums of exp(logits) between which the logits are used without subtracting their maximum: the
+# logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
+LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
 
 # Rows of logits held at a time on the CPU: enough for the matrix products to run at full speed.
 CHUNK_ROWS = 256
@@ -62,28 +70,30 @@ def kd_rows(
         if dead is not None:
             labels = labels.masked_fill(dead, 0)
 
-    size = max(1, min(rows, BLOCK_ELEMENTS // vocabulary)) if on_cpu else rows
-    separate_ce = with_ce and terms.temperature != 1.0
-    scratch = student_logits.new_empty((6 if separate_ce else 5, size, vocabulary), dtype=dtype)
+    size = max(1, min(rows, BLOCK_ELEMENTS // vocabulary)) if on_cpu else max(rows, 1)
+    scratch = student_logits.new_empty((SCRATCH, size, vocabulary), dtype=dtype)
+    # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
+    # block is first tried without; elsewhere looking at the result would make the host wait for the device.
+    careful = not on_cpu
     for start in range(0, rows, size):
         here = slice(start, min(start + size, rows))
-        count = here.stop - start
-        weight = None if row_weight is None else row_weight[here].unsqueeze(1)
-        arguments = (
+        work = _Work(
             student_logits[here],
             teacher_logits[here],
             labels[here] if with_ce and labels is not None else None,
             terms,
             student_bias,
             teacher_bias,
-            weight,
+            None if row_weight is None else row_weight[here].unsqueeze(1),
             None if grad is None else grad[here],
-            scratch[:, :count],
+            scratch[:, : here.stop - start],
         )
-        # Infinite logits need a mask over the whole block. On the CPU it is cheaper to see whether the
-        # value came out finite, elsewhere looking would make the host wait for the device.
-        value, ce = _block(*arguments, guard=not on_cpu)
-        divergences[here] = value
+        done = _solve(work, careful)
+        if done is None:
+            careful = True
+            done = _solve(work, careful)
+        assert done is not None
+        divergences[here], ce = done
         if ce is not None:
             cross_entropies[here] = ce
         if grad is not None and dead is not None:
@@ -94,75 +104,69 @@ def kd_rows(
     return divergences.squeeze(1), cross_entropies.squeeze(1)
 
 
-def _block(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,  # (R, 1)
-    terms: RowTerms,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    weight: Tensor | None,  # (R, 1)
-    grad: Tensor | None,
-    scratch: Tensor,  # (5 or 6, R, V)
-    guard: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Divergence and cross entropy (R, 1) of one block; writes its gradient."""
-    log_s, log_t, exp_s, exp_t, spare = scratch[:5].unbind()
-    sum_s, sum_t = scratch.new_empty((2, log_s.shape[0], 1)).unbind()
-    load(student_logits, student_bias, log_s)
-    load(teacher_logits, teacher_bias, log_t)
+class _Work(NamedTuple):
+    """One block: slices of the arguments of `kd_rows` and its scratch."""
 
-    ce = ce_exp = ce_sum = None
-    if labels is not None:
-        target = log_s.gather(1, labels)
-        if terms.temperature != 1.0:
-            ce_exp, ce_sum = scratch[5], torch.empty_like(sum_s)
-            exponentiate(log_s, ce_exp, ce_sum)
-    if terms.temperature != 1.0:
-        log_s.mul_(1.0 / terms.temperature)
-        log_t.mul_(1.0 / terms.temperature)
+    student_logits: Tensor
+    teacher_logits: Tensor
+    labels: Tensor | None  # (R, 1)
+    terms: RowTerms
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    weight: Tensor | None  # (R, 1)
+    grad: Tensor | None
+    scratch: Tensor  # (SCRATCH, R, V)
+
+
+def _solve(work: _Work, careful: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Divergence and cross entropy (R, 1), the gradient written; None if it takes more care than was taken."""
+    exp_s, exp_t, ratio, spare, scratch_s, scratch_t, ce_exp = work.scratch.unbind()
+    sum_s, sum_t, ce_sum = work.scratch.new_ones((3, exp_s.shape[0], 1)).unbind()
+    terms, labels = work.terms, work.labels
+    log_s = load(work.student_logits, work.student_bias, careful, scratch_s)
+    log_t = load(work.teacher_logits, work.teacher_bias, careful, scratch_t)
+
+    ce = None
+    warm = terms.temperature != 1.0
+    if labels is not None and warm:
+        exponentiate(log_s, ce_exp, ce_sum)
+        ce = ce_sum.log() - log_s.gather(1, labels)
+    if warm:
+        log_s = torch.mul(log_s, 1.0 / terms.temperature, out=scratch_s)
+        log_t = torch.mul(log_t, 1.0 / terms.temperature, out=scratch_t)
     exponentiate(log_s, exp_s, sum_s)
     exponentiate(log_t, exp_t, sum_t)
-    if labels is not None:
-        ce = (sum_s if ce_sum is None else ce_sum).log().sub_(target)
+    if labels is not None and not warm:
+        ce = sum_s.log() - log_s.gather(1, labels)
+    if not careful and not _in_range(sum_s, sum_t, ce_sum):
+        return None
 
-    block = Block(log_s, log_t, exp_s, exp_t, spare, sum_s, sum_t, guard)
+    block = Block(log_s, log_t, exp_s, exp_t, ratio, spare, sum_s, sum_t, careful)
     value, centre = divergence_value(block, terms.divergence)
-    if not guard and not math.isfinite(value.sum().item()):
-        return _block(
-            student_logits,
-            teacher_logits,
-            labels,
-            terms,
-            student_bias,
-            teacher_bias,
-            weight,
-            grad,
-            scratch,
-            guard=True,
-        )
-    if grad is None:
+    if not careful and not math.isfinite(value.sum().item()):
+        return None
+    if work.grad is None:
         return value, ce
 
-    unit = torch.ones_like(sum_s) if weight is None else weight.to(sum_s.dtype)
-    ce_factor = unit * terms.ce_weight if labels is not None else None
-    in_place = grad.dtype == log_s.dtype
-    out = grad if in_place else spare
-    divergence_gradient(
-        block,
-        terms.divergence,
-        centre,
-        unit * (terms.kd_scale / terms.temperature),
-        ce_factor if ce_exp is None else None,
-        out,
-    )
+    unit = torch.ones_like(sum_s) if work.weight is None else work.weight.to(sum_s.dtype)
+    ce_factor = None if labels is None else unit * terms.ce_weight
+    in_place = work.grad.dtype == exp_s.dtype
+    out = work.grad if in_place else spare
+    kd_factor = unit * (terms.kd_scale / terms.temperature)
+    divergence_gradient(block, terms.divergence, centre, kd_factor, None if warm else ce_factor, out)
     if labels is not None and ce_factor is not None:
-        if ce_exp is not None and ce_sum is not None:
+        if warm:
             out.addcmul_(ce_exp, ce_factor / ce_sum)
         out.scatter_add_(1, labels, -ce_factor)
     if not in_place:
-        grad.copy_(out)
+        work.grad.copy_(out)
     return value, ce
+
+
+def _in_range(*sums: Tensor) -> bool:
+    """Whether exponentials taken without a shift are exact enough; False for NaN."""
+    least, most = torch.stack(sums).aminmax()
+    return least.item() > LEAST_SUM and most.item() < MOST_SUM
 
 
 def mse_rows(

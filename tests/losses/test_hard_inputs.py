@@ -1,0 +1,178 @@
+"""Inputs that break losses: shifted logits, infinite logits, a student next to its teacher, and identities."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import JSD, ForwardKL, ReverseKL, kd_loss, linear_kd_loss
+from kdkernels.options import Impl
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import DEVICE, DIVERGENCES, IMPLS, eager_row_losses, make_case
+
+
+def pair(rows: int = 6, classes: int = 131, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(2, rows, classes) * scale).to(DEVICE)
+    return student, teacher
+
+
+def solve(student: Tensor, teacher: Tensor, impl: Impl, **options) -> tuple[Tensor, Tensor]:
+    """Row losses and the gradient of their sum."""
+    student = student.detach().clone().requires_grad_()
+    rows = kd_loss(student, teacher, reduction="none", impl=impl, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach(), gradient
+
+
+def eager(student: Tensor, teacher: Tensor, divergence) -> tuple[Tensor, Tensor]:
+    student = student.detach().clone().requires_grad_()
+    rows = eager_row_losses(student, teacher, None, divergence=divergence)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach(), gradient
+
+
+def assert_close_to_fp64(student: Tensor, teacher: Tensor, divergence, impl: Impl) -> None:
+    exact = eager(student.double(), teacher.double(), divergence)
+    low = eager(student, teacher, divergence)
+    ours = solve(student, teacher, impl, divergence=divergence)
+    assert_within_budget(ours[0], low[0], exact[0], "rows")
+    assert_within_budget(ours[1], low[1], exact[1], "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+# Both rows shifted far up or down, far apart from each other, and just inside and outside of exp's range.
+@pytest.mark.parametrize(
+    ("up", "down"), [(100.0, 100.0), (-100.0, -100.0), (100.0, -50.0), (25.0, -15.0), (9e3, 0.0)]
+)
+def test_shifted_logits(up, down, divergence, impl: Impl) -> None:
+    student, teacher = pair()
+    assert_close_to_fp64(student + up, teacher + down, divergence, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+# Logit gaps of hundreds: most probabilities underflow to 0.
+@pytest.mark.parametrize("scale", [40.0, 400.0])
+def test_peaked_rows(scale, divergence, impl: Impl) -> None:
+    student, teacher = pair(scale=scale)
+    assert_close_to_fp64(student, teacher, divergence, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+def test_student_next_to_its_teacher(distance, divergence, impl: Impl) -> None:
+    """The loss is tiny here, and most of it is lost when it is a difference of two large numbers."""
+    teacher, noise = pair(rows=24)
+    assert_close_to_fp64(teacher + distance * noise, teacher, divergence, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)], ids=repr)
+def test_teacher_forbids_some_entries(divergence, impl: Impl) -> None:
+    """-inf in the teacher is probability 0: the value is that of the sum over the other entries."""
+    student, teacher = pair()
+    teacher[:, ::5] = -math.inf
+    teacher[2, 2:] = -math.inf  # a teacher that is certain
+    p_t, p_s = teacher.double().softmax(-1), student.double().requires_grad_()
+    q = p_s.softmax(-1)
+    if isinstance(divergence, ForwardKL):
+        exact = (torch.xlogy(p_t, p_t) - p_t * p_s.log_softmax(-1)).sum(-1)
+    else:
+        m = divergence.beta * p_t + (1 - divergence.beta) * q
+        teacher_part = (torch.xlogy(p_t, p_t) - p_t * m.log()).sum(-1)
+        exact = divergence.beta * teacher_part + (1 - divergence.beta) * (
+            q * (p_s.log_softmax(-1) - m.log())
+        ).sum(-1)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), p_s)
+    rows, gradient = solve(student, teacher, impl, divergence=divergence)
+    torch.testing.assert_close(rows.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_both_forbid_the_same_entries(divergence, impl: Impl) -> None:
+    """Padded vocabulary entries masked on both sides change nothing."""
+    student, teacher = pair(classes=40)
+    expected, expected_gradient = solve(student, teacher, impl, divergence=divergence)
+    padding = torch.full((6, 9), -math.inf, device=DEVICE)
+    rows, gradient = solve(
+        torch.cat((student, padding), 1), torch.cat((teacher, padding), 1), impl, divergence=divergence
+    )
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(gradient[:, :40], expected_gradient)
+    assert torch.equal(gradient[:, 40:], torch.zeros_like(gradient[:, 40:]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_infinite_divergence_is_infinite(impl: Impl) -> None:
+    """Where the teacher says impossible and the student does not, reverse KL has no finite value."""
+    student, teacher = pair()
+    teacher[1, 3] = -math.inf
+    rows = kd_loss(student, teacher, divergence="reverse_kl", reduction="none", impl=impl)
+    assert rows[1].item() == math.inf
+    assert rows[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_identities(divergence, impl: Impl) -> None:
+    student, teacher = pair()
+    same, gradient = solve(teacher, teacher, impl, divergence=divergence)
+    assert same.abs().max().item() < 1e-6
+    assert gradient.abs().max().item() < 1e-6
+
+    rows, gradient = solve(student, teacher, impl, divergence=divergence)
+    assert (rows > 0).all()
+    # Adding a constant to a row of logits changes no distribution.
+    moved, _ = solve(student + 2.0, teacher - 3.0, impl, divergence=divergence)
+    torch.testing.assert_close(moved, rows, rtol=1e-4, atol=1e-5)
+    # And so the gradient has no component along it.
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros(6, device=DEVICE), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_relations_between_divergences(impl: Impl) -> None:
+    student, teacher = pair()
+
+    def value(first: Tensor, second: Tensor, divergence) -> Tensor:
+        return kd_loss(first, second, divergence=divergence, reduction="none", impl=impl)
+
+    forward = value(student, teacher, ForwardKL())
+    torch.testing.assert_close(value(teacher, student, ReverseKL()), forward)
+    torch.testing.assert_close(value(student, teacher, JSD()), value(teacher, student, JSD()))
+    torch.testing.assert_close(value(student, teacher, JSD(0.2)), value(teacher, student, JSD(0.8)))
+    assert (value(student, teacher, JSD()) <= math.log(2.0)).all()
+    # Near its ends JSD behaves as beta KL(p_t, p_s), and not as the KL itself.
+    near = teacher + 0.1 * student
+    small = value(near, teacher, JSD(1e-3)) / 1e-3
+    torch.testing.assert_close(small, value(near, teacher, ForwardKL()), rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_t_squared_multiplies_value_and_gradient(divergence, impl: Impl) -> None:
+    student, teacher = pair()
+    options = {"divergence": divergence, "temperature": 3.0}
+    scaled, scaled_gradient = solve(student, teacher, impl, **options)
+    plain, plain_gradient = solve(student, teacher, impl, t_squared=False, **options)
+    torch.testing.assert_close(scaled, 9.0 * plain)
+    torch.testing.assert_close(scaled_gradient, 9.0 * plain_gradient)
+    at_one, at_one_gradient = solve(student / 3.0, teacher / 3.0, impl, divergence=divergence)
+    torch.testing.assert_close(plain, at_one)
+    torch.testing.assert_close(plain_gradient, at_one_gradient / 3.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_of_the_two_terms(impl: Impl) -> None:
+    case = make_case(ignored_every=None)
+    arguments = (case.student_hidden, case.student_weight, case.teacher, case.labels)
+    kd = linear_kd_loss(*arguments, temperature=2.0, impl=impl)
+    ce = linear_kd_loss(*arguments, temperature=2.0, kd_weight=0.0, ce_weight=1.0, impl=impl)
+    logits = case.student_hidden @ case.student_weight.t()
+    torch.testing.assert_close(ce, torch.nn.functional.cross_entropy(logits, case.labels))
+    both = linear_kd_loss(*arguments, temperature=2.0, kd_weight=0.3, ce_weight=0.7, impl=impl)
+    torch.testing.assert_close(both, 0.3 * kd + 0.7 * ce)
