@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import SGDClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 from torch import Tensor
 
 AROUND = 600
@@ -18,27 +18,27 @@ AROUND = 600
 def bag_of_tokens(
     train: Sequence[str], labels: Tensor, test: Sequence[str], focus: str | None
 ) -> dict[str, Tensor]:
-    """Scores (test rows, C) of linear classifiers over TF-IDF of one- and two-token counts.
+    """Scores (test rows, C) of linear support vector machines over TF-IDF of token counts.
 
     One variant sees the whole text, one the 600 characters around the marker where there is one.
     """
-    variants = {"whole text": (list(train), list(test))}
+    variants = {"whole function": (list(train), list(test))}
     if focus is not None:
-        variants[f"{AROUND} characters around the hole"] = (
+        variants[f"{AROUND} characters"] = (
             [around(text, focus) for text in train],
             [around(text, focus) for text in test],
         )
     scores = {}
     for name, (train_texts, test_texts) in variants.items():
         classifier = make_pipeline(
-            TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-            SGDClassifier(loss="modified_huber", alpha=3e-5, random_state=0),
+            TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", min_df=2, sublinear_tf=True), LinearSVC(C=0.3)
         )
         classifier.fit(train_texts, labels.numpy())
-        known = np.asarray(classifier.decision_function(test_texts), dtype=np.float32)
-        full = torch.full((len(test_texts), int(labels.max()) + 1), -torch.inf)
-        full[:, torch.from_numpy(classifier.classes_)] = torch.from_numpy(known)
-        scores[name] = full
+        known = torch.from_numpy(np.asarray(classifier.decision_function(test_texts), dtype=np.float32))
+        if known.ndim == 1:  # two classes: one score, positive for the second
+            known = torch.stack([-known, known], dim=1)
+        scores[name] = torch.full((len(test_texts), int(labels.max()) + 1), -torch.inf)
+        scores[name][:, torch.from_numpy(classifier.classes_)] = known
     return scores
 
 

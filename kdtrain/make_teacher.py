@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from kdtrain.data.exceptions import build_exceptions, collect_functions, source_files, without_duplicates
 from kdtrain.data.handlers import HOLE
@@ -121,17 +121,18 @@ def export(work: Path, teacher: Path, summary: Summary) -> None:
     with atomic_folder(teacher) as folder:
         model.to(torch.float16).save_pretrained(folder)
         AutoTokenizer.from_pretrained(student).save_pretrained(folder)
-        write_json(folder / "teacher.json", describe(work, parameter_count(model), summary))
+        write_json(folder / "teacher.json", describe(work, model, summary))
 
 
-def describe(work: Path, parameters: int, summary: Summary) -> dict[str, Any]:
+def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, Any]:
     """What the teacher is, what it was trained on and how well it does."""
     pretraining = json.loads((work / "pretrained" / "pretraining.json").read_text())
     data = json.loads((work / "data" / "dataset.json").read_text())
     return {
         "made": date.today().isoformat(),
         "recipe": "kdtrain demo --train-teacher (kdtrain/make_teacher.py)",
-        "parameters": parameters,
+        "parameters": parameter_count(model),
+        "vocabulary": model.config.vocab_size,
         "stored_as": "float16",
         "test": summary.test,
         "valid": summary.valid,

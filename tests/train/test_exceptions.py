@@ -155,7 +155,7 @@ def test_the_folder_is_whole_and_no_module_is_on_two_sides(tree: Path, tmp_path:
 
 
 def test_a_missing_or_useless_tree_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(KdtrainError, match="there is no folder .*nowhere to take Python code from"):
+    with pytest.raises(KdtrainError, match=r"there is no folder .*nowhere to take Python code from"):
         build_exceptions(tmp_path / "data", [tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(KdtrainError, match="the 0 Python files found give no train row"):
