@@ -102,7 +102,7 @@ class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
 
     def __init__(self, config: BiGRUConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         width = 2 * config.hidden_size
         dropout = (
             config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
@@ -113,7 +113,7 @@ class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
             nn.Linear(width, width),
             nn.Tanh(),
             nn.Dropout(dropout),
-            nn.Linear(width, config.num_labels),
+            nn.Linear(width, self.num_labels),
         )
         self.post_init()
 

@@ -72,12 +72,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a text file in a single write."""
-    try:
-        with open(path, "ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
-    except OSError as error:
-        raise _refused(path, error, len(line)) from error
+    """Add one line to a text file, whole or not at all."""
+    content = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            # A disk with a little room left takes a part and raises only on the next attempt.
+            while content:
+                content = content[file.write(content) :]
+        except OSError as error:
+            file.truncate(before)
+            raise _refused(path, error, len(line) + 1) from error
 
 
 def folder_bytes(path: Path) -> int:

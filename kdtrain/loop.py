@@ -147,9 +147,8 @@ def train(
                     loss, terms = model(batch, len(batch_rows))
                     accelerator.backward(loss * share)
                 sums[:-1] += terms * (share / (len(batch_rows) * accelerator.num_processes))
-            sums[-1] += accelerator.clip_grad_norm_(
-                parameters, options.clip_norm
-            )  # a list: a generator would be empty by now
+            norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
+            sums[-1] += 0.0 if norm is None else norm  # None under DeepSpeed, which clips for itself
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -193,16 +193,18 @@ def _load(path: str, field: str, **options: Any) -> Any:
 
 @contextmanager
 def _blaming(path: str, field: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises while it loads into one sentence, and keep its bars off the screen."""
+    """Turn what transformers raises while it loads into one sentence, and keep its bars and remarks off the screen."""
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise KdtrainError(f"{field}: there is no folder {path}")
-    shown = transformers.logging.is_progress_bar_enabled()
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # a head that starts anew is what was asked for
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise KdtrainError(f"{field}: no {what} could be loaded from {path}: {reason}") from None
     finally:
+        transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()

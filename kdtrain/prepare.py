@@ -34,9 +34,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate for this run; each run of a process may have its own precision."""
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(
-        mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision)
-    )
+    precision = recipe.training.precision
+    try:
+        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    except ValueError as error:
+        raise KdtrainError(f"training.precision {precision} does not work on this machine: {error}") from None
 
 
 def claim_folder(

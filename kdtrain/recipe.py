@@ -56,7 +56,7 @@ class StudentRecipe:
 
     architecture: Literal["roberta", "bigru"] = option("roberta", "encoder of a new student")
     path: str | None = option(
-        None, "start from this folder or hub id (weights and tokenizer) in place of a new model"
+        None, "start from this folder or hub id (weights, shape, tokenizer) instead of anew"
     )
     tokenizer: str | None = option(
         None, "folder of a finished tokenizer; without it one is trained on the task's code"
@@ -203,6 +203,24 @@ class Recipe:
     )
     output: str = option("runs/run", "folder of the run")
     seed: int = option(0, "first weights, order of the rows, dropout")
+
+
+def describe_fields() -> str:
+    """Every field with its default and its help, as `kdtrain train --help` prints them."""
+    lines = []
+    for section in dataclasses.fields(Recipe):
+        inner = typing.get_type_hints(Recipe)[section.name]
+        if dataclasses.is_dataclass(inner):
+            lines.append(f"\n{section.name}: {inner.__doc__}")
+            lines += [_describe(item, f"{section.name}.") for item in dataclasses.fields(inner)]
+        else:
+            lines.append(_describe(section, ""))
+    return "\n".join(lines)
+
+
+def _describe(item: dataclasses.Field[Any], prefix: str) -> str:
+    default = "none" if item.default in (None, ()) else item.default
+    return f"  --{prefix}{item.name} ({default})\n        {item.metadata['help']}"
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

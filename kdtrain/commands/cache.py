@@ -4,11 +4,13 @@ import argparse
 
 from kdtrain.errors import KdtrainError
 from kdtrain.progress import say
-from kdtrain.recipe import load_recipe
+from kdtrain.recipe import describe_fields, load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"fields of a recipe, with their defaults:\n{describe_fields()}"
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --teacher.layers '[2, 4]'")
     parser.add_argument("--verify", action="store_true", help="check all checksums and recompute random rows")
     parser.add_argument(

@@ -144,9 +144,13 @@ def _load_file(name: str | None, recipe: DataRecipe) -> TextRows:
         raise KdtrainError(f"{path} must end in one of {', '.join(FORMATS)}")
     if not path.exists():
         raise KdtrainError(f"cannot read {path}: there is no such file")
-    from datasets import load_dataset  # takes a second; a data set folder does without it
+    from datasets import (  # takes a second; a data set folder does without it
+        disable_progress_bars,
+        load_dataset,
+    )
     from datasets.exceptions import DatasetGenerationError
 
+    disable_progress_bars()
     try:
         table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except DatasetGenerationError as error:

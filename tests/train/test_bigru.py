@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from kdtrain.models import parameter_count
 
 @pytest.fixture
 def model() -> BiGRUForSequenceClassification:
-    config = BiGRUConfig(
-        vocab_size=60, hidden_size=12, num_hidden_layers=2, num_labels=4, max_position_embeddings=32
-    )
+    shape: dict[str, Any] = {"vocab_size": 60, "hidden_size": 12, "num_hidden_layers": 2, "num_labels": 4}
+    config = BiGRUConfig(**shape, max_position_embeddings=32)
     return BiGRUForSequenceClassification(config).eval()
 
 
@@ -90,7 +90,7 @@ def test_sentence_states_are_the_ends_of_every_layer(model: BiGRUForSequenceClas
 )
 def test_sizes_of_the_study(vocab: int, width: int, layers: int, millions: float) -> None:
     """The five BiGRU students of arXiv 2508.15423 have the parameters that their names promise."""
-    config = BiGRUConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_labels=2)
+    config = BiGRUConfig(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers)
     with torch.device("meta"):
         model = BiGRUForSequenceClassification(config)
     assert round(parameter_count(model) / 1e6, 1) == pytest.approx(millions)

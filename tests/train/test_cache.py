@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,11 +105,11 @@ def test_manifest_says_whose_it_is(tmp_path: Path, model: Teacher, data: Classif
     ],
 )
 def test_a_cache_of_something_else_is_refused(
-    tmp_path: Path, model: Teacher, data: ClassificationData, change: dict[str, object], sentence: str
+    tmp_path: Path, model: Teacher, data: ClassificationData, change: dict[str, Any], sentence: str
 ) -> None:
     build(tmp_path, model, identity_of(model), data, count=8)
     with pytest.raises(KdtrainError) as caught:
-        open_cache(tmp_path, replace(identity_of(model), **change))  # type: ignore[arg-type]
+        open_cache(tmp_path, replace(identity_of(model), **change))
     assert sentence in str(caught.value)
     assert str(tmp_path) in str(caught.value) and "teacher.cache" in str(caught.value)
 

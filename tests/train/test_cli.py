@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.recipe import Recipe, save_recipe
+from kdtrain.recipe import DataRecipe, Recipe, recipe_to_dict, save_recipe
 
 
 @pytest.fixture
@@ -84,6 +84,16 @@ def test_unknown_words_of_other_commands_are_refused(capsys: pytest.CaptureFixtu
         main(["evaluate", "somewhere", "--fast"])
     assert caught.value.code == 2
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for name, section in recipe_to_dict(Recipe(data=DataRecipe(path="x"))).items():
+        for field in section if isinstance(section, dict) else [None]:
+            assert f"--{name}.{field} (" in printed if field else f"--{name} (" in printed
 
 
 def test_cache_without_a_teacher(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,18 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from kdtrain.files import atomic_folder, write_tensors
+from kdtrain.files import append_line, atomic_folder, write_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails as on a full disk in place of ending the process
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 big = {"weight": torch.zeros(100_000)}
-for write in (lambda: write_tensors(Path("tensors.safetensors"), big), lambda: fill(big)):
-    def fill(tensors):
-        with atomic_folder(Path("folder")) as temporary:
-            write_tensors(temporary / "small.safetensors", {"weight": torch.zeros(4)})
-            write_tensors(temporary / "tensors.safetensors", tensors)
+def folder():
+    with atomic_folder(Path("folder")) as temporary:
+        write_tensors(temporary / "small.safetensors", {"weight": torch.zeros(4)})
+        write_tensors(temporary / "tensors.safetensors", big)
+def lines():
+    for _ in range(1000):
+        append_line(Path("metrics.jsonl"), "x" * 998)
+for write in (lambda: write_tensors(Path("tensors.safetensors"), big), folder, lines):
     try:
         write()
     except ValueError as error:
@@ -42,14 +45,16 @@ def test_a_file_that_does_not_fit(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    first, second = found.stdout.splitlines()
+    first, second, third = found.stdout.splitlines()
     assert first.startswith(
         "could not write tensors.safetensors (400.1 kB): File too large; nothing was left half written."
     )
     assert second.startswith("could not write folder: File too large; nothing was left half written.")
     assert "choose another folder" in first
     assert (tmp_path / "tensors.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["tensors.safetensors"]
+    assert third.startswith("could not write metrics.jsonl (999 B): File too large;")
+    assert (tmp_path / "metrics.jsonl").read_text() == ("x" * 998 + "\n") * 100  # 99,900 of 100,000 bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensors.safetensors"]
 
 
 def test_no_permission_is_a_sentence(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdtrain.errors import KdtrainError
 from kdtrain.plots import read_metrics
@@ -121,6 +121,27 @@ def test_bf16_and_bigru_train(distillation: Recipe, tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     assert summary.student["architecture"] == "kdtrain_bigru"
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").num_labels == 3
+
+
+def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:
+    """A finished classifier keeps what it knows; a masked language model gives its encoder and gets a new head."""
+    training = replace(recipe.training, max_steps=1, learning_rate=1e-6)
+    student = replace(recipe.student, path=str(teacher), max_length=64)
+    summary = run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
+    assert summary.test["accuracy"] == Summary.load(teacher.parent).test["accuracy"]
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(teacher)
+    language_model = AutoModelForMaskedLM.from_config(classifier.config)
+    language_model.roberta.load_state_dict(classifier.roberta.state_dict())
+    language_model.save_pretrained(tmp_path / "mlm")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "mlm")
+    student = replace(student, path=str(tmp_path / "mlm"))
+    run(replace(recipe, student=student, training=training, output=str(tmp_path / "from_mlm")))
+    started = AutoModelForSequenceClassification.from_pretrained(tmp_path / "from_mlm" / "student")
+    for name, tensor in classifier.roberta.state_dict().items():
+        torch.testing.assert_close(started.roberta.state_dict()[name], tensor, rtol=0, atol=1e-5)
+    with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
+        run(replace(recipe, student=replace(student, max_length=65), output=str(tmp_path / "long")))
 
 
 def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The objective: one sum over one count, whatever the pieces; padding that does not matter; what each method adds."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ LENGTHS = [19, 3, 11, 7, 16, 4, 9]
 def student(architecture: str) -> RobertaForSequenceClassification | BiGRUForSequenceClassification:
     """Two layers of width 16 without dropout."""
     torch.manual_seed(1)
-    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_labels": CLASSES}
+    shape: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_labels": CLASSES,
+    }
     if architecture == "bigru":
         return BiGRUForSequenceClassification(BiGRUConfig(**shape, hidden_dropout_prob=0.0))
     return RobertaForSequenceClassification(
@@ -40,7 +46,7 @@ def student(architecture: str) -> RobertaForSequenceClassification | BiGRUForSeq
     )
 
 
-def model_of(method: str, architecture: str = "roberta", **options: object) -> DistillationModel:
+def model_of(method: str, architecture: str = "roberta", **options: Any) -> DistillationModel:
     recipe = replace(MethodRecipe(name=method, temperature=3.0, kd_weight=0.7, ce_weight=0.4), **options)
     encoder = student(architecture)
     return DistillationModel(encoder, method_class(method)(recipe, shape_of(encoder.config), TEACHER))

@@ -99,7 +99,7 @@ def test_padding_is_dynamic_and_on_the_right(student: PreTrainedTokenizerBase) -
     ids, mask = rows.batch(torch.tensor([1, 0]))
     assert ids.shape == (2, int(rows.lengths[1]))
     assert mask[1].tolist() == [1] * int(rows.lengths[0]) + [0] * int(rows.lengths[1] - rows.lengths[0])
-    assert (ids[mask == 0] == student.pad_token_id).all()
+    assert set(ids[mask == 0].tolist()) == {1}  # <pad>
     assert ids[1][mask[1] == 1].tolist() == student("a")["input_ids"]
 
 
