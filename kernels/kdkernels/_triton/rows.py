@@ -65,43 +65,40 @@ def _statistics_step(state, student, teacher, scale, DIVERGENCE: tl.constexpr, C
 
 
 @triton.jit
-def _mixture_log_ratios(student_log, teacher_log, beta):
+def _probabilities(student, teacher, statistics, scale):
+    """Both rows shifted by their maxima, both distributions, and log2(p_student / p_teacher).
+
+    The log-ratio comes from the difference of the shifted logits, which is exact where they agree, and the
+    probabilities from products: neither goes through a rounded logarithm of a probability.
+    """
+    student_reference, student_inverse, teacher_reference, teacher_inverse, log_sum_gap = statistics
+    student_shifted = student - student_reference
+    teacher_shifted = teacher - teacher_reference
+    p_student = tl.exp2(student_shifted * scale) * student_inverse
+    p_teacher = tl.exp2(teacher_shifted * scale) * teacher_inverse
+    log_ratio = (student_shifted - teacher_shifted) * scale - log_sum_gap
+    return student_shifted, teacher_shifted, p_student, p_teacher, log_ratio
+
+
+@triton.jit
+def _mixture_log_ratios(log_ratio, beta):
     """log2(p_student / m) and log2(p_teacher / m) for m = beta p_teacher + (1 - beta) p_student.
 
     Both from one logarithm, that of m over the larger of the two: a number between the larger's weight and 1, which
     neither overflows nor vanishes, and which keeps its digits where the rows agree.
     """
-    gap = teacher_log - student_log
-    smaller = tl.exp2(-tl.abs(gap))
-    share = tl.where(gap > 0.0, beta + (1.0 - beta) * smaller, (1.0 - beta) + beta * smaller)
+    smaller = tl.exp2(-tl.abs(log_ratio))
+    share = tl.where(log_ratio < 0.0, beta + (1.0 - beta) * smaller, (1.0 - beta) + beta * smaller)
     larger_ratio = -tl.log2(share)
-    return larger_ratio - tl.maximum(gap, 0.0), larger_ratio + tl.minimum(gap, 0.0)
-
-
-@triton.jit
-def _probabilities(student, teacher, statistics, scale):
-    """Both rows shifted by their maxima, and both distributions with their base-2 logarithms."""
-    student_reference, student_log_sum, teacher_reference, teacher_log_sum = statistics
-    student_shifted = student - student_reference
-    teacher_shifted = teacher - teacher_reference
-    student_log = student_shifted * scale - student_log_sum
-    teacher_log = teacher_shifted * scale - teacher_log_sum
-    return (
-        student_shifted,
-        teacher_shifted,
-        student_log,
-        teacher_log,
-        tl.exp2(student_log),
-        tl.exp2(teacher_log),
-    )
+    return larger_ratio + tl.minimum(log_ratio, 0.0), larger_ratio - tl.maximum(log_ratio, 0.0)
 
 
 @triton.jit
 def _mixture_step(state, student, teacher, statistics, scale, beta):
     """Add one tile to the value of JSD and to the mean of log2(p_student / m) under the student, per lane."""
     value, ratio_mean = state
-    _, _, student_log, teacher_log, p_student, p_teacher = _probabilities(student, teacher, statistics, scale)
-    student_ratio, teacher_ratio = _mixture_log_ratios(student_log, teacher_log, beta)
+    _, _, p_student, p_teacher, log_ratio = _probabilities(student, teacher, statistics, scale)
+    student_ratio, teacher_ratio = _mixture_log_ratios(log_ratio, beta)
     student_terms = times_unless_zero(p_student, student_ratio)
     teacher_terms = times_unless_zero(p_teacher, teacher_ratio)
     value += tl.sum(beta * teacher_terms + (1.0 - beta) * student_terms, axis=1)
@@ -110,15 +107,17 @@ def _mixture_step(state, student, teacher, statistics, scale, beta):
 
 @triton.jit
 def _kl_terms(p, q, log_ratio):
-    """p log(p/q) - p + q, whose sum over a row is KL(p || q): terms that are >= 0 and vanish twice where p = q.
+    """p log(p/q) - p + q, whose sum over a row is KL(p || q), and q - p; log_ratio is log(q/p).
 
-    An error of the normalisers enters them squared, and near p = q the series keeps the digits that log(p/q) and q - p
-    would lose to each other, so that a divergence of 1e-9 is as exact as one of 1.
+    The terms are >= 0 and vanish twice where p = q, so an error of the normalisers enters them squared. Near p = q a
+    series keeps the digits that log(p/q) and q - p would lose: a divergence of 1e-9 is as exact as one of 1.
     """
-    series = 1.0 / 720.0 - log_ratio * (1.0 / 5040.0)
-    series = log_ratio * (log_ratio * (log_ratio * series - 1.0 / 120.0) + 1.0 / 24.0) - 1.0 / 6.0
-    series = log_ratio * log_ratio * (log_ratio * series + 0.5)
-    return tl.where(tl.abs(log_ratio) < 0.5, p * series, times_unless_zero(p, log_ratio) + (q - p))
+    series = log_ratio * (1.0 / 5040.0) + 1.0 / 720.0
+    series = log_ratio * (log_ratio * (log_ratio * series + 1.0 / 120.0) + 1.0 / 24.0) + 1.0 / 6.0
+    series = p * (log_ratio * log_ratio * (log_ratio * series + 0.5))  # p (exp(log_ratio) - 1 - log_ratio)
+    near = tl.abs(log_ratio) < 0.5
+    difference = tl.where(near, p * log_ratio + series, q - p)
+    return tl.where(near, series, difference - times_unless_zero(p, log_ratio)), difference
 
 
 @triton.jit
@@ -126,23 +125,18 @@ def _divergence_terms(
     student, teacher, statistics, scale, ratio_mean, inverse_temperature, beta, DIVERGENCE: tl.constexpr
 ):
     """One tile: terms of the value (KL only), d(divergence)/d(logit / T), and the student shifted and as p."""
-    student_shifted, teacher_shifted, student_log, teacher_log, p_student, p_teacher = _probabilities(
+    student_shifted, teacher_shifted, p_student, p_teacher, log_ratio = _probabilities(
         student, teacher, statistics, scale
     )
-    _, student_log_sum, _, teacher_log_sum = statistics
-    shifted_ratio = (
-        student_shifted - teacher_shifted
-    )  # before any rounding of the logarithms: near 0 it is exact
-    log_ratio = (shifted_ratio * scale - (student_log_sum - teacher_log_sum)) * LN_2
     if DIVERGENCE == "forward_kl":
-        terms = _kl_terms(p_teacher, p_student, -log_ratio)
-        gradient = p_student - p_teacher
+        terms, gradient = _kl_terms(p_teacher, p_student, log_ratio * LN_2)
     elif DIVERGENCE == "reverse_kl":
-        terms = _kl_terms(p_student, p_teacher, log_ratio)
-        gradient = times_unless_zero(p_student, (shifted_ratio - ratio_mean) * inverse_temperature)
+        terms, _ = _kl_terms(p_student, p_teacher, -log_ratio * LN_2)
+        centred = (student_shifted - teacher_shifted - ratio_mean) * inverse_temperature
+        gradient = times_unless_zero(p_student, centred)
     else:
         terms = p_student  # not used: the value is known from the pass before
-        student_ratio, _ = _mixture_log_ratios(student_log, teacher_log, beta)
+        student_ratio, _ = _mixture_log_ratios(log_ratio, beta)
         gradient = times_unless_zero(p_student, (1.0 - beta) * LN_2 * (student_ratio - ratio_mean))
     return terms, gradient, student_shifted, p_student
 
@@ -166,7 +160,7 @@ def _last_step(
     columns,
     label,
     statistics,
-    log_sum_at_one,
+    inverse_at_one,
     ratio_mean,
     factors,
     V,
@@ -190,7 +184,7 @@ def _last_step(
         if HAS_LABELS:
             p_at_one = p_student
             if CE_AT_ONE:
-                p_at_one = tl.exp2(student_shifted * LOG2_E - log_sum_at_one)
+                p_at_one = tl.exp2(student_shifted * LOG2_E) * inverse_at_one
             gradient += ce_factor * tl.where(columns == label, p_at_one - 1.0, p_at_one)
         if ALIASED:
             # Tile i of the gradient lies over logits of tile i // 2. All warps have read as far as i before one writes,
@@ -282,16 +276,17 @@ def _kd_rows_kernel(
     student_max, student_sum, student_sum_at_one, teacher_max, teacher_sum, ratio_sum = state
     student_reference, student_total = join_lanes(student_max, student_sum, scale)
     teacher_reference, teacher_total = join_lanes(teacher_max, teacher_sum, scale)
-    statistics = (student_reference, tl.log2(student_total), teacher_reference, tl.log2(teacher_total))
+    log_sum_gap = tl.log2(student_total / teacher_total)
+    statistics = (student_reference, 1.0 / student_total, teacher_reference, 1.0 / teacher_total, log_sum_gap)
 
     ce = 0.0
-    log_sum_at_one = 0.0
+    inverse_at_one = 0.0
     if HAS_LABELS:
         total_at_one = student_total
         if CE_AT_ONE:
             _, total_at_one = join_lanes(student_max, student_sum_at_one, LOG2_E)
-        log_sum_at_one = tl.log2(total_at_one)
-        ce = log_sum_at_one * LN_2 - (label_logit - student_reference)
+        inverse_at_one = 1.0 / total_at_one
+        ce = tl.log2(total_at_one) * LN_2 - (label_logit - student_reference)
 
     ratio_mean = 0.0
     if DIVERGENCE == "reverse_kl":
@@ -325,7 +320,7 @@ def _kd_rows_kernel(
                 block * BLOCK + tile,
                 label,
                 statistics,
-                log_sum_at_one,
+                inverse_at_one,
                 ratio_mean,
                 factors,
                 V,
@@ -346,7 +341,7 @@ def _kd_rows_kernel(
                 tail + tile,
                 label,
                 statistics,
-                log_sum_at_one,
+                inverse_at_one,
                 ratio_mean,
                 factors,
                 V,
