@@ -8,11 +8,15 @@ arithmetic and little memory traffic. Everything is built from the two rows' unn
 so that p_s = exp_s / sum_s and log p_s = log_s - log sum_s; normalising is left to factors per row.
 Values are sums of p times a log ratio, element by element: a difference of two log-sum-exps would
 lose a small divergence in the rounding of two large numbers.
+
+Per divergence there are three steps: `accumulate` takes the sums of a block, `write_gradient` uses
+what it left behind, and `values` turns the sums of all rows into divergences at the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +28,29 @@ from ..divergences import JSD, BuiltDivergence, ForwardKL
 TINY = 2.0e-38
 
 
+class Sums(NamedTuple):
+    """Sums over the vocabulary and their logarithms, each (R, 1)."""
+
+    exp_s: Tensor
+    exp_t: Tensor
+    exp_ce: Tensor  # of exp(student logits) at temperature 1, where that is another softmax
+    cross_s: Tensor  # exp_s times a log ratio
+    cross_t: Tensor  # exp_t times a log ratio
+    log_s: Tensor  # of sum exp_s, as float32 rounded it, where the log ratio was normalised with it
+    log_t: Tensor  # of sum exp_t, likewise
+
+
 @dataclass(slots=True)
 class Block:
-    """R rows. `log_*` may be the caller's logits and are only read; the rest is scratch."""
+    """R rows. `log_*` may be the caller's logits and are only read; the rest is scratch, (R, V) each."""
 
-    log_s: Tensor  # (R, V)
-    log_t: Tensor  # (R, V)
-    exp_s: Tensor  # (R, V)
-    exp_t: Tensor  # (R, V)
-    ratio: Tensor  # (R, V)
-    spare: Tensor  # (R, V)
-    sum_s: Tensor  # (R, 1)
-    sum_t: Tensor  # (R, 1)
+    log_s: Tensor
+    log_t: Tensor
+    exp_s: Tensor
+    exp_t: Tensor
+    ratio: Tensor
+    spare: Tensor
+    sums: Sums
     careful: bool  # entries of probability 0 may come with infinite logarithms: make 0 * inf = 0
 
 
@@ -43,7 +58,7 @@ def load(logits: Tensor, bias: Tensor | None, careful: bool, scratch: Tensor) ->
     """logits + bias, minus the row's maximum if `careful`; `logits` itself where nothing is to be done."""
     loaded = logits if logits.dtype == scratch.dtype else scratch.copy_(logits)
     if bias is not None:
-        loaded = torch.add(loaded, bias.to(scratch.dtype), out=scratch)
+        loaded = torch.add(loaded, bias, out=scratch)
     if careful:
         loaded = torch.sub(loaded, loaded.amax(-1, keepdim=True), out=scratch)
     return loaded
@@ -55,77 +70,88 @@ def exponentiate(log: Tensor, exp: Tensor, total: Tensor) -> None:
     torch.sum(exp, -1, keepdim=True, out=total)
 
 
-def weighted_sum(exp: Tensor, log_ratio: Tensor, careful: bool, out: Tensor) -> Tensor:
-    """Row sums (R, 1) of exp * log_ratio; entries whose exp is 0 count as 0. `out` takes the products."""
+def _weighted_sum(exp: Tensor, log_ratio: Tensor, careful: bool, products: Tensor, total: Tensor) -> None:
+    """total = row sums of exp * log_ratio; entries whose exp is 0 count as 0, also in log_ratio."""
     if careful:
         log_ratio.masked_fill_(exp == 0, 0.0)
-    return torch.mul(exp, log_ratio, out=out).sum(-1, keepdim=True)
+    torch.sum(torch.mul(exp, log_ratio, out=products), -1, keepdim=True, out=total)
 
 
-def divergence_value(block: Block, divergence: BuiltDivergence) -> tuple[Tensor, Tensor]:
-    """D (R, 1), and the centre (R, 1) that `divergence_gradient` subtracts from the log ratio.
-
-    ForwardKL has no use for either afterwards.
-    """
+def accumulate(block: Block, divergence: BuiltDivergence) -> None:
+    """The cross sums of a block; `ratio` keeps the log ratio that `write_gradient` needs."""
+    sums = block.sums
     if isinstance(divergence, JSD):
-        return _jsd_value(block, divergence.beta)
-    if isinstance(divergence, ForwardKL):
+        _accumulate_jsd(block, divergence.beta)
+    elif isinstance(divergence, ForwardKL):
         torch.sub(block.log_t, block.log_s, out=block.ratio)
-        centre = weighted_sum(block.exp_t, block.ratio, block.careful, out=block.ratio).div_(block.sum_t)
-        return centre - (block.sum_t / block.sum_s).log_(), centre
-    torch.sub(block.log_s, block.log_t, out=block.ratio)
-    centre = weighted_sum(block.exp_s, block.ratio, block.careful, out=block.spare).div_(block.sum_s)
-    return centre - (block.sum_s / block.sum_t).log_(), centre
+        _weighted_sum(block.exp_t, block.ratio, block.careful, block.ratio, sums.cross_t)
+    else:
+        # Brought near log p first, which is small where p is large: the gradient is as exact as this difference.
+        torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.spare)
+        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.ratio).sub_(block.spare)
+        _weighted_sum(block.exp_s, block.ratio, block.careful, block.spare, sums.cross_s)
 
 
-def _jsd_value(block: Block, beta: float) -> tuple[Tensor, Tensor]:
-    """D and centre of JSD; ratio becomes log p_s - log m."""
+def _accumulate_jsd(block: Block, beta: float) -> None:
+    """Cross sums of log(p_s / m), left in `ratio`, and of log(p_t / m) + log(sum_t / sum_s)."""
+    sums = block.sums
     # sum_s * m: the logarithm of exp_s over it is log(p_s / m), without normalising either.
-    odds = block.sum_s / block.sum_t
-    mixture = torch.add(block.sum_s.new_full((), TINY), block.exp_s, alpha=1.0 - beta, out=block.spare)
-    mixture.addcmul_(block.exp_t, odds, value=beta)
+    mixture = torch.add(sums.exp_s.new_full((), TINY), block.exp_s, alpha=1.0 - beta, out=block.spare)
+    mixture.addcmul_(block.exp_t, sums.exp_s / sums.exp_t, value=beta)
     if block.careful:
         # Subtracting logarithms is right for probabilities of 0 as well.
         log_mixture = mixture.log_()
         torch.sub(block.log_t, log_mixture, out=block.ratio)
-        teacher = weighted_sum(block.exp_t, block.ratio, True, out=block.ratio)
+        _weighted_sum(block.exp_t, block.ratio, True, block.ratio, sums.cross_t)
         torch.sub(block.log_s, log_mixture, out=block.ratio)
-        centre = weighted_sum(block.exp_s, block.ratio, True, out=block.spare)
+        _weighted_sum(block.exp_s, block.ratio, True, block.spare, sums.cross_s)
     else:
         # Without a shift log_s may be large just where p_s is large, and its rounding with it. Quotients are
         # near 1 where the student is near its teacher, and with every logarithm taken of the same
         # exponentials, their rounding moves the two distributions and not the distance between them.
         torch.div(block.exp_t, mixture, out=block.ratio).log_()
-        teacher = weighted_sum(block.exp_t, block.ratio, False, out=block.ratio)
+        _weighted_sum(block.exp_t, block.ratio, False, block.ratio, sums.cross_t)
         student_ratio = torch.div(block.exp_s, mixture, out=block.spare).log_()
-        centre = weighted_sum(block.exp_s, student_ratio, False, out=block.ratio)
+        _weighted_sum(block.exp_s, student_ratio, False, block.ratio, sums.cross_s)
         block.ratio, block.spare = block.spare, block.ratio
-    # The same rounded `odds` as in the mixture, so that its rounding drops out of the distance.
-    teacher = teacher.div_(block.sum_t).add_(odds.log())
-    centre = centre.div_(block.sum_s)
-    return (centre * (1.0 - beta)).add_(teacher, alpha=beta), centre
 
 
-def divergence_gradient(
+def values(divergence: BuiltDivergence, sums: Sums) -> Tensor:
+    """D of every row, put together in float64: there are few of these numbers, and they nearly cancel."""
+    dtype, rounded = sums.exp_s.dtype, sums
+    sums = Sums(*(part.double() for part in sums))
+    student, teacher = sums.cross_s / sums.exp_s, sums.cross_t / sums.exp_t
+    if isinstance(divergence, ForwardKL):
+        value = teacher - (sums.exp_t / sums.exp_s).log()
+    elif isinstance(divergence, JSD):
+        # The same rounded quotient as in the mixture, so that its rounding drops out of the distance.
+        teacher = teacher + (rounded.exp_s / rounded.exp_t).double().log()
+        value = divergence.beta * teacher + (1.0 - divergence.beta) * student
+    else:
+        # What the rounded logarithms in `accumulate` left over.
+        value = student - (sums.exp_s.log() - sums.log_s) + (sums.exp_t.log() - sums.log_t)
+    return value.to(dtype)
+
+
+def write_gradient(
     block: Block,
     divergence: BuiltDivergence,
-    centre: Tensor,
     scale: Tensor,  # (R, 1)
     extra: Tensor | None,  # (R, 1)
     out: Tensor,  # (R, V)
 ) -> None:
-    """out = scale * dD/du_s + extra * p_s; overwrites the block's scratch."""
-    factor = scale / block.sum_s
+    """out = scale * dD/du_s + extra * p_s with u_s = logits / T; overwrites the block's scratch."""
+    sums = block.sums
+    factor = scale / sums.exp_s
+    offset = None if extra is None else extra / sums.exp_s
     if isinstance(divergence, ForwardKL):
-        student_factor = factor if extra is None else factor + extra / block.sum_s
-        block.exp_s.mul_(student_factor)
-        torch.addcmul(block.exp_s, block.exp_t, -scale / block.sum_t, out=out)
+        block.exp_s.mul_(factor if offset is None else factor + offset)
+        torch.addcmul(block.exp_s, block.exp_t, scale / sums.exp_t, value=-1.0, out=out)
         return
     if isinstance(divergence, JSD):
         factor.mul_(1.0 - divergence.beta)
-    offset = -factor * centre
-    if extra is not None:
-        offset.add_(extra / block.sum_s)
-    # Two passes: torch has no vectorised loop for addcmul with two operands per row.
-    block.ratio.mul_(factor).add_(offset)
-    torch.mul(block.exp_s, block.ratio, out=out)
+    # Subtracted before anything is multiplied: where p_s is near 1 the two are near each other.
+    weights = block.ratio.sub_(sums.cross_s / sums.exp_s).mul_(factor)
+    if offset is not None:
+        weights.add_(offset)
+    torch.mul(block.exp_s, weights, out=out)
