@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ class Position:
     best_step: int = 0
     best_value: float | None = None
     """of the metric that chooses the best checkpoint; larger is better"""
-    best_metrics: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdtrain.cache import TeacherCache
 from kdtrain.data.classification import TextRows, load_classification
 from kdtrain.data.tokens import TokenRows, token_budget_batches, tokenize
 from kdtrain.errors import KdtrainError
 from kdtrain.files import folder_bytes
-from kdtrain.models import load_tokenizer, parameter_count
+from kdtrain.models import load_classifier, load_tokenizer, parameter_count
 from kdtrain.prepare import build_method, open_teacher, prepare_cache, start_accelerator
 from kdtrain.recipe import load_recipe
 
@@ -155,7 +155,7 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     cache = None
     if teacher is not None:
         cache = prepare_cache(recipe, data, teacher, build_method(recipe, teacher), accelerator.device)
-    student = AutoModelForSequenceClassification.from_pretrained(folder / "student", dtype=torch.float32)
+    student = load_classifier(str(folder / "student"), "student")
     student.to(accelerator.device)
     tokenizer = load_tokenizer(str(folder / "student"), "student")
     rows = EvaluationSet.of(getattr(data, split), tokenizer, recipe.student.max_length, data.focus, cache)

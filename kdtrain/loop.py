@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from kdtrain.cache import TeacherRows
 from kdtrain.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
 from kdtrain.data.tokens import TokenRows, length_grouped_batches
+from kdtrain.errors import KdtrainError
 from kdtrain.evaluate import EvaluationSet, classification_metrics, predict
 from kdtrain.files import append_line, write_atomic
 from kdtrain.objective import Batch, DistillationModel
@@ -68,7 +69,7 @@ def train(
     evaluate_every = options.evaluate_every or steps_per_epoch
     pieces = options.accumulation * accelerator.num_processes
     names = list(model.method.weights)
-    weights = torch.tensor([model.method.weights[name] for name in names])
+    weights = list(model.method.weights.values())
 
     plain = model.to(device)
     optimizer: Any = torch.optim.AdamW(parameter_groups(plain, options), lr=options.learning_rate, fused=True)
@@ -90,10 +91,11 @@ def train(
         position, tensors = resumed
         sums = tensors["sums"][accelerator.process_index].to(device)
         set_random_state(tensors["random"][accelerator.process_index])
-        say(f"resumed at step {position.step} of {total_steps}") if main else None
     if main:
         keep_lines(metrics_path, position.step)
-    epoch, plan = -1, []
+        if position.step:
+            say(f"resumed at step {position.step} of {total_steps}")
+    epoch, plan, means = -1, [], []
     evaluated = saved = position.step
     window = replace(position)
     model.train()
@@ -108,7 +110,7 @@ def train(
                 metrics = classification_metrics(logits, valid.labels, valid.teacher_logits)
                 value = metrics[options.best_metric] * (-1 if options.best_metric == "loss" else 1)
                 if position.best_value is None or value > position.best_value:
-                    position.best_step, position.best_value, position.best_metrics = step, value, metrics
+                    position.best_step, position.best_value = step, value
                     if main:
                         save_best(checkpoints, step, plain)
                 if main:
@@ -154,17 +156,25 @@ def train(
             optimizer.zero_grad()
             position.step += 1
             position.tokens += int(data.rows.lengths[batch_rows].sum())
+            log_now = position.step % options.log_every == 0
+            if log_now:  # the only place that waits for the device
+                means = accelerator.reduce(sums, "sum").div(options.log_every).tolist()  # type: ignore[union-attr]
             position.seconds += time.perf_counter() - started
             bar.update()
 
             # ---- log
-            if position.step % options.log_every == 0:
-                means = accelerator.reduce(sums, "sum").div(options.log_every).tolist()  # type: ignore[union-attr]
+            if log_now:
                 seconds = position.seconds - window.seconds
+                loss = sum(weight * mean for weight, mean in zip(weights, means, strict=False))
+                if not math.isfinite(loss):
+                    raise KdtrainError(
+                        f"the loss is {loss} at step {position.step}; lower training.learning_rate "
+                        f"(now {options.learning_rate}) or training.clip_norm (now {options.clip_norm})"
+                    )
                 line = {
                     "step": position.step,
                     "epoch": round(position.step / steps_per_epoch, 4),
-                    "loss": sum(weight * mean for weight, mean in zip(weights.tolist(), means, strict=False)),
+                    "loss": loss,
                     **{f"loss/{name}": mean for name, mean in zip(names, means, strict=False)},
                     "grad_norm": means[-1] / accelerator.num_processes,
                     "lr": scheduler.get_last_lr()[0],
@@ -175,7 +185,7 @@ def train(
                 }
                 if main:
                     append_line(metrics_path, json.dumps(line))
-                bar.note(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s")
+                bar.note(f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s")
                 sums.zero_()
                 window = replace(position)
 

@@ -100,7 +100,7 @@ def build_student(
         "label2id": {name: i for i, name in enumerate(classes)},
     }
     if recipe.path is not None:
-        model = _load(recipe.path, "student.path", ignore_mismatched_sizes=True, **names)
+        model = load_classifier(recipe.path, "student.path", ignore_mismatched_sizes=True, **names)
         if model.get_input_embeddings().num_embeddings < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer))
         return model
@@ -127,7 +127,7 @@ def load_teacher(path: str, classes: tuple[str, ...], max_length: int | None = N
     Raises:
         KdtrainError: it cannot be loaded, has no trained head, or other classes or another order of them.
     """
-    model, missing = _load(path, "teacher.path", output_loading_info=True)
+    model, missing = load_classifier(path, "teacher.path", output_loading_info=True)
     if missing["missing_keys"]:
         raise KdtrainError(
             f"the teacher {path} has no trained weights for {', '.join(sorted(missing['missing_keys']))}; "
@@ -151,6 +151,15 @@ def load_teacher(path: str, classes: tuple[str, ...], max_length: int | None = N
             f"teacher.max_length is {max_length}, but the teacher {path} reads at most {longest} tokens"
         )
     return Teacher(path, model, tokenizer, max_length or min(longest, LONGEST_DEFAULT))
+
+
+def load_classifier(path: str, field: str, **options: Any) -> Any:
+    """Load a sequence classifier by folder or hub id; `field` is the recipe key that is blamed."""
+    with _blaming(path, field, "model"):
+        # float32 whatever the file holds: small files may be stored in half precision, sums of logits should not be.
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
 
 
 def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
@@ -183,27 +192,27 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _load(path: str, field: str, **options: Any) -> Any:
-    with _blaming(path, field, "model"):
-        # float32 whatever the file holds: small files may be stored in half precision, sums of logits should not be.
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-        )
-
-
 @contextmanager
 def _blaming(path: str, field: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises while it loads into one sentence, and keep its bars and remarks off the screen."""
+    """Turn what transformers raises while it loads into one sentence."""
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise KdtrainError(f"{field}: there is no folder {path}")
-    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # a head that starts anew is what was asked for
     try:
-        yield
+        with quiet():
+            yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise KdtrainError(f"{field}: no {what} could be loaded from {path}: {reason}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars and remarks of transformers off the screen; a head that starts anew is what was asked for."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if shown:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from kdtrain.data.tokens import tokenize
 from kdtrain.evaluate import EvaluationSet, latency_ms, predict, report
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.loop import TrainingSet, peak_memory, train
-from kdtrain.models import Teacher, build_student, parameter_count
+from kdtrain.models import Teacher, build_student, parameter_count, quiet
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
 from kdtrain.prepare import (
@@ -113,11 +112,9 @@ def save_student(
     folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method
 ) -> None:
     """Write `student/`, and the method's own weights beside it: they are no part of the student."""
-    transformers.logging.disable_progress_bar()
-    with atomic_folder(folder / "student") as temporary:
+    with quiet(), atomic_folder(folder / "student") as temporary:
         student.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    transformers.logging.enable_progress_bar()
     own = method.state_dict()
     if own:
         write_tensors(folder / "projection.safetensors", own)

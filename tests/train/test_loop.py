@@ -101,6 +101,12 @@ def test_finished_run_is_recognised_and_another_is_refused(
         run(other)
 
 
+def test_diverged_run_is_told(recipe: Recipe, tmp_path: Path) -> None:
+    training = replace(recipe.training, learning_rate=1e38, warmup=0.0)
+    with pytest.raises(KdtrainError, match=r"the loss is (nan|inf) at step 2; lower training.learning_rate"):
+        run(replace(recipe, training=training, output=str(tmp_path / "run")))
+
+
 def test_best_weights_are_restored(recipe: Recipe, tmp_path: Path) -> None:
     """A rate that ruins the model after its first steps: the student of the best step is what is saved."""
     training = replace(recipe.training, epochs=3, evaluate_every=6, learning_rate=3e-3, best_metric="loss")
@@ -151,7 +157,7 @@ def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path) -> None:
     recipe = replace(distillation, student=student, training=training)
     run(replace(recipe, output=str(tmp_path / "one")))
     save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
     found = subprocess.run(
         [*launch, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")],
