@@ -56,6 +56,12 @@ def _row_weight_or_zero(hidden: Tensor, weight: Tensor | None) -> Tensor:
     return hidden if weight is None else hidden.masked_fill((weight == 0).unsqueeze(1), 0.0)
 
 
+def _row_loss(kd: Tensor, ce: Tensor, terms: RowTerms) -> Tensor:
+    """(R,) the loss of each row from its two terms."""
+    loss = kd * terms.kd_scale
+    return loss if terms.ce_weight == 0.0 else loss.add_(ce, alpha=terms.ce_weight)
+
+
 @dataclass(frozen=True)
 class TeacherSource:
     """Teacher logits chunk by chunk, from stored logits or from hidden states and a head."""
@@ -141,7 +147,7 @@ class LinearKD:
                 row_weight=None if weight is None else weight[here],
                 grad=grad,
             )
-            values[here] = kd * self.terms.kd_scale + ce * self.terms.ce_weight
+            values[here] = _row_loss(kd, ce, self.terms)
             if grad is None:
                 continue
             if d_hidden is not None:
@@ -172,13 +178,13 @@ class LogitKD:
         assert logits is not None and teacher_source is not None
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         rows, vocabulary = logits.shape
-        values = torch.zeros(rows, dtype=wide_dtype(logits.dtype), device=logits.device)
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs[0] else None
         # Stored teacher logits need no buffer, so their rows are one chunk.
         size = max(rows, 1)
         if teacher_head is not None:
             size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
         teacher = TeacherSource.prepare(teacher_source, teacher_head, self.autocast, None, min(size, rows))
+        values = []
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             kd, ce = self.backend.kd_rows(
@@ -190,8 +196,10 @@ class LogitKD:
                 row_weight=None if weight is None else weight[here],
                 grad=None if d_logits is None else d_logits[here],
             )
-            values[here] = kd * self.terms.kd_scale + ce * self.terms.ce_weight
-        return values, (d_logits, *(None,) * 4)
+            values.append(_row_loss(kd, ce, self.terms))
+        empty = torch.zeros(0, dtype=wide_dtype(logits.dtype), device=logits.device)
+        loss = values[0] if len(values) == 1 else torch.cat(values) if values else empty
+        return loss, (d_logits, *(None,) * 4)
 
 
 @dataclass(frozen=True)

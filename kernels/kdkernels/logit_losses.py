@@ -18,6 +18,9 @@ from .matmul import wide_dtype
 from .options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
 from .teachers import Teacher, TeacherHead, TeacherLogits
 
+# Logits of at most this many elements keep their gradient from the forward pass of `kd_loss`: 256 KiB in float32.
+SMALL_LOGITS = 1 << 16
+
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast makes of the inputs of a linear layer on this tensor's device; None when it is off."""
@@ -222,8 +225,10 @@ def kd_loss(
         else:
             solver = LogitKD(terms, load_backend(impl), cast)
             tensors = (logits, source, teacher_weight, teacher_bias, labels)
+            # A few classes cost more in calls than in memory: take the gradient along instead of starting again.
+            small = logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
             loss = row_loss(
-                solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=False
+                solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=small
             )
     return loss.reshape(leading) if reduction == "none" else loss
 

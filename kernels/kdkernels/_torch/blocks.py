@@ -116,21 +116,24 @@ def _accumulate_jsd(block: Block, beta: float) -> None:
         block.ratio, block.spare = block.spare, block.ratio
 
 
-def values(divergence: BuiltDivergence, sums: Sums) -> Tensor:
-    """D of every row, put together in float64: there are few of these numbers, and they nearly cancel."""
-    dtype, rounded = sums.exp_s.dtype, sums
-    sums = Sums(*(part.double() for part in sums))
+def values(divergence: BuiltDivergence, stack: Tensor) -> Tensor:
+    """D (N, 1) from the sums (len(Sums), N, 1).
+
+    Put together in float64: there are few of these numbers, and they nearly cancel.
+    """
+    sums = Sums(*stack.double().unbind())
     student, teacher = sums.cross_s / sums.exp_s, sums.cross_t / sums.exp_t
     if isinstance(divergence, ForwardKL):
         value = teacher - (sums.exp_t / sums.exp_s).log()
     elif isinstance(divergence, JSD):
         # The same rounded quotient as in the mixture, so that its rounding drops out of the distance.
+        rounded = Sums(*stack.unbind())
         teacher = teacher + (rounded.exp_s / rounded.exp_t).double().log()
         value = divergence.beta * teacher + (1.0 - divergence.beta) * student
     else:
         # What the rounded logarithms in `accumulate` left over.
         value = student - (sums.exp_s.log() - sums.log_s) + (sums.exp_t.log() - sums.log_t)
-    return value.to(dtype)
+    return value.to(stack.dtype)
 
 
 def write_gradient(

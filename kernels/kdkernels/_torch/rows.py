@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,40 +68,39 @@ def kd_rows(
         labels = labels.unsqueeze(1)
         if dead is not None:
             labels = labels.masked_fill(dead, 0)
-    unit = torch.ones_like(student_logits[:, :1], dtype=dtype)
-    if row_weight is not None:
-        unit = row_weight.unsqueeze(1).to(dtype)
 
     # What is small is taken for all rows at once, before and after the loop over blocks.
     size = max(1, min(rows, BLOCK_ELEMENTS // vocabulary)) if on_cpu else max(rows, 1)
     sums = student_logits.new_ones((len(Sums._fields), rows, 1), dtype=dtype)
-    target = student_logits.new_zeros((rows, 1), dtype=dtype)
-    blocks = _Blocks(
-        student_logits.split(size),
-        teacher_logits.split(size),
-        _split(labels, size),
-        _split(grad, size),
-        (unit * (terms.kd_scale / terms.temperature)).split(size),
-        _split(None if labels is None else unit * terms.ce_weight, size),
-        target.split(size),
-        [Sums(*part.unbind()) for part in sums.split(size, dim=1)],
-    )
+    kd_factor = ce_factor = target = None
+    if grad is not None:
+        unit = sums[0].clone() if row_weight is None else row_weight.unsqueeze(1).to(dtype)
+        kd_factor = unit * (terms.kd_scale / terms.temperature)
+        ce_factor = None if labels is None else unit * terms.ce_weight
+    if labels is not None:
+        target = torch.empty_like(sums[0])
+    sizes = [size] * (rows // size) + [rows % size] * (rows % size > 0) if rows else []
+    parts = sums.split_with_sizes(sizes, dim=1)
+    by_row = (student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, *sums.unbind())
     bias_s = None if student_bias is None else student_bias.to(dtype)
     bias_t = None if teacher_bias is None else teacher_bias.to(dtype)
     scratch = student_logits.new_empty((SCRATCH, size, vocabulary), dtype=dtype).unbind()
     # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
     # block is first tried without; elsewhere looking at the result would make the host wait for the device.
     careful = not on_cpu
-    for number in range(len(blocks.student) if rows else 0):
-        if not _solve(blocks, number, terms, bias_s, bias_t, scratch, careful):
+    for part, block in zip(parts, zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True), strict=True):
+        arguments, block_sums = _Rows(*block[:7]), Sums(*block[7:])
+        if part.shape[1] != size:
+            scratch = tuple(buffer[: part.shape[1]] for buffer in scratch)
+        if not _solve(arguments, block_sums, part, terms, bias_s, bias_t, scratch, careful):
             careful = True
-            _solve(blocks, number, terms, bias_s, bias_t, scratch, careful)
+            _solve(arguments, block_sums, part, terms, bias_s, bias_t, scratch, careful)
 
-    total = Sums(*sums.unbind())
-    divergences = values(terms.divergence, total)
+    divergences = values(terms.divergence, sums)
     cross_entropies = torch.zeros_like(divergences)
-    if labels is not None:
-        cross_entropies = (total.exp_s if terms.temperature == 1.0 else total.exp_ce).log() - target
+    if target is not None:
+        total = Sums(*sums.unbind())
+        cross_entropies = (total.exp_s if terms.temperature == 1.0 else total.exp_ce).log().sub_(target)
     if dead is not None:
         divergences.masked_fill_(dead, 0.0)
         cross_entropies.masked_fill_(dead, 0.0)
@@ -110,45 +109,41 @@ def kd_rows(
     return divergences.squeeze(1), cross_entropies.squeeze(1)
 
 
-def _split(tensor: Tensor | None, size: int) -> tuple[Tensor, ...] | None:
-    return None if tensor is None else tensor.split(size)
+def _cut(tensor: Any, sizes: list[int]) -> Any:
+    """A tensor's blocks of rows, in one call as they are many; None for each block of None."""
+    return [None] * len(sizes) if tensor is None else tensor.split_with_sizes(sizes)
 
 
-class _Blocks(NamedTuple):
-    """The arguments of `kd_rows` cut into blocks of rows."""
+class _Rows(NamedTuple):
+    """The arguments of `kd_rows` for the rows of one block."""
 
-    student: tuple[Tensor, ...]  # (R, V)
-    teacher: tuple[Tensor, ...]  # (R, V)
-    labels: tuple[Tensor, ...] | None  # (R, 1)
-    grad: tuple[Tensor, ...] | None  # (R, V)
-    kd_factor: tuple[Tensor, ...]  # (R, 1)
-    ce_factor: tuple[Tensor, ...] | None  # (R, 1)
-    target: tuple[Tensor, ...]  # (R, 1) receives the logit of the label as it went into the exponential
-    sums: list[Sums]
+    student: Tensor  # (R, V)
+    teacher: Tensor  # (R, V)
+    labels: Tensor | None  # (R, 1)
+    grad: Tensor | None  # (R, V)
+    kd_factor: Tensor | None  # (R, 1), given with grad
+    ce_factor: Tensor | None  # (R, 1), given with grad and labels
+    target: Tensor | None  # (R, 1), receives the label's logit as it went into the exponential
 
 
 def _solve(
-    blocks: _Blocks,
-    number: int,
+    rows: _Rows,
+    sums: Sums,
+    part: Tensor,  # (len(Sums), R, 1), the same sums in one tensor
     terms: RowTerms,
     bias_s: Tensor | None,
     bias_t: Tensor | None,
-    scratch: tuple[Tensor, ...],  # SCRATCH times (R, V), longer than the last block
+    scratch: tuple[Tensor, ...],  # SCRATCH times (R, V)
     careful: bool,
 ) -> bool:
     """Sums and gradient of one block; False, and no gradient, if it takes more care than was taken."""
-    student, sums = blocks.student[number], blocks.sums[number]
-    count = student.shape[0]
-    if count != scratch[0].shape[0]:
-        scratch = tuple(buffer[:count] for buffer in scratch)
     exp_s, exp_t, ratio, spare, scratch_s, scratch_t, exp_ce = scratch
-    labels = None if blocks.labels is None else blocks.labels[number]
     warm = terms.temperature != 1.0
 
-    log_s = load(student, bias_s, careful, scratch_s)
-    log_t = load(blocks.teacher[number], bias_t, careful, scratch_t)
-    if labels is not None:
-        torch.gather(log_s, 1, labels, out=blocks.target[number])
+    log_s = load(rows.student, bias_s, careful, scratch_s)
+    log_t = load(rows.teacher, bias_t, careful, scratch_t)
+    if rows.labels is not None and rows.target is not None:
+        torch.gather(log_s, 1, rows.labels, out=rows.target)
         if warm:
             exponentiate(log_s, exp_ce, sums.exp_ce)
     if warm:
@@ -156,37 +151,29 @@ def _solve(
         log_t = torch.mul(log_t, 1.0 / terms.temperature, out=scratch_t)
     exponentiate(log_s, exp_s, sums.exp_s)
     exponentiate(log_t, exp_t, sums.exp_t)
-    if not careful and not _in_range(sums.exp_s, sums.exp_t, sums.exp_ce):
-        return False
+    if not careful:
+        # Sums that are not taken yet hold 1, which is in range.
+        totals = part.flatten().tolist()
+        if not (math.isfinite(sum(totals)) and min(totals) > LEAST_SUM and max(totals) < MOST_SUM):
+            return False
 
     block = Block(log_s, log_t, exp_s, exp_t, ratio, spare, sums, careful)
     accumulate(block, terms.divergence)
-    if not careful and not _finite(sums.cross_s, sums.cross_t):
+    if not careful and not math.isfinite(sum(part.flatten().tolist())):
         return False
-    if blocks.grad is None:
+    if rows.grad is None or rows.kd_factor is None:
         return True
 
-    grad = blocks.grad[number]
-    in_place = grad.dtype == exp_s.dtype
-    out = grad if in_place else exp_t
-    ce_factor = None if blocks.ce_factor is None else blocks.ce_factor[number]
-    write_gradient(block, terms.divergence, blocks.kd_factor[number], None if warm else ce_factor, out)
-    if labels is not None and ce_factor is not None:
+    in_place = rows.grad.dtype == exp_s.dtype
+    out = rows.grad if in_place else exp_t
+    write_gradient(block, terms.divergence, rows.kd_factor, None if warm else rows.ce_factor, out)
+    if rows.labels is not None and rows.ce_factor is not None:
         if warm:
-            out.addcmul_(exp_ce, ce_factor / sums.exp_ce)
-        out.scatter_add_(1, labels, -ce_factor)
+            out.addcmul_(exp_ce, rows.ce_factor / sums.exp_ce)
+        out.scatter_add_(1, rows.labels, -rows.ce_factor)
     if not in_place:
-        grad.copy_(out)
+        rows.grad.copy_(out)
     return True
-
-
-def _in_range(*sums: Tensor) -> bool:
-    """Whether exponentials taken without a shift are exact enough; False for NaN."""
-    return all(LEAST_SUM < total < MOST_SUM for part in sums for total in part.view(-1).tolist())
-
-
-def _finite(*sums: Tensor) -> bool:
-    return all(math.isfinite(total) for part in sums for total in part.view(-1).tolist())
 
 
 def mse_rows(
