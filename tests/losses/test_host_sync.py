@@ -1,0 +1,58 @@
+"""The host waits for the device once, to read how many rows count, and never with static shapes. Needs a GPU."""
+
+import pytest
+import torch
+
+from kdkernels import kd_loss, linear_kd_loss, projection_mse
+from kdkernels.options import Impl
+from tests.support.inputs import FAST_IMPLS, make_case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_static_shapes_never_wait(reduction, dtype, impl: Impl) -> None:
+    case = make_case(dtype=dtype)
+    hidden, weight, bias = case.leaves()
+    logits = case.student_logits.detach().requires_grad_()
+    mask = case.labels != -100
+    items = torch.tensor(9, device="cuda")
+    options = {"ce_weight": 0.5, "temperature": 2.0, "reduction": reduction, "impl": impl}
+    if reduction == "mean":
+        options["num_items_in_batch"] = items
+
+    def step() -> None:
+        linear = linear_kd_loss(
+            hidden, weight, case.teacher, case.labels, student_bias=bias, static_shapes=True, **options
+        )
+        plain = kd_loss(logits, case.teacher_logits, case.labels, **options)
+        features = projection_mse(hidden, case.teacher_hidden[:, :8], mask=mask, impl=impl)
+        (linear.sum() + plain.sum() + features).backward()
+
+    step()  # compiles kernels and starts libraries, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_compaction_waits_once(impl: Impl) -> None:
+    case = make_case()
+    hidden, weight, _ = case.leaves()
+
+    def step() -> None:
+        linear_kd_loss(hidden, weight, case.teacher, case.labels, impl=impl).backward()
+
+    step()
+    with pytest.warns(UserWarning, match="synchroniz") as waits:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
