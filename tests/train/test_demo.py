@@ -42,7 +42,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small teacher made from the tree."""
     folder = tmp_path_factory.mktemp("made")
-    plan = TeacherPlan(TINY, 40, replace(FINE_TUNING, epochs=2))
+    plan = TeacherPlan(TINY, 40, replace(FINE_TUNING, evaluate_every=None))
     make_teacher(folder / "work", folder / "teacher", plan=plan, trees=[tree])
     return folder
 
