@@ -36,9 +36,7 @@ TITLES = {"ft": "student, labels only (FT)", "kd": "student, KD", "kd_features":
 STUDENT = StudentRecipe(
     vocab_size=3000, hidden_size=96, layers=2, heads=4, intermediate_size=384, max_length=64, dropout=0.0
 )
-TRAINING = TrainingRecipe(
-    epochs=100, max_steps=1500, batch_size=32, learning_rate=2e-3, evaluate_every=500, best_metric="loss"
-)
+TRAINING = TrainingRecipe(epochs=100, max_steps=2000, batch_size=32, learning_rate=2e-3, evaluate_every=500)
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,14 @@ class DemoPlan:
     methods: Mapping[str, MethodRecipe] = field(
         default_factory=lambda: {
             "ft": MethodRecipe(name="ft"),
-            "kd": MethodRecipe(name="kd", temperature=2.0, kd_weight=1.0, ce_weight=0.5),
+            "kd": MethodRecipe(name="kd", temperature=2.0, kd_weight=1.0, ce_weight=0.25),
             "kd_features": MethodRecipe(
-                name="kd_features", temperature=2.0, kd_weight=1.0, ce_weight=0.5, layer_map=((2, 4),)
+                name="kd_features",
+                temperature=2.0,
+                kd_weight=1.0,
+                ce_weight=0.25,
+                feature_weight=3.0,
+                layer_map=((2, 4),),
             ),
         }
     )

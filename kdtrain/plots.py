@@ -40,9 +40,8 @@ def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -
     """Draw accuracy with its interval over parameters; models without parameters are the floor, a dashed line."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     floors = [metrics["accuracy"] for metrics in models.values() if metrics["parameters"] is None]
-    for name, metrics in models.items():
-        if metrics["parameters"] is None:
-            continue
+    sized = {name: metrics for name, metrics in models.items() if metrics["parameters"] is not None}
+    for name, metrics in sized.items():
         low, high = metrics["accuracy_interval"]
         accuracy = metrics["accuracy"]
         axes.errorbar(
@@ -52,11 +51,16 @@ def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -
             marker="o",
             capsize=3,
             linestyle="none",
+            color="black" if name == "teacher" else None,  # students keep the colours of the learning curves
             label=name,
         )
     if floors:
         axes.axhline(100 * max(floors), linestyle="--", color="grey", label="floor: best bag of tokens")
     axes.set(xscale="log", xlabel="parameters, millions", ylabel="test accuracy, %")
+    sizes = sorted({metrics["parameters"] / 1e6 for metrics in sized.values()})
+    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+    axes.minorticks_off()
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
