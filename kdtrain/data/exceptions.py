@@ -47,7 +47,7 @@ from kdtrain.data.sources import (
 )
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic, write_json
-from kdtrain.progress import progress
+from kdtrain.progress import progress, say
 
 
 def build_exceptions(
@@ -86,26 +86,37 @@ def source_files(
 
 
 def collect_functions(files: Sequence[SourceFile], *, raises: bool = False) -> list[Function]:
-    """The functions of all files, read by every core; with `raises`, those with a `raise` count too."""
+    """The functions of all files, read by every core; with `raises`, those with a `raise` count too.
+
+    Files that cannot be read or parsed are left out, and one sentence says how many and why the first.
+    """
     found: list[Function] = []
+    skipped: list[str] = []
     jobs = (delayed(read_functions)(file, raises=raises) for file in files)
-    results = cast(Iterator[list[Function]], Parallel(n_jobs=-1, return_as="generator")(jobs))
+    results = cast(Iterator[list[Function] | str], Parallel(n_jobs=-1, return_as="generator")(jobs))
     with progress(len(files), "reading Python code", unit="files") as bar:
-        for functions in results:
-            found += functions
+        for result in results:
+            if isinstance(result, str):
+                skipped.append(result)
+            else:
+                found += result
             bar.update()
+    if skipped:
+        say(
+            f"left out {len(skipped)} of {len(files)} files that this Python cannot read, the first: {skipped[0]}"
+        )
     return found
 
 
-def read_functions(file: SourceFile, *, raises: bool = False) -> list[Function]:
-    """The functions of one file; a file that this Python cannot read or parse has none."""
+def read_functions(file: SourceFile, *, raises: bool = False) -> list[Function] | str:
+    """The functions of one file, or the reason why it has none to give."""
     try:
         source = file.path.read_bytes().replace(b"\r\n", b"\n")
         if not (raises and b"raise" in source) and not may_hold_a_label(source):
             return []
         return functions_with_names(source, file.module, raises=raises)
-    except (OSError, SyntaxError, UnicodeDecodeError, RecursionError, ValueError):
-        return []
+    except (OSError, SyntaxError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        return f"{file.path}: {error}"
 
 
 def without_duplicates(functions: Sequence[Function]) -> list[Function]:

@@ -137,8 +137,15 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_folder_is_whole_and_no_module_is_on_two_sides(tree: Path, tmp_path: Path) -> None:
+def test_the_folder_is_whole_and_no_module_is_on_two_sides(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     description = build_exceptions(tmp_path / "data", [tree])
+    said = capsys.readouterr().err
+    assert (
+        f"left out 1 of 62 files that this Python cannot read, the first: {tree / 'broken.py'}: invalid"
+        in said
+    )
     rows = {
         name: [json.loads(line) for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "valid", "test", "unlabelled")
