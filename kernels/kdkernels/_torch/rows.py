@@ -11,8 +11,8 @@ from torch import Tensor
 from ..options import RowTerms
 from .blocks import Block, Sums, accumulate, exponentiate, load, values, write_gradient
 
-# Elements of one scratch buffer on the CPU. Measured on two cores with 2 MiB of L2 cache each: 2, 4, 8 and 16 rows of 32,000
-# take 1.40, 1.36, 1.33 and 1.30 times the bare products, probably because every pass ends with a wait.
+# Elements of one scratch buffer on the CPU: 16 rows of 32,000. Small blocks cost two threads most; docs/log.md has the
+# figures, which differ by little more than noise from 8 rows on.
 BLOCK_ELEMENTS = 1 << 19
 
 # The same on other devices, where blocks only bound the scratch: 64 MiB a buffer in float32.
