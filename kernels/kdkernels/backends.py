@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from typing import Protocol, cast
 
 import torch
@@ -52,6 +53,35 @@ class Backend(Protocol):
     def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
         """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""
         ...
+
+
+# What a back end does not have yet: names of divergences, options and forms of a teacher.
+_ALL_NEW = frozenset(
+    {
+        "SkewKL",
+        "SkewReverseKL",
+        "TVD",
+        "AlphaBeta",
+        "Decoupled",
+        "label_smoothing",
+        "softcap",
+        "logit_scale",
+        "vocab_map",
+        "return_stats",
+        "TeacherTopK",
+        "TeacherCrossTerm",
+        "mode='low_memory'",
+    }
+)
+UNBUILT: dict[Impl, frozenset[str]] = {"torch": _ALL_NEW, "triton": _ALL_NEW, "reference": frozenset()}
+
+
+def refuse_unbuilt(impl: Impl, features: Iterable[str]) -> None:
+    """Raise for what the back end does not have yet, before any work is done."""
+    for feature in features:
+        if feature in UNBUILT[impl]:
+            others = " or ".join(f"impl={other!r}" for other in UNBUILT if feature not in UNBUILT[other])
+            raise NotImplementedError(f"{feature} is not supported yet with impl={impl!r}; use {others}")
 
 
 def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> Impl:

@@ -5,9 +5,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
+
+# Below this size alpha, beta and their sum have to be exactly 0 in `AlphaBeta`: the formula divides by them a difference
+# that is as small as they are, for which float32 has no digits.
+LEAST_POWER = 0.01
+
+
+def _check_skew(name: str, alpha: float, plain: str) -> None:
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(
+            f"{name} needs 0 < alpha < 1, got {alpha}; at 0 it is {plain}(), at 1 it is constantly 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,41 +52,84 @@ class JSD:
 
 @dataclass(frozen=True)
 class SkewKL:
-    """KL(p_t ‖ alpha p_t + (1 - alpha) p_s)."""
+    """KL(p_t ‖ alpha p_t + (1 - alpha) p_s): forward KL that stays finite where the student gives nothing.
+
+    0 < alpha < 1, default 0.1. Source: Ko et al., "DistiLLM", 2024, equation 3.
+    """
 
     alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew("SkewKL", self.alpha, "ForwardKL")
 
 
 @dataclass(frozen=True)
 class SkewReverseKL:
-    """KL(p_s ‖ (1 - alpha) p_t + alpha p_s)."""
+    """KL(p_s ‖ (1 - alpha) p_t + alpha p_s): reverse KL that stays finite where the teacher gives nothing.
+
+    0 < alpha < 1, default 0.1. Source: Ko et al., "DistiLLM", 2024, section 3.1.
+    """
 
     alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew("SkewReverseKL", self.alpha, "ReverseKL")
 
 
 @dataclass(frozen=True)
 class TVD:
-    """Total variation distance, 1/2 sum abs(p_t - p_s)."""
+    """Total variation distance, 1/2 sum abs(p_t - p_s); entries at which both agree have slope 0."""
 
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """The alpha-beta divergence of ABKD."""
+    """The alpha-beta divergence, its limits included; `alpha` is the power of the teacher, `beta` of the student.
+
+        -1 / (alpha beta) sum [p_t^alpha p_s^beta - alpha / (alpha + beta) p_t^(alpha + beta)
+                               - beta / (alpha + beta) p_s^(alpha + beta)]
+
+    (1, 0) is forward KL, (0, 1) reverse KL, (0.5, 0.5) four times the squared Hellinger distance. alpha, beta and
+    alpha + beta are each 0 or at least 0.01 in size: between, the formula is a rounding error divided by a small number.
+    Entries at which both probabilities are 0 count as 0. With a power below 0, or a sum of powers that is not above
+    0, an entry that only one side excludes makes the divergence infinite.
+
+    Source: Cichocki, Cruces and Amari, 2011, equations 19 to 22; Wang et al., "ABKD", 2025, section 3.
+    """
 
     alpha: float
     beta: float
 
+    def __post_init__(self) -> None:
+        for name, power in (
+            ("alpha", self.alpha),
+            ("beta", self.beta),
+            ("alpha + beta", self.alpha + self.beta),
+        ):
+            if not math.isfinite(power) or 0.0 < abs(power) < LEAST_POWER:
+                raise ValueError(
+                    f"AlphaBeta needs {name} to be 0 or at least {LEAST_POWER} in size, got {power}; "
+                    "0 gives the limit, which is close"
+                )
+
 
 @dataclass(frozen=True, eq=False)
 class Decoupled:
-    """DKD: target * TKD + non_target * NCKD; the weights are numbers or one value per token."""
+    """DKD: target * TKD + non_target * NCKD, both at temperature T; needs labels.
+
+    TKD is KL(teacher ‖ student) of the two-way distributions (label, all the rest), NCKD that of the distributions
+    over the rest alone, so forward KL is TKD + (1 - p_t[label]) * NCKD. The weights are numbers or tensors with
+    one value per token, without gradient. Defaults 1.0.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation", 2022, equation 7; per-token weights: Zhong et al.,
+    "Revisiting Knowledge Distillation for Autoregressive Language Models" (ATKD), 2024.
+    """
 
     target: float | Tensor = 1.0
     non_target: float | Tensor = 1.0
 
 
 Divergence = ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD | AlphaBeta | Decoupled
-BuiltDivergence = ForwardKL | ReverseKL | JSD
+BuiltDivergence = Divergence
 
 NAMES: dict[str, type[ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD]] = {
     "forward_kl": ForwardKL,
@@ -86,18 +141,12 @@ NAMES: dict[str, type[ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD
 }
 
 
-def resolve_divergence(divergence: str | Divergence) -> BuiltDivergence:
-    """The divergence object for a name or an object; refuses unknown names and what is not built yet."""
-    if isinstance(divergence, str):
-        if divergence not in NAMES:
-            raise ValueError(f"divergence must be one of {', '.join(NAMES)} or an object, got {divergence!r}")
-        divergence = NAMES[divergence]()
-    if isinstance(divergence, ForwardKL | ReverseKL | JSD):
+def resolve_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence object for a name or an object; refuses unknown names."""
+    if isinstance(divergence, str) and divergence in NAMES:
+        return NAMES[divergence]()
+    if isinstance(divergence, Divergence):
         return divergence
-    if isinstance(divergence, SkewKL | SkewReverseKL | TVD | AlphaBeta | Decoupled):
-        raise NotImplementedError(
-            f"divergence {type(divergence).__name__} is not supported yet; use forward_kl, reverse_kl or jsd"
-        )
     raise ValueError(
         f"divergence must be one of {', '.join(NAMES)} or an object such as JSD(0.3), got {divergence!r}"
     )

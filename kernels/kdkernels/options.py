@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from .divergences import BuiltDivergence, Divergence, ForwardKL
+from .divergences import Divergence, ForwardKL
 
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["triton", "torch", "reference"]
@@ -23,18 +23,37 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """What makes logits of a head's output z: softcap * tanh(scale * z / softcap), or scale * z without a softcap.
+
+    A bias is part of z. Gradients are with respect to z.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """True where the logits are z."""
+        return self.scale == 1.0 and self.softcap is None
+
+
+@dataclass(frozen=True)
 class RowTerms:
     """What one token's loss is made of: kd_scale * D(p_t, p_s) + ce_weight * CE(labels, student at T=1).
 
-    All fields are plain numbers. A kernel takes them as run-time arguments, so that a new
-    temperature or weight compiles nothing anew.
+    All fields are plain numbers (the weights of `Decoupled` come as tensors, one value per row, beside the terms). A
+    kernel takes them as run-time arguments, so that a new temperature or weight compiles nothing anew.
     """
 
-    divergence: BuiltDivergence = field(default_factory=ForwardKL)
+    divergence: Divergence = field(default_factory=ForwardKL)
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     t_squared: bool = True
+    label_smoothing: float = 0.0
+    student_transform: LogitTransform = field(default_factory=LogitTransform)
+    teacher_transform: LogitTransform = field(default_factory=LogitTransform)
 
     @property
     def kd_scale(self) -> float:
