@@ -1,18 +1,9 @@
-"""A recipe describes one run: frozen dataclasses, one YAML file, any field overridable on the command line."""
+"""What a recipe holds: frozen dataclasses, one for each section."""
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from kdtrain.errors import KdtrainError
-from kdtrain.files import write_atomic
 
 Value = TypeVar("Value")
 
@@ -36,6 +27,7 @@ class DataRecipe:
     )
     unlabelled: str | None = option(None, "file of rows without labels, scored by the teacher only")
     text: str = option("code", "column that holds the text")
+    second: str | None = option(None, "column that holds the second text of a pair, for tasks over pairs")
     label: str = option("label", "column that holds the label: a number, or a name out of `classes`")
     classes: tuple[str, ...] = option((), "class names in order of their numbers; needed with files")
     focus: str | None = option(None, "marker in the text that a cut row is centred on, such as __HOLE__")
@@ -54,6 +46,9 @@ class DataRecipe:
 class StudentRecipe:
     """The small model: its shape, or where to start from."""
 
+    preset: str | None = option(
+        None, "shape by name, such as roberta-7M or bigru-1.5M (kdtrain/presets.py); fields given here win"
+    )
     architecture: Literal["roberta", "bigru"] = option("roberta", "encoder of a new student")
     path: str | None = option(
         None, "start from this folder or hub id (weights, shape, tokenizer) instead of anew"
@@ -121,7 +116,11 @@ class MethodRecipe:
     """How the student learns. The loss of a batch is the sum of weight * term over its rows, divided by their number."""
 
     name: str = option(
-        "ft", "ft (labels only), kd (teacher's soft labels) or kd_features (and its hidden states)"
+        "ft",
+        "ft (labels only), kd (teacher's soft labels), kd_features (and its hidden states), dist, pkd or ckd",
+    )
+    preset: str | None = option(
+        None, "study: the values of arXiv 2508.15423 for this method (kdtrain/presets.py); fields given win"
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
         "forward_kl", "between the softened probabilities of teacher and student"
@@ -131,7 +130,15 @@ class MethodRecipe:
     )
     kd_weight: float = option(1.0, "weight of the divergence")
     ce_weight: float = option(1.0, "weight of the cross-entropy with the labels")
-    feature_weight: float = option(1.0, "weight of the hidden-state loss (kd_features)")
+    inter_weight: float = option(1.0, "weight of the correlation across classes, row by row (dist)")
+    intra_weight: float = option(
+        1.0, "weight of the correlation across the whole batch, class by class (dist)"
+    )
+    feature_weight: float = option(1.0, "weight of the hidden-state loss (kd_features, pkd, ckd)")
+    layer_weight: float = option(
+        1.0, "weight of the relations between layers beside those between tokens (ckd)"
+    )
+    window: int = option(10, "neighbours on each side that a token is compared with (ckd)")
     layer_map: tuple[tuple[int, int], ...] = option(
         (),
         "pairs [student layer, teacher layer]; by default every student layer, spread evenly over the teacher's",
@@ -141,9 +148,15 @@ class MethodRecipe:
     )
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise KdtrainError(f"method.temperature must be greater than 0, got {self.temperature}")
-        for name in ("kd_weight", "ce_weight", "feature_weight"):
+        positive(self, "method", "temperature", "window")
+        for name in (
+            "kd_weight",
+            "ce_weight",
+            "inter_weight",
+            "intra_weight",
+            "feature_weight",
+            "layer_weight",
+        ):
             if not getattr(self, name) >= 0:
                 raise KdtrainError(f"method.{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -170,7 +183,7 @@ class TrainingRecipe:
         None, "steps between evaluations and checkpoints; each epoch by default"
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
-    best_metric: Literal["accuracy", "macro_f1", "loss"] = option(
+    best_metric: Literal["accuracy", "f1", "top3", "macro_f1", "loss"] = option(
         "accuracy", "what the best checkpoint is best in"
     )
 
@@ -205,163 +218,9 @@ class Recipe:
     seed: int = option(0, "first weights, order of the rows, dropout")
 
 
-def describe_fields() -> str:
-    """Every field with its default and its help, as `kdtrain train --help` prints them."""
-    lines = []
-    for section in dataclasses.fields(Recipe):
-        inner = typing.get_type_hints(Recipe)[section.name]
-        if dataclasses.is_dataclass(inner):
-            lines.append(f"\n{section.name}: {inner.__doc__}")
-            lines += [_describe(item, f"{section.name}.") for item in dataclasses.fields(inner)]
-        else:
-            lines.append(_describe(section, ""))
-    return "\n".join(lines)
-
-
-def _describe(item: dataclasses.Field[Any], prefix: str) -> str:
-    default = "none" if item.default in (None, ()) else item.default
-    return f"  --{prefix}{item.name} ({default})\n        {item.metadata['help']}"
-
-
 def positive(section: Any, prefix: str, *names: str) -> None:
     """Refuse zero, negative numbers and NaN in the named fields (None is left alone)."""
     for name in names:
         value = getattr(section, name)
         if value is not None and not value > 0:
             raise KdtrainError(f"{prefix}.{name} must be greater than 0, got {value}")
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe; `overrides` are command-line words such as `--training.learning_rate 3e-4`.
-
-    Raises:
-        KdtrainError: no such file, not YAML, an unknown key (with the nearest valid name), or a wrong value.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise KdtrainError(f"there is no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise KdtrainError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise KdtrainError(
-            f"{path} must hold sections such as `data:` and `student:`, got {type(content).__name__}"
-        )
-    for dotted, value in _parse_overrides(overrides):
-        *sections, last = dotted.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise KdtrainError(f"--{dotted}: {section} is not a section of {path}")
-        place[last] = value
-    return recipe_from_dict(content)
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write every field, defaults too."""
-    write_atomic(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
-
-
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, as they stand in YAML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    return plain(dataclasses.asdict(recipe))
-
-
-def recipe_from_dict(content: dict[str, Any]) -> Recipe:
-    """The inverse of `recipe_to_dict`; missing fields take their defaults."""
-    return _build(Recipe, content, "")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted fields in which two recipes differ, as 'name: old there, new here'."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name}: {before} there, {after} here")
-    return found
-
-
-def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs = []
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
-        if not word.startswith("--"):
-            raise KdtrainError(f"expected an override such as --training.learning_rate 3e-4, got {word!r}")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not remaining:
-                raise KdtrainError(f"--{name} needs a value")
-            value = remaining.pop(0)
-        try:
-            pairs.append((name, yaml.safe_load(value)))
-        except yaml.YAMLError:
-            raise KdtrainError(f"--{name}: {value!r} is not a value") from None
-    return pairs
-
-
-def _build(kind: type[Any], content: Any, prefix: str) -> Any:
-    if not isinstance(content, dict):
-        raise KdtrainError(f"{prefix.rstrip('.')} must be a section with fields, got {content!r}")
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    annotations = typing.get_type_hints(kind)
-    values = {}
-    for name, value in content.items():
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.0)[0]
-            raise KdtrainError(
-                f"unknown recipe key {prefix}{name}; did you mean {prefix}{near}? (valid here: {', '.join(fields)})"
-            )
-        values[name] = _convert(value, annotations[name], f"{prefix}{name}")
-    if kind is Recipe and "data" not in values:
-        raise KdtrainError("a recipe needs a `data:` section with data.path or data.train")
-    return kind(**values)
-
-
-def _convert(value: Any, annotation: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
-        return _build(typing.cast(type, annotation), {} if value is None else value, f"{name}.")
-    if origin is types.UnionType:  # `X | None`
-        return None if value is None else _convert(value, arguments[0], name)
-    if origin is Literal:
-        if value not in arguments:
-            raise KdtrainError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise KdtrainError(f"{name} must be a list, got {value!r}")
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise KdtrainError(f"{name} must have {len(arguments)} entries, got {value!r}")
-        return tuple(
-            _convert(item, kind, f"{name}[{i}]")
-            for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
-        )
-    try:
-        return _scalar(value, annotation)
-    except (TypeError, ValueError):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise KdtrainError(f"{name} must be {words[annotation]}, got {value!r}") from None
-
-
-def _scalar(value: Any, kind: type) -> Any:
-    # YAML 1.1 reads 3e-4 as text, and bool is an int in Python: both are caught here.
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
