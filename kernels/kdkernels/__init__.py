@@ -11,7 +11,7 @@ from .divergences import (
     SkewKL,
     SkewReverseKL,
 )
-from .feature_losses import projection_mse
+from .feature_losses import cosine_loss, projection_mse
 from .logit_losses import kd_loss, linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .options import IGNORE_INDEX, Impl, Reduction
@@ -38,6 +38,7 @@ __all__ = [
     "TeacherHead",
     "TeacherLogits",
     "TeacherTopK",
+    "cosine_loss",
     "kd_loss",
     "linear_kd_loss",
     "projection_mse",

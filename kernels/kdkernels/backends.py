@@ -50,6 +50,20 @@ class Backend(Protocol):
         ...
 
     @staticmethod
+    def direction_rows(
+        prediction: Tensor,  # (R, D) fp32 or fp64, contiguous, overwritten
+        target: Tensor,  # (R, D)
+        *,
+        cosine: bool,  # 1 - cosine of the angle, or the squared difference of the unit vectors
+        bias: Tensor | None = None,  # (D,) added to the prediction
+        row_weight: Tensor | None = None,  # (R,) multiplies the gradients only; rows with 0 give exact zeros
+        write_grad: bool = True,  # the prediction becomes its gradient
+        grad_target: Tensor | None = None,  # (R, D) fp32 or fp64, receives the gradient of the target
+    ) -> Tensor:  # (R,)
+        """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""
+        ...
+
+    @staticmethod
     def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
         """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""
         ...

@@ -16,7 +16,7 @@ from torch import Tensor
 from .autograd import Tensors
 from .backends import Backend
 from .matmul import add_weight_gradient, has_half_products, head_logits, hidden_gradient, wide_dtype
-from .options import Project, RowTerms
+from .options import RowTerms
 
 
 def _take(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
@@ -200,62 +200,3 @@ class LogitKD:
         empty = torch.zeros(0, dtype=wide_dtype(logits.dtype), device=logits.device)
         loss = values[0] if len(values) == 1 else torch.cat(values) if values else empty
         return loss, (d_logits, *(None,) * 4)
-
-
-@dataclass(frozen=True)
-class ProjectionMSE:
-    """`projection_mse`: tensors are student, teacher, weight, bias.
-
-    Rows that do not count stay in the products: these are small, and finding the rows would make the
-    host wait for the device once per layer.
-    """
-
-    backend: Backend
-    project: Project
-    autocast: torch.dtype | None
-    half_bound: float | None
-
-    def solve(
-        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensors]:
-        """Row sums of squared differences and the gradients of student, weight and bias."""
-        student, teacher, head, bias = tensors
-        assert student is not None and teacher is not None
-        source, target = (student, teacher) if self.project == "student" else (teacher, student)
-        if head is not None:
-            head, source = head.to(self.autocast or head.dtype), source.to(self.autocast or source.dtype)
-        rows, width = target.shape
-        wide = wide_dtype(student.dtype)
-        values = torch.zeros(rows, dtype=wide, device=student.device)
-
-        needs_student, _, needs_head, needs_bias = needs[:4]
-        d_student = torch.empty_like(student, dtype=wide) if needs_student else None
-        d_head = torch.zeros_like(head, dtype=wide) if needs_head and head is not None else None
-        d_bias = torch.zeros(width, dtype=wide, device=student.device) if needs_bias else None
-        size = self.backend.chunk_rows(max(rows, 1), width, None, student.device)
-        buffer = _logit_buffer(min(size, rows), width, student)
-        for start in range(0, rows, size):
-            here = slice(start, min(start + size, rows))
-            prediction = buffer[: here.stop - start, :width]
-            if head is None:
-                prediction.copy_(source[here])
-            else:
-                head_logits(source[here], head, prediction)
-            part = None if weight is None else weight[here]
-            values[here] = self.backend.mse_rows(
-                prediction, target[here], bias=bias, row_weight=part, write_grad=any(needs)
-            )
-            if d_bias is not None:
-                d_bias.add_(prediction.sum(0))
-            grad = prediction.to(head.dtype) if head is not None and has_half_products(head) else prediction
-            if d_student is not None:
-                if self.project == "teacher":
-                    torch.neg(prediction, out=d_student[here])
-                elif head is None:
-                    d_student[here] = prediction
-                else:
-                    hidden_gradient(grad, head, d_student[here])
-            if d_head is not None:
-                kept = _row_weight_or_zero(source[here], part)
-                add_weight_gradient(d_head, grad, kept, first=start == 0)
-        return values, (d_student, None, d_head, d_bias)

@@ -18,8 +18,13 @@ Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["triton", "torch", "reference"]
 Mode = Literal["fast", "low_memory"]
 Project = Literal["student", "teacher"]
+# Between two features: |p - y|^2, |p/|p| - y/|y||^2, 1 - cosine of their angle.
+Distance = Literal["squared", "normalized", "cosine"]
 
 IGNORE_INDEX = -100
+
+# A feature shorter than this has no direction: it is taken as the zero vector, and gets no gradient.
+LEAST_LENGTH = 1e-12
 
 
 @dataclass(frozen=True)

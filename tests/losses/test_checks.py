@@ -178,12 +178,6 @@ def test_teachers_that_are_not_built() -> None:
         NotImplementedError,
         teacher=replace(teacher, scale=0.5),
     )
-    refused(
-        mse,
-        "normalize is not supported yet: leave it at False, got True",
-        NotImplementedError,
-        normalize=True,
-    )
 
 
 def test_a_teacher_that_requires_grad() -> None:

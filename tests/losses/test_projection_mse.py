@@ -14,11 +14,15 @@ Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def make_inputs(
-    project: Project, dtype: torch.dtype = torch.float32, rows: int = 11, projected: bool = True
+    project: Project,
+    dtype: torch.dtype = torch.float32,
+    rows: int = 11,
+    projected: bool = True,
+    widths: tuple[int, int] = (6, 9),
 ) -> Inputs:
-    """Student (N, 6), teacher (N, 9), weight and bias; equal widths of 9 without a projection."""
-    student = torch.randn(rows, 6 if projected else 9)
-    teacher = torch.randn(rows, 9)
+    """Student (N, D_s), teacher (N, D_t), weight and bias; both of width D_t without a projection."""
+    student = torch.randn(rows, widths[0] if projected else widths[1])
+    teacher = torch.randn(rows, widths[1])
     source, target = (student, teacher) if project == "student" else (teacher, student)
     weight = torch.randn(target.shape[1], source.shape[1])
     tensors = (student, teacher, weight, torch.randn(target.shape[1]))

@@ -1,5 +1,6 @@
 """The torch back end: the same design on any device, tuned for CPUs."""
 
+from .features import direction_rows
 from .rows import chunk_rows, kd_rows, mse_rows
 
-__all__ = ["chunk_rows", "kd_rows", "mse_rows"]
+__all__ = ["chunk_rows", "direction_rows", "kd_rows", "mse_rows"]

@@ -1,7 +1,8 @@
 """Triton back end: row kernels and their launchers. Imported only when a call runs on it."""
 
 from .configs import chunk_rows
+from .directions import direction_rows
 from .projection import mse_rows
 from .rows import kd_rows
 
-__all__ = ["chunk_rows", "kd_rows", "mse_rows"]
+__all__ = ["chunk_rows", "direction_rows", "kd_rows", "mse_rows"]

@@ -1,0 +1,70 @@
+"""The direction kernel by itself, in the interpreter: tiles, tails, strides, dtypes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kdkernels._triton.configs import RowConfig
+from kdkernels._triton.directions import direction_rows
+from kdkernels.reference_features import unit_rows
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import DEVICE
+
+SMALL = RowConfig(block=64, width=8, num_warps=1)
+ROWS = 4
+
+
+def reference(
+    prediction: Tensor, target: Tensor, bias: Tensor, weight: Tensor, cosine: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances and the gradients of their weighted sum, with everything in `dtype`."""
+    sides = [side.detach().to(dtype).requires_grad_() for side in (prediction, target)]
+    a, b = unit_rows(sides[0] + bias.to(dtype)), unit_rows(sides[1])
+    values = 1.0 - (a * b).sum(-1) if cosine else (a - b).square().sum(-1)
+    gradients = torch.autograd.grad((values * weight.to(dtype)).sum(), sides)
+    return values.detach(), *gradients
+
+
+# 1, 37: one masked tile; 64: one full tile; 130: full tiles and a tail.
+@pytest.mark.parametrize("width", [1, 37, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("cosine", [True, False])
+def test_directions(cosine: bool, dtype: torch.dtype, width: int) -> None:
+    wide = torch.randn(2, ROWS, width + 3, device=DEVICE)
+    prediction, target = wide[0, :, :width], wide[1, :, :width].to(dtype)  # a row stride above the width
+    bias = torch.randn(width, device=DEVICE)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0], device=DEVICE)
+    target[2] = 0.0
+    exact, eager = (
+        reference(prediction, target, bias, weight, cosine, kind) for kind in (torch.float64, torch.float32)
+    )
+    prediction[1] = target[1] = float("nan")
+    kept, grad_target = prediction.clone(), torch.empty(ROWS, width, device=DEVICE)
+    values = direction_rows(
+        prediction, target, cosine=cosine, bias=bias, row_weight=weight, grad_target=grad_target, config=SMALL
+    )
+    live = [0, 2, 3]
+    zero = torch.zeros(width, device=DEVICE)
+    assert values[1] == 0.0 and torch.equal(prediction[1], zero) and torch.equal(grad_target[1], zero)
+    for name, actual, low, truth in zip(
+        ("value", "prediction", "target"), (values, prediction, grad_target), eager, exact, strict=True
+    ):
+        # At width 1 every direction is 1 or -1, and the gradient is nothing but rounding.
+        if width > 1 or name == "value":
+            assert_within_budget(actual[live], low[live], truth[live], name)
+
+    only_values = direction_rows(
+        kept, target, cosine=cosine, bias=bias, row_weight=weight, write_grad=False, config=SMALL
+    )
+    torch.testing.assert_close(only_values, values, rtol=0, atol=0)
+    torch.testing.assert_close(kept, torch.where(weight[:, None] == 0, float("nan"), kept), equal_nan=True)
+
+
+def test_refusals_and_no_rows() -> None:
+    empty = torch.empty(0, 5, device=DEVICE)
+    assert direction_rows(empty, empty, cosine=True).shape == (0,)
+    rows = torch.randn(2, 5, device=DEVICE)
+    with pytest.raises(ValueError, match="computes in float32, got target in float64; use impl='torch'"):
+        direction_rows(rows, rows.double(), cosine=True)
