@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdtrain.files import atomic_folder, write_json, write_tensors
+from kdtrain.sharding import load_optimizer_state, load_state
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Position:
 def save_checkpoint(
     folder: Path,
     position: Position,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Any],
     scheduler: Any,
     scaler: Any,
     tensors: dict[str, Tensor],
@@ -39,19 +40,21 @@ def save_checkpoint(
     """Write `step-N` with the state of everything, then remove what it supersedes.
 
     Args:
+        model, optimizer: their states as `sharding.whole_state` gives them.
         tensors: whatever else must come back bit by bit (random state, running sums).
     """
-    state = optimizer.state_dict()
     with atomic_folder(folder / f"step-{position.step:07d}") as path:
-        write_tensors(path / "model.safetensors", model.state_dict())
-        flat = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+        write_tensors(path / "model.safetensors", model)
+        flat = {
+            f"{i}.{name}": value for i, entry in optimizer["state"].items() for name, value in entry.items()
+        }
         write_tensors(path / "optimizer.safetensors", flat)
         write_tensors(path / "tensors.safetensors", tensors)
         write_json(
             path / "state.json",
             {
                 "position": asdict(position),
-                "optimizer": state["param_groups"],
+                "optimizer": optimizer["param_groups"],
                 "scheduler": scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             },
@@ -70,12 +73,12 @@ def load_checkpoint(
     if path is None:
         return None
     content = json.loads((path / "state.json").read_text())
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    load_state(model, load_file(path / "model.safetensors"))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in load_file(path / "optimizer.safetensors").items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
+    load_optimizer_state(optimizer, {"state": state, "param_groups": content["optimizer"]})
     scheduler.load_state_dict(content["scheduler"])
     if scaler is not None:
         scaler.load_state_dict(content["scaler"])
@@ -87,12 +90,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def save_best(folder: Path, step: int, model: nn.Module) -> None:
+def save_best(folder: Path, step: int, model: dict[str, Tensor]) -> None:
     """Keep the weights of the best evaluation so far."""
     with atomic_folder(folder / f"best-{step:07d}") as path:
-        write_tensors(path / "model.safetensors", model.state_dict())
+        write_tensors(path / "model.safetensors", model)
 
 
-def load_best(folder: Path, step: int, model: nn.Module) -> None:
-    """Bring those weights back."""
-    model.load_state_dict(load_file(folder / f"best-{step:07d}" / "model.safetensors"))
+def read_best(folder: Path, step: int) -> dict[str, Tensor]:
+    """Those weights."""
+    return load_file(folder / f"best-{step:07d}" / "model.safetensors")

@@ -5,58 +5,50 @@ import math
 import resource
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from kdtrain.cache import TeacherRows
-from kdtrain.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
-from kdtrain.data.tokens import TokenRows, length_grouped_batches
+from kdtrain.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
+from kdtrain.data.tokens import length_grouped_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluate import EvaluationSet, classification_metrics, predict
 from kdtrain.files import append_line, write_atomic
-from kdtrain.objective import Batch, DistillationModel
 from kdtrain.progress import progress, say
-from kdtrain.recipe import Recipe, TrainingRecipe
+from kdtrain.recipe import TrainingRecipe
+from kdtrain.sharding import load_state, whole_state
+from kdtrain.task import Evaluate, Objective, TrainingData
+
+SMALLER_IS_BETTER = ("loss", "divergence")
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """Tokenized training rows, their labels, and the stored teacher outputs where the method needs them."""
+class RunRecipe(Protocol):
+    """The part of any task's recipe that the loop reads."""
 
-    rows: TokenRows
-    labels: Tensor
-    teacher: TeacherRows | None = None
-    with_states: bool = False
+    @property
+    def training(self) -> TrainingRecipe:
+        """Steps, optimizer and how often to look."""
+        ...
 
-    def batch(self, index: Tensor, device: torch.device) -> Batch:
-        """The given rows, padded to the longest of them."""
-        input_ids, mask = self.rows.batch(index)
-        return Batch(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            labels=self.labels[index].to(device),
-            teacher_logits=None if self.teacher is None else self.teacher.logits[index].to(device),
-            teacher_states=self.teacher.states(index).to(device)
-            if self.teacher and self.with_states
-            else None,
-        )
+    @property
+    def seed(self) -> int:
+        """First weights, order of the rows, dropout."""
+        ...
 
 
 def train(
-    recipe: Recipe,
-    model: DistillationModel,
-    data: TrainingSet,
-    valid: EvaluationSet,
+    recipe: RunRecipe,
+    model: Objective,
+    data: TrainingData,
+    evaluate: Evaluate,
     folder: Path,
     accelerator: Accelerator,
 ) -> Position:
-    """Train `model` as the recipe says and leave it with its best weights.
+    """Train `model` as the recipe says and leave it with its best weights, whatever the task.
 
     Writes `metrics.jsonl` and `checkpoints/` into `folder`; where those hold an unfinished run, goes on from there
     exactly as if it had never stopped. Gives the last position, which names the best step.
@@ -64,12 +56,11 @@ def train(
     # ---- set up
     options = recipe.training
     device, main = accelerator.device, accelerator.is_main_process
-    steps_per_epoch = math.ceil(len(data.rows) / options.batch_size)
+    steps_per_epoch = math.ceil(len(data.lengths) / options.batch_size)
     total_steps = min(options.max_steps or options.epochs * steps_per_epoch, options.epochs * steps_per_epoch)
     evaluate_every = options.evaluate_every or steps_per_epoch
-    pieces = options.accumulation * accelerator.num_processes
-    names = list(model.method.weights)
-    weights = list(model.method.weights.values())
+    cuts = options.accumulation * accelerator.num_processes
+    names = model.names
 
     plain = model.to(device)
     optimizer: Any = torch.optim.AdamW(parameter_groups(plain, options), lr=options.learning_rate, fused=True)
@@ -85,7 +76,7 @@ def train(
 
     checkpoints, metrics_path = folder / "checkpoints", folder / "metrics.jsonl"
     torch.manual_seed(recipe.seed * 1000 + accelerator.process_index)
-    position, sums = Position(), torch.zeros(len(names) + 1, device=device)
+    position, sums = Position(), torch.zeros(len(names) + 2, device=device)
     resumed = load_checkpoint(checkpoints, plain, optimizer, scheduler, accelerator.scaler)
     if resumed is not None:
         position, tensors = resumed
@@ -106,13 +97,13 @@ def train(
 
             # ---- evaluate
             if step > evaluated and (step % evaluate_every == 0 or step == total_steps):
-                logits = predict(plain.student, valid.rows, accelerator, precise=False)
-                metrics = classification_metrics(logits, valid.labels, valid.teacher_logits)
-                value = metrics[options.best_metric] * (-1 if options.best_metric == "loss" else 1)
+                metrics = evaluate(model, accelerator)
+                value = metrics[options.best_metric] * (-1 if options.best_metric in SMALLER_IS_BETTER else 1)
                 if position.best_value is None or value > position.best_value:
                     position.best_step, position.best_value = step, value
+                    state = whole_state(plain)
                     if main:
-                        save_best(checkpoints, step, plain)
+                        save_best(checkpoints, step, state)
                 if main:
                     append_line(metrics_path, json.dumps({"step": step, **prefixed("valid", metrics)}))
                     say(f"{folder.name}: step {step}/{total_steps} {describe(metrics)}")
@@ -123,10 +114,12 @@ def train(
             if step > saved and evaluated == step:
                 tensors = {"random": random_state(device), "sums": sums}
                 tensors = {name: accelerator.gather(value[None]).cpu() for name, value in tensors.items()}  # type: ignore[union-attr]
+                state, optimizer_state = whole_state(plain), whole_state(optimizer)
                 if main:
                     save_checkpoint(
-                        checkpoints, position, plain, optimizer, scheduler, accelerator.scaler, tensors
+                        checkpoints, position, state, optimizer_state, scheduler, accelerator.scaler, tensors
                     )
+                del state, optimizer_state
                 accelerator.wait_for_everyone()
                 saved = step
 
@@ -137,25 +130,29 @@ def train(
             started = time.perf_counter()
             if step // steps_per_epoch != epoch:
                 epoch = step // steps_per_epoch
-                plan = length_grouped_batches(data.rows.lengths, options.batch_size, recipe.seed, epoch)
+                plan = length_grouped_batches(data.lengths, options.batch_size, recipe.seed, epoch)
             batch_rows = plan[step % steps_per_epoch]
-            mine = batch_rows.tensor_split(pieces)[accelerator.process_index :: accelerator.num_processes]
-            for number, piece in enumerate(mine):
-                # Every process takes part in every exchange: an empty piece runs one row and counts it as nothing.
-                share = accelerator.num_processes if len(piece) else 0  # DDP averages, the loss is a sum
-                batch = data.batch(piece if len(piece) else batch_rows[:1], device)
-                last = number == len(mine) - 1
-                with nullcontext() if last else accelerator.no_sync(model):
-                    loss, terms = model(batch, len(batch_rows))
+            mine = batch_rows.tensor_split(cuts)[accelerator.process_index :: accelerator.num_processes]
+            # Every process takes part in every exchange: an empty piece runs one row and counts it as nothing.
+            shares = [
+                accelerator.num_processes if len(piece) else 0 for piece in mine
+            ]  # DDP averages, the loss is a sum
+            pieces = (data.batch(piece if len(piece) else batch_rows[:1], device) for piece in mine)
+            plain.start_step(step, total_steps)
+            pieces, divisor = plain.look_ahead(pieces, mine, batch_rows, data.count(batch_rows), accelerator)
+            for number, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
+                with accelerator.no_sync(model) if number < len(mine) - 1 else nullcontext():
+                    loss, terms = model(piece, divisor)
                     accelerator.backward(loss * share)
-                sums[:-1] += terms * (share / (len(batch_rows) * accelerator.num_processes))
+                sums[:-2] += terms * (share / (divisor * accelerator.num_processes))
+                sums[-2] += loss.detach() * (share / accelerator.num_processes)
             norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
             sums[-1] += 0.0 if norm is None else norm  # None under DeepSpeed, which clips for itself
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             position.step += 1
-            position.tokens += int(data.rows.lengths[batch_rows].sum())
+            position.tokens += int(data.lengths[batch_rows].sum())
             log_now = position.step % options.log_every == 0
             if log_now:  # the only place that waits for the device
                 means = accelerator.reduce(sums, "sum").div(options.log_every).tolist()  # type: ignore[union-attr]
@@ -165,7 +162,7 @@ def train(
             # ---- log
             if log_now:
                 seconds = position.seconds - window.seconds
-                loss = sum(weight * mean for weight, mean in zip(weights, means, strict=False))
+                loss = means[-2]
                 if not math.isfinite(loss):
                     raise KdtrainError(
                         f"the loss is {loss} at step {position.step}; lower training.learning_rate "
@@ -191,7 +188,7 @@ def train(
 
     # ---- the best weights stay
     accelerator.wait_for_everyone()
-    load_best(checkpoints, position.best_step, plain)
+    load_state(plain, read_best(checkpoints, position.best_step))
     return position
 
 

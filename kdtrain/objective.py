@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from kdtrain.data.classification import UNLABELLED
 from kdtrain.models import Shape, sentence_states
 from kdtrain.recipe import MethodRecipe
+from kdtrain.task import Objective
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,17 @@ def label_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
 
 
-class DistillationModel(nn.Module):
-    """Student and method as one module, so that every weight used by the loss is used inside the wrapped forward."""
+class DistillationModel(Objective):
+    """A classifier and its method as one module."""
 
     def __init__(self, student: PreTrainedModel, method: Method) -> None:
         super().__init__()
         self.student = student
         self.method = method
+        self.names = tuple(method.weights)
 
-    def forward(self, batch: Batch, rows: int) -> tuple[Tensor, Tensor]:
-        """Loss (0-D) of this piece of a batch of `rows` rows, and the detached sum of every term, (terms,)."""
+    def forward(self, batch: Batch, divisor: int) -> tuple[Tensor, Tensor]:
+        """Loss (0-D) of this piece of a batch of `divisor` rows, and the detached sum of every term, (terms,)."""
         layers = self.method.student_layers
         output = self.student(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=bool(layers)
@@ -82,6 +84,6 @@ class DistillationModel(nn.Module):
             terms = self.method.terms(output.logits.float(), states, batch)
             loss = (
                 torch.stack([self.method.weights[name] * terms[name] for name in self.method.weights]).sum()
-                / rows
+                / divisor
             )
             return loss, torch.stack([terms[name].detach() for name in self.method.weights])

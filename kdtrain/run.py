@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.checkpoint import Position
 from kdtrain.data.classification import ClassificationData, load_classification
 from kdtrain.data.tokens import tokenize
-from kdtrain.evaluate import EvaluationSet, latency_ms, predict, report
+from kdtrain.evaluate import EvaluationSet, classification_metrics, latency_ms, predict, report
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.loop import TrainingSet, peak_memory, train
+from kdtrain.loop import peak_memory, train
 from kdtrain.models import Teacher, build_student, parameter_count, quiet
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
@@ -30,6 +30,7 @@ from kdtrain.prepare import (
 from kdtrain.progress import say
 from kdtrain.recipe import Recipe
 from kdtrain.summary import Summary, installed_versions
+from kdtrain.training_set import TrainingSet
 
 
 def run(recipe: Recipe) -> Summary:
@@ -77,7 +78,12 @@ def run(recipe: Recipe) -> Summary:
     valid, test = (
         EvaluationSet.of(split, tokenizer, max_length, data.focus, cache) for split in (data.valid, data.test)
     )
-    position = train(recipe, DistillationModel(student, method), training, valid, folder, accelerator)
+
+    def evaluate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        logits = predict(student, valid.rows, accelerator, precise=False)
+        return classification_metrics(logits, valid.labels, valid.teacher_logits)
+
+    position = train(recipe, DistillationModel(student, method), training, evaluate, folder, accelerator)
 
     valid_logits, test_logits = (predict(student, split.rows, accelerator) for split in (valid, test))
     if accelerator.is_main_process:

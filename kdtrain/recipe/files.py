@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -14,6 +14,9 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic
 from kdtrain.presets import with_presets
 from kdtrain.recipe.sections import Recipe
+
+Value = TypeVar("Value")
+TASK = "classification"
 
 
 def describe_fields() -> str:
@@ -40,6 +43,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         KdtrainError: no such file, not YAML, an unknown key (with the nearest valid name), or a wrong value.
     """
+    return recipe_from_dict(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a YAML recipe of any task, overrides put in, nothing else checked."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -58,15 +66,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if not isinstance(place, dict):
                 raise KdtrainError(f"--{dotted}: {section} is not a section of {path}")
         place[last] = value
-    return recipe_from_dict(content)
+    return content
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: Any, path: Path) -> None:
     """Write every field, defaults too."""
     write_atomic(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they stand in YAML and JSON."""
 
     def plain(value: Any) -> Any:
@@ -79,7 +87,16 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     """The inverse of `recipe_to_dict`; missing fields take the values of the presets, then their defaults."""
-    return _build(Recipe, with_presets(content), "")
+    content = dict(content)
+    task = content.pop("task", TASK)
+    if task != TASK:
+        raise KdtrainError(f"this command reads recipes of task {TASK}, got task: {task}")
+    return build(Recipe, with_presets(content))
+
+
+def build(kind: type[Value], content: dict[str, Any]) -> Value:
+    """A recipe of the given class from plain dicts, every key and value checked."""
+    return _build(kind, content, "")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -126,7 +143,7 @@ def _build(kind: type[Any], content: Any, prefix: str) -> Any:
                 f"unknown recipe key {prefix}{name}; did you mean {prefix}{near}? (valid here: {', '.join(fields)})"
             )
         values[name] = _convert(value, annotations[name], f"{prefix}{name}")
-    if kind is Recipe and "data" not in values:
+    if "data" in fields and "data" not in values:
         raise KdtrainError("a recipe needs a `data:` section with data.path or data.train")
     return kind(**values)
 
