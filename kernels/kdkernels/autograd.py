@@ -4,11 +4,10 @@ A solver computes, for a tuple of tensors and a weight per row, the unweighted v
 the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
 
 - `GradientInForward` for `mean` and `sum` of losses whose matrix products are dear: the gradient is
-  computed together with the value, backward only multiplies it by the upstream gradient;
+  computed together with the value, backward only multiplies it by the upstream gradient. It is handed out
+  without a copy; a second backward over a retained graph computes it anew;
 - `RecomputeInBackward` where the upstream gradient is needed first (`reduction="none"`) or where the
   gradient is as large as an input and cheap to compute (`kd_loss`): only the inputs are kept.
-
-Both multiply out of place, so a second backward over a retained graph starts from the same numbers.
 """
 
 from __future__ import annotations
@@ -77,14 +76,20 @@ def _boost(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | No
     return row_weight / factor, factor
 
 
-def _finish(gradients: Tensors, factor: Tensor | None, inputs: Tensors) -> Tensors:
-    """Gradients times `factor`, each in the dtype of its input."""
+def _finish(gradients: Tensors, factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]) -> Tensors:
+    """Gradients, which are nobody else's, times `factor`, each in the dtype of its input."""
+    if factor is not None and factor.device.type == "cpu" and factor.item() == 1.0:
+        factor = None  # on a CPU looking is free, and a pass over the gradient of a head is not
     return tuple(
         None
-        if gradient is None or tensor is None
-        else (gradient if factor is None else gradient * factor).to(tensor.dtype)
-        for gradient, tensor in zip(gradients, inputs, strict=True)
+        if gradient is None or dtype is None
+        else (gradient if factor is None else gradient.mul_(factor)).to(dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
     )
+
+
+def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction) -> Tensor:
@@ -116,21 +121,25 @@ class GradientInForward(Function):
         if reduction == "mean":
             row_weight = row_weight / denominator
         row_weight, ctx.factor = _boost(row_weight, solver.half_bound)
-        values, gradients = solver.solve(tensors, row_weight, needs)
-        # Inputs are kept only so that a second derivative finds the node that refuses it.
-        inputs = tuple(tensor if need else None for tensor, need in zip(tensors, needs, strict=True))
-        ctx.save_for_backward(*gradients, *inputs)
+        values, ctx.gradients = solver.solve(tensors, row_weight, needs)
+        ctx.solver, ctx.dtypes = solver, _dtypes(tensors)
+        # Read again only by a second backward and by a second derivative.
+        ctx.save_for_backward(row_weight, *tensors)
         return reduce_rows(values, weight, denominator, reduction)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        saved = ctx.saved_tensors
-        count = len(saved) // 2
-        gradients, inputs = saved[:count], saved[count:]
+        gradients, inputs = ctx.gradients, ()
+        if gradients is None or torch.is_grad_enabled():
+            row_weight, *inputs = ctx.saved_tensors
         with torch.no_grad():
+            if gradients is None:
+                _, gradients = ctx.solver.solve(tuple(inputs), row_weight, tuple(ctx.needs_input_grad[4:]))
+            # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
+            ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
-            scaled = _finish(gradients, factor, inputs)
-        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+            scaled = _finish(gradients, factor, ctx.dtypes)
+        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], tuple(inputs))
 
 
 class RecomputeInBackward(Function):
@@ -161,7 +170,7 @@ class RecomputeInBackward(Function):
                 row_weight = (row_weight * weight).masked_fill_(weight == 0, 0.0)
             row_weight, factor = _boost(row_weight, ctx.solver.half_bound)
             _, gradients = ctx.solver.solve(tuple(tensors), row_weight, tuple(ctx.needs_input_grad[4:]))
-            scaled = _finish(gradients, factor, tuple(tensors))
+            scaled = _finish(gradients, factor, _dtypes(tuple(tensors)))
         inputs = tuple(tensors)
         return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
 

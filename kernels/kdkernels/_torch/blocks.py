@@ -78,13 +78,22 @@ def _weighted_sum(exp: Tensor, log_ratio: Tensor, careful: bool, products: Tenso
 
 
 def accumulate(block: Block, divergence: BuiltDivergence) -> None:
-    """The cross sums of a block; `ratio` keeps the log ratio that `write_gradient` needs."""
+    """Exponentials and sums of a block; `ratio` keeps the log ratio that `write_gradient` needs.
+
+    The order matters: both rows of logits are read as long as they are in the cache, and few buffers are touched.
+    """
     sums = block.sums
+    if isinstance(divergence, ForwardKL):
+        # The ratio is not needed again, so it lies where the student's exponentials come to lie.
+        torch.sub(block.log_t, block.log_s, out=block.exp_s)
+        exponentiate(block.log_t, block.exp_t, sums.exp_t)
+        _weighted_sum(block.exp_t, block.exp_s, block.careful, block.exp_s, sums.cross_t)
+        exponentiate(block.log_s, block.exp_s, sums.exp_s)
+        return
+    exponentiate(block.log_s, block.exp_s, sums.exp_s)
+    exponentiate(block.log_t, block.exp_t, sums.exp_t)
     if isinstance(divergence, JSD):
         _accumulate_jsd(block, divergence.beta)
-    elif isinstance(divergence, ForwardKL):
-        torch.sub(block.log_t, block.log_s, out=block.ratio)
-        _weighted_sum(block.exp_t, block.ratio, block.careful, block.ratio, sums.cross_t)
     else:
         # Brought near log p first, which is small where p is large: the gradient is as exact as this difference.
         torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.spare)
