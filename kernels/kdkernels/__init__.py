@@ -1,5 +1,6 @@
 """Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
 
+from .contextual import contextual_relation_loss
 from .divergences import (
     JSD,
     TVD,
@@ -38,6 +39,7 @@ __all__ = [
     "TeacherHead",
     "TeacherLogits",
     "TeacherTopK",
+    "contextual_relation_loss",
     "cosine_loss",
     "kd_loss",
     "linear_kd_loss",

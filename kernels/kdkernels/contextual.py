@@ -1,0 +1,102 @@
+"""Relations between neighbouring tokens and between layers: `contextual_relation_loss`."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from . import checks, contextual_checks, reference_contextual
+from .backends import resolve_impl
+from .matmul import wide_dtype
+from .options import Impl
+from .windows import Variant, count_relations
+
+
+def contextual_relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    window: int = 10,
+    mask: Tensor | None = None,
+    distance_weight: float = 1.0,
+    angle_weight: float = 1.0,
+    layer_weight: float = 0.0,
+    variant: Variant = "study",
+    impl: Impl | None = None,
+) -> Tensor:
+    """Contextual distillation (CKD): how tokens lie to their neighbours, and layers to each other, as in the teacher.
+
+    Replaces these lines for every relation of a token with the 2 * window + 1 positions around it, without any of
+    their (B, L, N, 2 * window + 1, D) tensors; `W` (N, 2 * window + 1) holds the positions, and relations with
+    positions outside the sequence are set to 0 on both sides:
+
+        unit = F.normalize(features, dim=-1)
+        distance = 1 - (unit[:, :, :, None] * unit[:, :, W]).sum(-1)                # (B, L, N, 2 window + 1)
+        step = F.normalize(features[:, :, :, None] - features[:, :, W], dim=-1)
+        angle = torch.einsum("blnvd,blnwd->blnvw", step, step)
+        relation = distance_weight * F.mse_loss(distance_student, distance_teacher)
+        relation += angle_weight * F.mse_loss(angle_student, angle_teacher)
+
+    That is the word relation. The layer-transforming relation is the same of the layers of one token, features
+    transposed to (B, N, L, D), and the loss is word relation + layer_weight * layer-transforming relation.
+
+    Args:
+        student: (B, L, N, D_s), float16, bfloat16, float32 or float64: features of L layers.
+        teacher: (B, L, N, D_t), frozen. Its width and dtype may differ.
+        window: neighbours on either side, at least 1; every pair of positions where it reaches the length of
+            the axis, as it does over few layers. Default 10.
+        mask: (B, N) bool, True where a token counts. With a mask a mean is taken over the relations of which every
+            end exists and counts, so that a value does not depend on how far a batch is padded. Without one it
+            is the study's, in which positions outside the sequence count as relations with error 0.
+        distance_weight: factor of the cosine distances. Default 1.0.
+        angle_weight: factor of the angles. Default 1.0.
+        layer_weight: factor of the layer-transforming relation; the study uses 10 (1 in its example). Default 0.0,
+            which does not compute it.
+        variant: "study", or "official": the distances as in the authors' code, softmax over the similarities of
+            a token with every other one of its sequence (whatever the window) and KL(teacher, student),
+            divided by the number of pairs; angles as with a mask.
+        impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
+
+    Returns:
+        float32 (float64 for float64 features), 0-D. Nothing that counts gives a finite 0 with a graph.
+
+    Only the student gets a gradient. Vectors and differences shorter than 1e-12 have no direction: their
+    relations are 0 and have no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
+        NotImplementedError: impl other than "reference".
+
+    Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), equations 3 to 8;
+    study: arXiv 2508.15423, whose code compares every position with plain mean squared errors.
+    """
+    contextual_checks.check_layer_features(student, teacher, mask)
+    contextual_checks.check_window(window)
+    for name, weight in (
+        ("distance_weight", distance_weight), ("angle_weight", angle_weight), ("layer_weight", layer_weight)
+    ):  # fmt: skip
+        checks.check_number(name, weight)
+    checks.check_choice("variant", variant, get_args(Variant))
+    checks.check_impl(impl)
+    impl = resolve_impl(impl, student.device, student.dtype)
+    if impl != "reference":
+        raise NotImplementedError(
+            f"contextual_relation_loss with impl={impl!r} is not supported yet; pass impl='reference'"
+        )
+    # The loss chooses its dtypes itself; inside autocast the products would be rounded to half again.
+    with torch.autocast(student.device.type, enabled=False):
+        loss = student.new_zeros((), dtype=wide_dtype(student.dtype))
+        for axis, factor in ((2, 1.0), (1, layer_weight)):
+            if factor == 0.0:
+                continue
+            # The sequences of an axis: the tokens of a layer, or the layers of a token.
+            sides = (student, teacher) if axis == 2 else (student.transpose(1, 2), teacher.transpose(1, 2))
+            shape = (sides[0].shape[0], sides[0].shape[1], sides[0].shape[2])
+            valid = None if mask is None else mask.unsqueeze(3 - axis).expand(shape)
+            counts = count_relations(shape, valid, window, variant, student.device, loss.dtype)
+            loss = loss + reference_contextual.axis_loss(
+                *sides, valid, window, variant, factor * distance_weight, factor * angle_weight, counts
+            )
+    return loss
