@@ -1,6 +1,15 @@
 """Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
 
 from .contextual import contextual_relation_loss
+from .batch_relations import (
+    attention_transfer_loss,
+    fsp_loss,
+    linear_cka_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_preserving_loss,
+)
 from .divergences import (
     JSD,
     TVD,
@@ -39,9 +48,16 @@ __all__ = [
     "TeacherHead",
     "TeacherLogits",
     "TeacherTopK",
+    "attention_transfer_loss",
     "contextual_relation_loss",
     "cosine_loss",
+    "fsp_loss",
     "kd_loss",
+    "linear_cka_loss",
     "linear_kd_loss",
+    "pkt_loss",
     "projection_mse",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "similarity_preserving_loss",
 ]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_device, check_frozen, check_tensor, shape_of
 
 
 def check_layer_pairs(
     student: Sequence[object], teacher: object, weight: object, bias: object
-) -> list[tuple[object, object, object, object]]:
+) -> list[tuple[Any, Any, Any, Any]]:
     """Several layer pairs of features: as many teachers as students, weights and biases for all or for each."""
     if not isinstance(teacher, list | tuple):
         raise ValueError(
@@ -16,7 +22,7 @@ def check_layer_pairs(
         )
     if not student:
         raise ValueError("student is an empty list; pass at least one layer pair")
-    columns = []
+    columns: list[Sequence[Any]] = []
     for name, layers in (("teacher", teacher), ("weight", weight), ("bias", bias)):
         if not isinstance(layers, list | tuple):
             layers = [layers] * len(student)
@@ -26,3 +32,70 @@ def check_layer_pairs(
             )
         columns.append(layers)
     return list(zip(student, *columns, strict=True))
+
+
+def check_batch(student: object, teacher: object, mask: object) -> None:
+    """Features (B, ...) of one batch on both sides, and a mask (B,) over its samples."""
+    student, teacher = check_tensor("student", student), check_tensor("teacher", teacher)
+    if student.dim() < 2 or teacher.dim() < 2:
+        raise ValueError(
+            f"student and teacher must have shape (B, ...), got {shape_of(student)} and {shape_of(teacher)}"
+        )
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            "student and teacher must hold the same samples, got batches of "
+            f"{student.shape[0]} and {teacher.shape[0]}"
+        )
+    check_device("teacher", teacher, student, "student")
+    check_frozen("teacher", teacher)
+    check_bool_mask(mask, student, student.shape[:1], "sample")
+
+
+def check_sequences(
+    student: object,
+    teacher: object,
+    mask: object,
+    *,
+    same_width: bool = False,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> Tensor:
+    """Features (B, N, D) of the same positions on both sides; the mask (B, N), all True for None."""
+    student, teacher = check_tensor(names[0], student), check_tensor(names[1], teacher)
+    if student.dim() != 3 or teacher.dim() != 3 or 0 in (student.shape[2], teacher.shape[2]):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have shapes (B, N, D_s) and (B, N, D_t), "
+            f"got {shape_of(student)} and {shape_of(teacher)}"
+        )
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same batch and length, got shapes "
+            f"{shape_of(student)} and {shape_of(teacher)}"
+        )
+    if same_width and student.shape[2] != teacher.shape[2]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have widths {student.shape[2]} and {teacher.shape[2]}; "
+            "map one onto the other's width first"
+        )
+    check_device(names[1], teacher, student, names[0])
+    check_frozen(names[1], teacher)
+    check_bool_mask(mask, student, student.shape[:2], "position")
+    if mask is None:
+        return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    assert isinstance(mask, Tensor)
+    return mask
+
+
+def check_bool_mask(mask: object, student: Tensor, shape: torch.Size, what: str) -> None:
+    """A boolean mask of this shape, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask must be a bool tensor, True where a {what} counts, got {kind}; use mask.bool()"
+        )
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask must have shape {tuple(shape)} to go with student {shape_of(student)}, got {shape_of(mask)}"
+        )
+    check_device("mask", mask, student, "student")

@@ -81,7 +81,9 @@ def test_keeps_its_digits_where_the_sides_agree(loss: Loss, impl: Impl) -> None:
     for ours_, expected in zip(
         torch.autograd.grad(value.sum(), student), torch.autograd.grad(truth.sum(), exact), strict=True
     ):
-        torch.testing.assert_close(ours_.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
+        torch.testing.assert_close(
+            ours_.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
