@@ -1,6 +1,5 @@
 """Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
 
-from .contextual import contextual_relation_loss
 from .batch_relations import (
     attention_transfer_loss,
     fsp_loss,
@@ -10,6 +9,7 @@ from .batch_relations import (
     rkd_distance_loss,
     similarity_preserving_loss,
 )
+from .contextual import contextual_relation_loss
 from .divergences import (
     JSD,
     TVD,
@@ -25,7 +25,8 @@ from .feature_losses import cosine_loss, projection_mse
 from .logit_losses import kd_loss, linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .options import IGNORE_INDEX, Impl, Reduction
-from .teachers import Teacher, TeacherHead, TeacherLogits, TeacherTopK
+from .stats import KDStats
+from .teachers import Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 __version__ = "0.1.0"
 
@@ -39,12 +40,14 @@ __all__ = [
     "ForwardKL",
     "Impl",
     "KDLoss",
+    "KDStats",
     "LinearKDLoss",
     "Reduction",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "Teacher",
+    "TeacherCrossTerm",
     "TeacherHead",
     "TeacherLogits",
     "TeacherTopK",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .counting import refuse_labels
 from .options import Impl, Project, Reduction
-from .teachers import Teacher, TeacherHead, TeacherLogits, TeacherTopK
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -154,65 +153,6 @@ def check_head(
     return hidden, weight, bias
 
 
-def check_teacher(teacher: Teacher, same_dtype: bool) -> TeacherLogits | TeacherHead:
-    """One of the built forms, with frozen tensors that fit together."""
-    if isinstance(teacher, Tensor):
-        teacher = TeacherLogits(teacher)
-    if isinstance(teacher, TeacherTopK):
-        raise NotImplementedError("TeacherTopK is not supported yet; pass TeacherLogits or TeacherHead")
-    if isinstance(teacher, TeacherLogits):
-        logits = check_tensor("teacher logits", teacher.logits)
-        if logits.dim() < 2 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"teacher logits must have shape (..., V) with V above 0, got {shape_of(logits)}"
-            )
-        check_frozen("teacher logits", logits)
-        return teacher
-    if not isinstance(teacher, TeacherHead):
-        raise ValueError(
-            "teacher must be a tensor of logits, TeacherLogits, TeacherHead or TeacherTopK, "
-            f"got {type(teacher).__name__}"
-        )
-    refuse_unbuilt(
-        **{"TeacherHead.softcap": (teacher.softcap, None), "TeacherHead.scale": (teacher.scale, 1.0)}
-    )
-    check_head(
-        "teacher",
-        teacher.hidden,
-        teacher.weight,
-        teacher.bias,
-        hidden_name="teacher hidden",
-        weight_name="teacher weight",
-        bias_name="teacher bias",
-        same_dtype=same_dtype,
-    )
-    check_frozen("teacher hidden", teacher.hidden)
-    check_frozen("teacher weight", teacher.weight)
-    check_frozen("teacher bias", teacher.bias)
-    return teacher
-
-
-def check_pair(
-    student_name: str, student: Tensor, student_vocabulary: int, teacher: TeacherLogits | TeacherHead
-) -> None:
-    """Student and teacher have the same rows, vocabulary and device."""
-    if isinstance(teacher, TeacherHead):
-        name, tensor, vocabulary = "teacher hidden", teacher.hidden, teacher.weight.shape[0]
-    else:
-        name, tensor, vocabulary = "teacher logits", teacher.logits, teacher.logits.shape[-1]
-    if tensor.shape[:-1] != student.shape[:-1]:
-        raise ValueError(
-            f"{student_name} and {name} must have the same rows, got shapes "
-            f"{shape_of(student)} and {shape_of(tensor)}"
-        )
-    if vocabulary != student_vocabulary:
-        raise ValueError(
-            f"student and teacher must have the same vocabulary, got {student_vocabulary} and {vocabulary} "
-            "entries; cut both to the ids they share (vocab_map is not supported yet)"
-        )
-    check_device(name, tensor, student, student_name)
-
-
 def check_rows(
     student_name: str,
     student: Tensor,  # (..., D) or (..., V)
@@ -231,17 +171,17 @@ def check_rows(
         if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be an int64 tensor of class ids, got {kind}")
-        _check_per_row("labels", labels, student_name, student)
+        check_per_row("labels", labels, student_name, student)
         if labels.device.type == "cpu":
             refuse_labels(labels, labels != ignore_index, vocabulary)
     if token_weight is not None:
         check_tensor("token_weight", token_weight)
-        _check_per_row("token_weight", token_weight, student_name, student)
+        check_per_row("token_weight", token_weight, student_name, student)
         if token_weight.requires_grad:
             raise ValueError("token_weight gets no gradient; pass token_weight.detach()")
 
 
-def _check_per_row(name: str, tensor: Tensor, student_name: str, student: Tensor) -> None:
+def check_per_row(name: str, tensor: Tensor, student_name: str, student: Tensor) -> None:
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name} must have shape {tuple(student.shape[:-1])} to go with {student_name} "
@@ -304,7 +244,7 @@ def check_mask(mask: object, student: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a bool tensor, True where a row counts, got {kind}; use mask.bool()")
-    _check_per_row("mask", mask, "student", student)
+    check_per_row("mask", mask, "student", student)
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:

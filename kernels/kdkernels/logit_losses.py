@@ -2,96 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, get_args
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from . import checks, reference
 from .autograd import reduce_rows, row_loss
-from .backends import load_backend, resolve_impl
+from .backends import load_backend
 from .chunked import LinearKD, LogitKD
-from .counting import Counted, compact_rows, count_rows
-from .divergences import Divergence, resolve_divergence
-from .matmul import wide_dtype
-from .options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
-from .teachers import Teacher, TeacherHead, TeacherLogits
+from .counting import compact_rows
+from .divergences import Divergence
+from .finite import refuse_bad_rows
+from .logit_checks import check_cross_term_head
+from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
+from .prepare import Problem, autocast_dtype, autocast_off, check_options, flat, prepare
+from .reference_sparse import cross_term_row_terms, top_k_row_terms
+from .stats import KDStats, stats_from_rows
+from .teachers import Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 # Logits of at most this many elements keep their gradient from the forward pass of `kd_loss`: 256 KiB in float32.
 SMALL_LOGITS = 1 << 16
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of the inputs of a linear layer on this tensor's device; None when it is off."""
-    if not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(tensor.device.type)
-
-
-def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The loss chooses its dtypes itself; inside autocast the products would be rounded to half again."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def check_options(
-    *,
-    divergence: str | Divergence = "forward_kl",
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    t_squared: bool = True,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: Reduction = "mean",
-    num_items_in_batch: int | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_map: str | Tensor | None = None,
-    impl: Impl | None = None,
-    return_stats: bool = False,
-    static_shapes: bool = False,
-    mode: Mode = "fast",
-    chunk_bytes: int | None = None,
-    vocab_group: object | None = None,
-    logit_dtype: torch.dtype | None = None,
-) -> RowTerms:
-    """Check everything that needs no tensor; the terms of a row."""
-    checks.check_temperature(temperature)
-    checks.check_number("kd_weight", kd_weight)
-    checks.check_number("ce_weight", ce_weight)
-    checks.check_integer("ignore_index", ignore_index)
-    checks.check_flag("t_squared", t_squared)
-    checks.check_flag("static_shapes", static_shapes)
-    checks.check_choice("mode", mode, get_args(Mode))
-    checks.check_impl(impl)
-    checks.check_reduction(reduction, num_items_in_batch)
-    checks.check_chunk_bytes(chunk_bytes)
-    checks.refuse_unbuilt(
-        label_smoothing=(label_smoothing, 0.0),
-        softcap=(softcap, None),
-        logit_scale=(logit_scale, 1.0),
-        vocab_map=(vocab_map, None),
-        return_stats=(return_stats, False),
-        mode=(mode, "fast"),
-        vocab_group=(vocab_group, None),
-        logit_dtype=(logit_dtype, None),
-    )
-    return RowTerms(
-        resolve_divergence(divergence), float(temperature), float(kd_weight), float(ce_weight), t_squared
-    )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """(..., D) as (N, D)."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _teacher_tensors(teacher: TeacherLogits | TeacherHead) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Source (N, V) or (N, D_t), weight and bias."""
-    if isinstance(teacher, TeacherLogits):
-        return _flat(teacher.logits), None, None
-    return _flat(teacher.hidden), teacher.weight, teacher.bias
 
 
 def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
@@ -101,18 +32,76 @@ def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
     )
 
 
-def _count(
-    student: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    token_weight: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-) -> Counted:
-    counted = None if labels is None else labels != ignore_index
-    dtype = wide_dtype(student.dtype)
-    return count_rows(student.shape[0], counted, token_weight, num_items_in_batch, student.device, dtype)
+def _teacher_tensors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Source (N, V) or (N, D_t), weight and bias."""
+    teacher = problem.teacher
+    if isinstance(teacher, TeacherLogits):
+        return teacher.logits, None, None
+    assert isinstance(teacher, TeacherHead)
+    return teacher.hidden, teacher.weight, teacher.bias
 
 
+def _reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Row losses (N,) and, where they are wanted, the statistics (7, N), by plain autograd."""
+    terms, labels, weight = problem.terms, problem.labels, problem.counted.weight
+    statistics = None
+    if isinstance(problem.teacher, TeacherTopK):
+        kd, ce = top_k_row_terms(logits, problem.teacher, labels, weight, terms)
+    elif isinstance(problem.teacher, TeacherCrossTerm):
+        assert hidden is not None
+        kd, ce = cross_term_row_terms(hidden, logits, problem.teacher, labels, weight, terms)
+    else:
+        source, head, bias = _teacher_tensors(problem)
+        teacher = reference.linear(
+            _cast(source, problem.autocast if head is not None else None),
+            None if head is None else _cast(head, problem.autocast),
+            bias,
+        )
+        mapping = problem.vocab_map
+        kd, ce = reference.kd_row_terms(
+            logits, teacher, labels, weight, terms, vocab_map=mapping, decoupled=problem.decoupled
+        )
+        if problem.return_stats:
+            others = reference.kd_row_stats(logits, teacher, labels, weight, terms, vocab_map=mapping)
+            statistics = torch.cat((kd.detach().unsqueeze(0), ce.detach().unsqueeze(0), others))
+    loss = terms.kd_scale * kd
+    return (loss if terms.ce_weight == 0.0 else loss + terms.ce_weight * ce), statistics
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _finish(
+    loss: Tensor, statistics: Tensor | None, leading: torch.Size, reduction: Reduction
+) -> Tensor | tuple[Tensor, KDStats]:
+    """The loss in its shape, with the statistics where they were asked for."""
+    loss = loss.reshape(leading) if reduction == "none" else loss
+    return loss if statistics is None else (loss, stats_from_rows(statistics, leading))
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, KDStats]: ...
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -133,7 +122,8 @@ def kd_loss(
     vocab_map: str | Tensor | None = None,
     impl: Impl | None = None,
     return_stats: bool = False,
-) -> Tensor:
+    check_finite: bool = False,
+) -> Tensor | tuple[Tensor, KDStats]:
     """Knowledge-distillation loss of student logits, with an optional cross entropy on labels.
 
     Replaces, without keeping any (N, V) tensor but the logits and their gradient:
@@ -144,16 +134,20 @@ def kd_loss(
         loss = loss + ce_weight * F.cross_entropy(student_logits, labels)
 
     Args:
-        student_logits: (..., V), float16, bfloat16, float32 or float64.
-        teacher: logits (..., V) as a tensor or TeacherLogits, or TeacherHead(hidden, weight, bias). Frozen; its
-            dtype may differ from the student's. Logits may be -inf where the teacher gives probability 0.
-        labels: (...) int64 class ids; needed for ce_weight != 0. Without labels every row counts. On a GPU
-            labels out of range are not looked for, as that would make the host wait for the device.
-        divergence: "forward_kl" (default), "reverse_kl", "jsd", or an object: ForwardKL(), ReverseKL(), JSD(beta).
-            The other divergences are not supported yet.
+        student_logits: (..., V_s), float16, bfloat16, float32 or float64.
+        teacher: logits (..., V_t) as a tensor or TeacherLogits, TeacherHead(hidden, weight, bias) or
+            TeacherTopK(logprobs, indices). Frozen; its dtype may differ from the student's. Logits may be -inf where the
+            teacher gives probability 0.
+        labels: (...) int64 class ids; needed for ce_weight != 0 and for Decoupled. Without labels every row counts. On a
+            GPU labels out of range are not looked for, as that would make the host wait for the device.
+        divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", or an object:
+            ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(), AlphaBeta(alpha, beta),
+            Decoupled(target, non_target).
         temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
         kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
-            and 0.0. The cross entropy is of the student at temperature 1.
+            and 0.0. The cross entropy is of the student at temperature 1, over its whole vocabulary.
+        label_smoothing: in [0, 1): that share of the label's weight is spread over the student's whole vocabulary, as
+            in F.cross_entropy. Default 0.0.
         t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
         ignore_index: rows with this label do not count, whatever else they hold. Default -100.
         token_weight: (...) floating, one factor per row, without gradient. Default: 1 for each row.
@@ -162,23 +156,32 @@ def kd_loss(
             that do not count.
         num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
             the counted rows of all micro-batches together.
+        softcap, logit_scale: of the student: its logits are softcap * tanh(logit_scale * student_logits / softcap), or
+            logit_scale * student_logits with softcap=None. Defaults None and 1.0. The teacher's are in TeacherHead.
+        vocab_map: for V_s != V_t. "shared_prefix": ids below min(V_s, V_t) are the same tokens. Or an int64 tensor
+            (V_s,): the teacher's id of each student id, -1 where it has none. Both softmaxes of the divergence run
+            over the shared ids, and its gradient is 0 elsewhere; the cross entropy is over all of the student's.
         impl: None (default) takes triton for CUDA and ROCm tensors and torch elsewhere; "triton", "torch" and
             "reference" (eager float32) are taken as asked, never replaced.
-        label_smoothing, softcap, logit_scale, vocab_map, return_stats: not supported yet.
+        return_stats: also return `KDStats`, numbers per token. Default False.
+        check_finite: raise FloatingPointError when the loss is NaN or infinite, naming the first bad row and side; the
+            host waits for the device. Default False.
 
     Returns:
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
-        finite 0 that still has a graph.
+        finite 0 that still has a graph. With return_stats=True (loss, KDStats).
 
     The gradient has the dtype of `student_logits` and is computed in backward, in float32. The loss has no
     second derivative (impl="reference" does).
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
-        NotImplementedError: an option that is not supported yet.
+        NotImplementedError: an option that this back end does not support yet.
+        FloatingPointError: see check_finite.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2 (T squared);
-    Lin, "Divergence measures based on the Shannon entropy", 1991 (JSD with weights).
+    Lin, "Divergence measures based on the Shannon entropy", 1991 (JSD with weights). The other divergences name
+    theirs.
     """
     terms = check_options(
         divergence=divergence,
@@ -195,44 +198,74 @@ def kd_loss(
         vocab_map=vocab_map,
         impl=impl,
         return_stats=return_stats,
+        check_finite=check_finite,
     )
     student_logits = checks.check_student_logits(student_logits)
     vocabulary = student_logits.shape[-1]
-    cast = autocast_dtype(student_logits)
-    teacher = checks.check_teacher(teacher, same_dtype=cast is None)
-    checks.check_pair("student_logits", student_logits, vocabulary, teacher)
-    checks.check_rows(
-        "student_logits", student_logits, vocabulary, labels, token_weight, ce_weight, ignore_index
+    if isinstance(teacher, TeacherCrossTerm):
+        raise ValueError(
+            "TeacherCrossTerm is a product with the student's head, which kd_loss does not see; use linear_kd_loss"
+        )
+    problem = prepare(
+        "student_logits",
+        student_logits,
+        vocabulary,
+        student_logits.dtype,
+        teacher,
+        labels,
+        terms,
+        token_weight=token_weight,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        vocab_map=vocab_map,
+        impl=impl,
+        return_stats=return_stats,
     )
-    impl = resolve_impl(impl, student_logits.device, student_logits.dtype)
-
-    leading = student_logits.shape[:-1]
-    logits = _flat(student_logits)
-    source, teacher_weight, teacher_bias = _teacher_tensors(teacher)
-    labels = None if labels is None else labels.reshape(-1).long()
-    token_weight = None if token_weight is None else token_weight.reshape(-1)
+    logits, counted = flat(student_logits), problem.counted
     with autocast_off(logits):
-        counted = _count(logits, labels, ignore_index, token_weight, num_items_in_batch)
-        if impl == "reference":
-            values = reference.kd_row_losses(
-                reference.wide(logits),
-                _reference_teacher(source, teacher_weight, teacher_bias, cast),
-                labels,
-                counted.weight,
-                terms,
-            )
+        if problem.impl == "reference":
+            values, statistics = _reference_rows(problem, None, reference.wide(logits))
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            solver = LogitKD(terms, load_backend(impl), cast)
-            tensors = (logits, source, teacher_weight, teacher_bias, labels)
+            solver = LogitKD(problem.terms, load_backend(problem.impl), problem.autocast)
+            tensors = (logits, *_teacher_tensors(problem), problem.labels)
             # A few classes cost more in calls than in memory: take the gradient along instead of starting again.
             small = logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
+            statistics = None
             loss = row_loss(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=small
             )
-    return loss.reshape(leading) if reduction == "none" else loss
+        if check_finite:
+            refuse_bad_rows(problem, loss, logits, None, None)
+    return _finish(loss, statistics, student_logits.shape[:-1], reduction)
 
 
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Tensor, KDStats]: ...
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -255,12 +288,13 @@ def linear_kd_loss(
     vocab_map: str | Tensor | None = None,
     impl: Impl | None = None,
     return_stats: bool = False,
+    check_finite: bool = False,
     static_shapes: bool = False,
     mode: Mode = "fast",
     chunk_bytes: int | None = None,
     vocab_group: object | None = None,
     logit_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, KDStats]:
     """`kd_loss` straight from hidden states and heads: the (N, V) logits never exist as a whole.
 
     Replaces:
@@ -269,46 +303,30 @@ def linear_kd_loss(
         teacher_logits = F.linear(teacher.hidden, teacher.weight, teacher.bias)
         loss = kd_loss(student_logits, teacher_logits, labels, ...)
 
-    Args:
+    Args, where they are not those of `kd_loss`:
         student_hidden: (..., D_s), float16, bfloat16, float32 or float64: what enters the student's head.
-        student_weight: (V, D_s), the student's head; no work is spent on its gradient when it is frozen.
-        teacher: TeacherHead(hidden (..., D_t), weight (V, D_t), bias (V,)), or logits (..., V) as a tensor or
-            TeacherLogits. Frozen; D_t and the dtype may differ from the student's.
-        labels: (...) int64 class ids; needed for ce_weight != 0. Without labels every row counts.
-        student_bias: (V,), the bias of the student's head.
-        divergence: "forward_kl" (default), "reverse_kl", "jsd", or an object: ForwardKL(), ReverseKL(), JSD(beta).
-            The other divergences are not supported yet.
-        temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
-        kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
-            and 0.0. The cross entropy is of the student at temperature 1.
-        t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
-        ignore_index: rows with this label do not count, whatever else they hold. Default -100.
-        token_weight: (...) floating, one factor per row, without gradient. Default: 1 for each row.
-        reduction: "mean" (default) divides the sum by the number of counted rows, by the sum of their
-            `token_weight` when given, or by `num_items_in_batch`; "sum"; "none" gives shape (...), 0 in rows
-            that do not count.
-        num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
-            the counted rows of all micro-batches together.
-        impl: None (default) takes triton for CUDA and ROCm tensors and torch elsewhere; "triton", "torch" and
-            "reference" (eager float32) are taken as asked, never replaced.
-        label_smoothing, softcap, logit_scale, vocab_map, return_stats: not supported yet.
+        student_weight: (V_s, D_s), the student's head; no work is spent on its gradient when it is frozen.
+        teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), any form of `kd_loss`, or
+            TeacherCrossTerm where the student's head is frozen. Frozen; D_t and the dtype may differ from the student's.
+        student_bias: (V_s,), the bias of the student's head. Scale and softcap come after it.
         static_shapes: keep rows that do not count in the products instead of gathering the others first.
             Reading their number is the only time the host waits for the device. Default False.
+        mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and multiplies four times;
+            "low_memory" holds a tile of the vocabulary at a time and repeats products.
         chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens are worked
             on at a time. Default: chosen by the back end.
-        mode, vocab_group, logit_dtype: only "fast", None and None are supported yet.
+        vocab_group, logit_dtype: only None is supported yet.
 
     Returns:
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
-        finite 0 that still has a graph.
+        finite 0 that still has a graph. With return_stats=True (loss, KDStats).
 
     Logits are float32 out of the product for every input dtype. Gradients have the dtypes of their inputs; for
     "mean" and "sum" they are computed together with the value. The loss has no second derivative
     (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
 
     Raises:
-        ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
-        NotImplementedError: an option that is not supported yet.
+        As `kd_loss`.
 
     Source: as `kd_loss`; the gradient during the forward pass over token chunks is that of Liger-Kernel
     (Hsu et al., 2024).
@@ -328,6 +346,7 @@ def linear_kd_loss(
         vocab_map=vocab_map,
         impl=impl,
         return_stats=return_stats,
+        check_finite=check_finite,
         static_shapes=static_shapes,
         mode=mode,
         chunk_bytes=chunk_bytes,
@@ -346,53 +365,48 @@ def linear_kd_loss(
         same_dtype=cast is None,
     )
     vocabulary = student_weight.shape[0]
-    teacher = checks.check_teacher(teacher, same_dtype=cast is None)
-    checks.check_pair("student_hidden", student_hidden, vocabulary, teacher)
-    checks.check_rows(
-        "student_hidden", student_hidden, vocabulary, labels, token_weight, ce_weight, ignore_index
+    problem = prepare(
+        "student_hidden",
+        student_hidden,
+        vocabulary,
+        student_weight.dtype,
+        teacher,
+        labels,
+        terms,
+        token_weight=token_weight,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        vocab_map=vocab_map,
+        impl=impl,
+        return_stats=return_stats,
+        mode=mode,
     )
-    impl = resolve_impl(impl, student_hidden.device, student_weight.dtype)
-
-    leading = student_hidden.shape[:-1]
-    hidden = _flat(student_hidden)
-    source, teacher_weight, teacher_bias = _teacher_tensors(teacher)
-    labels = None if labels is None else labels.reshape(-1).long()
-    token_weight = None if token_weight is None else token_weight.reshape(-1)
+    check_cross_term_head(problem.teacher, problem.terms, student_weight, student_bias)
+    hidden, counted = flat(student_hidden), problem.counted
     with autocast_off(hidden):
-        counted = _count(hidden, labels, ignore_index, token_weight, num_items_in_batch)
-        if impl == "reference":
+        if problem.impl == "reference":
+            kept = hidden
             if counted.weight is not None:
-                hidden = hidden.masked_fill((counted.weight == 0).unsqueeze(1), 0.0)
-            student = reference.linear(_cast(hidden, cast), _cast(student_weight, cast), student_bias)
-            values = reference.kd_row_losses(
-                student,
-                _reference_teacher(source, teacher_weight, teacher_bias, cast),
-                labels,
-                counted.weight,
-                terms,
-            )
+                kept = hidden.masked_fill((counted.weight == 0).unsqueeze(1), 0.0)
+            student = reference.linear(_cast(kept, cast), _cast(student_weight, cast), student_bias)
+            values, statistics = _reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            index = None if static_shapes else compact_rows(counted.weight, labels, vocabulary)
+            index = None if static_shapes else compact_rows(counted.weight, problem.labels, vocabulary)
             solver = LinearKD(
-                terms, load_backend(impl), chunk_bytes, cast, _half_bound(terms, cast or student_weight.dtype)
+                problem.terms,
+                load_backend(problem.impl),
+                chunk_bytes,
+                cast,
+                _half_bound(problem.terms, cast or student_weight.dtype),
             )
             tensors = (
-                hidden, student_weight, student_bias, source, teacher_weight, teacher_bias, labels, index
+                hidden, student_weight, student_bias, *_teacher_tensors(problem), problem.labels, index
             )  # fmt: skip
+            statistics = None
             loss = row_loss(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
             )
-    return loss.reshape(leading) if reduction == "none" else loss
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
-
-
-def _reference_teacher(
-    source: Tensor, weight: Tensor | None, bias: Tensor | None, cast: torch.dtype | None
-) -> Tensor:
-    if weight is None:
-        return reference.wide(source)
-    return reference.linear(_cast(source, cast), _cast(weight, cast), bias)
+        if check_finite:
+            refuse_bad_rows(problem, loss, hidden, student_weight, student_bias)
+    return _finish(loss, statistics, student_hidden.shape[:-1], reduction)

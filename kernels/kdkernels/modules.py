@@ -6,8 +6,10 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from .logit_losses import check_options, kd_loss, linear_kd_loss
+from .logit_losses import kd_loss, linear_kd_loss
 from .options import KDOptions, LinearKDOptions
+from .prepare import check_options
+from .stats import KDStats
 from .teachers import Teacher
 
 
@@ -32,7 +34,7 @@ class KDLoss(nn.Module):
         *,
         token_weight: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, KDStats]:
         """The loss of `kd_loss` for these tensors."""
         return kd_loss(
             student_logits,
@@ -73,7 +75,7 @@ class LinearKDLoss(nn.Module):
         student_bias: Tensor | None = None,
         token_weight: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, KDStats]:
         """The loss of `linear_kd_loss` for these tensors."""
         return linear_kd_loss(
             student_hidden,

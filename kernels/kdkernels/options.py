@@ -66,8 +66,8 @@ class RowTerms:
         return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
 
 
-class KDOptions(TypedDict, total=False):
-    """The keywords of `kd_loss` that a module stores; meanings and defaults are in its docstring."""
+class LossOptions(TypedDict, total=False):
+    """The keywords of `kd_loss` that do not change what it returns; meanings and defaults are in its docstring."""
 
     divergence: str | Divergence
     temperature: float
@@ -81,14 +81,26 @@ class KDOptions(TypedDict, total=False):
     logit_scale: float
     vocab_map: str | Tensor | None
     impl: Impl | None
-    return_stats: bool
+    check_finite: bool
 
 
-class LinearKDOptions(KDOptions, total=False):
-    """The keywords of `linear_kd_loss` that a module stores."""
+class LinearLossOptions(LossOptions, total=False):
+    """The keywords of `linear_kd_loss` that do not change what it returns."""
 
     static_shapes: bool
     mode: Mode
     chunk_bytes: int | None
     vocab_group: object | None
     logit_dtype: torch.dtype | None
+
+
+class KDOptions(LossOptions, total=False):
+    """The keywords of `kd_loss` that a module stores."""
+
+    return_stats: bool
+
+
+class LinearKDOptions(LinearLossOptions, total=False):
+    """The keywords of `linear_kd_loss` that a module stores."""
+
+    return_stats: bool

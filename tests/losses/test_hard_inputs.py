@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import JSD, ForwardKL, ReverseKL, kd_loss, linear_kd_loss
+from kdkernels import JSD, AlphaBeta, ForwardKL, ReverseKL, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, DIVERGENCES, IMPLS, eager_row_losses, make_case
@@ -70,25 +70,18 @@ def test_student_next_to_its_teacher(distance, divergence, impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "divergence", [case for case in DIVERGENCES if not isinstance(case, ReverseKL)], ids=repr
+)
 def test_teacher_forbids_some_entries(divergence, impl: Impl) -> None:
     """-inf in the teacher is probability 0: the value is that of the sum over the other entries."""
     student, teacher = pair()
     teacher[:, ::5] = -math.inf
     teacher[2, 2:] = -math.inf  # a teacher that is certain
-    p_t, p_s = teacher.double().softmax(-1), student.double().requires_grad_()
-    q = p_s.softmax(-1)
-    if isinstance(divergence, ForwardKL):
-        exact = (torch.xlogy(p_t, p_t) - p_t * p_s.log_softmax(-1)).sum(-1)
-    else:
-        m = divergence.beta * p_t + (1 - divergence.beta) * q
-        teacher_part = (torch.xlogy(p_t, p_t) - p_t * m.log()).sum(-1)
-        exact = divergence.beta * teacher_part + (1 - divergence.beta) * (
-            q * (p_s.log_softmax(-1) - m.log())
-        ).sum(-1)
-    (exact_gradient,) = torch.autograd.grad(exact.sum(), p_s)
+    # Eager code makes NaN of 0 * inf; -1e4 has the same probability.
+    exact, exact_gradient = eager(student.double(), teacher.clamp(min=-1e4).double(), divergence)
     rows, gradient = solve(student, teacher, impl, divergence=divergence)
-    torch.testing.assert_close(rows.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -122,7 +115,9 @@ def test_infinite_divergence_is_infinite(impl: Impl) -> None:
 def test_identities(divergence, impl: Impl) -> None:
     student, teacher = pair()
     same, gradient = solve(teacher, teacher, impl, divergence=divergence)
-    assert same.abs().max().item() < 1e-6
+    # Alpha-beta divides a difference of sums near 1 by alpha beta, and its rounding with it.
+    size = 1.0 / (divergence.alpha * divergence.beta) if isinstance(divergence, AlphaBeta) else 1.0
+    assert same.abs().max().item() < 1e-6 * size
     assert gradient.abs().max().item() < 1e-6
 
     rows, gradient = solve(student, teacher, impl, divergence=divergence)

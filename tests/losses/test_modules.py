@@ -33,8 +33,8 @@ def test_linear_kd_loss_module_equals_the_function() -> None:
 def test_bad_options_are_refused_at_construction(module) -> None:
     with pytest.raises(ValueError, match="temperature must be above 0, got -1"):
         module(temperature=-1.0)
-    with pytest.raises(NotImplementedError, match="softcap is not supported yet"):
-        module(softcap=30.0)
+    with pytest.raises(ValueError, match="softcap must be above 0, got -30"):
+        module(softcap=-30.0)
     with pytest.raises(TypeError, match="temprature"):
         module(temprature=2.0)
 

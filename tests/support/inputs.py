@@ -7,7 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import JSD, ForwardKL, ReverseKL, TeacherHead, linear_kd_loss
+from kdkernels import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Decoupled,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TeacherHead,
+    linear_kd_loss,
+)
+from kdkernels.backends import UNBUILT
 from kdkernels.options import Impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,7 +29,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS: list[Impl] = ["reference", "torch", "triton"]
 FAST_IMPLS: list[Impl] = ["torch", "triton"]
 
-DIVERGENCES = [ForwardKL(), ReverseKL(), JSD(0.5), JSD(0.2)]
+
+def impls_with(*features: str) -> list[Impl]:
+    """The back ends that have all of these, by the names of `kdkernels.backends.UNBUILT`."""
+    return [impl for impl in IMPLS if UNBUILT[impl].isdisjoint(features)]
+
+
+# Decoupled, which needs labels, has its own tests; so have the limits of AlphaBeta.
+DIVERGENCES: list[Divergence] = [
+    ForwardKL(),
+    ReverseKL(),
+    JSD(0.5),
+    JSD(0.2),
+    SkewKL(0.1),
+    SkewReverseKL(0.2),
+    TVD(),
+    AlphaBeta(0.3, 0.6),
+]
 
 
 @dataclass(frozen=True)
@@ -88,38 +117,80 @@ def make_case(
     )
 
 
+def eager_divergence(log_p_s: Tensor, log_p_t: Tensor, divergence: Divergence) -> Tensor:
+    """What people write by hand for two log-distributions (N, V): one value per row."""
+    p_s, p_t = log_p_s.exp(), log_p_t.exp()
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    def log_mix(teacher_share: float) -> Tensor:
+        mixture = teacher_share * p_t + (1.0 - teacher_share) * p_s
+        return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
+
+    if isinstance(divergence, ForwardKL):
+        return kl(log_p_t, log_p_s)
+    if isinstance(divergence, ReverseKL):
+        return kl(log_p_s, log_p_t)
+    if isinstance(divergence, JSD):
+        beta = divergence.beta
+        return beta * kl(log_p_t, log_mix(beta)) + (1.0 - beta) * kl(log_p_s, log_mix(beta))
+    if isinstance(divergence, SkewKL):
+        return kl(log_p_t, log_mix(divergence.alpha))
+    if isinstance(divergence, SkewReverseKL):
+        return kl(log_p_s, log_mix(1.0 - divergence.alpha))
+    if isinstance(divergence, TVD):
+        return (p_s - p_t).abs().sum(-1) / 2
+    assert isinstance(divergence, AlphaBeta), "Decoupled needs labels"
+    a, b = divergence.alpha, divergence.beta
+    assert a * b * (a + b) != 0, "the limits have their own test"
+    # Powers of log-probabilities: those of probabilities would lose what underflows.
+    product = (a * log_p_t + b * log_p_s).exp().sum(-1)
+    teacher, student = ((a + b) * log_p_t).exp().sum(-1), ((a + b) * log_p_s).exp().sum(-1)
+    return -(product - a / (a + b) * teacher - b / (a + b) * student) / (a * b)
+
+
 def eager_row_losses(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None,
     *,
-    divergence: ForwardKL | ReverseKL | JSD,
+    divergence: Divergence,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """What people write by hand, in the dtype of the logits: one loss per row, 0 in rows labelled -100."""
     log_p_s = F.log_softmax(student_logits / temperature, -1)
     log_p_t = F.log_softmax(teacher_logits / temperature, -1)
-
-    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-    if isinstance(divergence, ForwardKL):
-        value = kl(log_p_t, log_p_s)
-    elif isinstance(divergence, ReverseKL):
-        value = kl(log_p_s, log_p_t)
+    if isinstance(divergence, Decoupled):
+        assert labels is not None
+        value = eager_decoupled(log_p_s, log_p_t, labels, divergence)
     else:
-        beta = divergence.beta
-        mixture = beta * log_p_t.exp() + (1.0 - beta) * log_p_s.exp()
-        log_m = mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
-        value = beta * kl(log_p_t, log_m) + (1.0 - beta) * kl(log_p_s, log_m)
+        value = eager_divergence(log_p_s, log_p_t, divergence)
     loss = kd_weight * temperature**2 * value
     if labels is None:
         return loss
     if ce_weight != 0.0:
-        loss = loss + ce_weight * F.cross_entropy(student_logits, labels, reduction="none")
+        ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=label_smoothing)
+        loss = loss + ce_weight * ce
     return loss.masked_fill(labels == -100, 0.0)
+
+
+def eager_decoupled(log_p_s: Tensor, log_p_t: Tensor, labels: Tensor, divergence: Decoupled) -> Tensor:
+    """DKD row by row: the label against the rest, and the rest among themselves."""
+    values = []
+    for log_s, log_t, label in zip(log_p_s, log_p_t, labels.tolist(), strict=True):
+        label = max(label, 0)
+        rest_s, rest_t = (torch.cat((row[:label], row[label + 1 :])) for row in (log_s, log_t))
+        two_s, two_t = (
+            torch.stack((row[label], rest.logsumexp(0))) for row, rest in ((log_s, rest_s), (log_t, rest_t))
+        )
+        target = (two_t.exp() * (two_t - two_s)).sum()
+        q_s, q_t = rest_s.log_softmax(0), rest_t.log_softmax(0)
+        values.append(divergence.target * target + divergence.non_target * (q_t.exp() * (q_t - q_s)).sum())
+    return torch.stack(values)
 
 
 def eager_linear_kd(case: Case, labels: Tensor | None, **options: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,193 @@
+"""From the arguments of a logit loss to a checked problem with flat rows."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from . import checks, logit_checks
+from .backends import refuse_unbuilt, resolve_impl
+from .counting import Counted, count_rows
+from .divergences import Decoupled, Divergence, resolve_divergence
+from .matmul import wide_dtype
+from .options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
+from .teachers import Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of the inputs of a linear layer on this tensor's device; None when it is off."""
+    if not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The loss chooses its dtypes itself; inside autocast the products would be rounded to half again."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., D) as (N, D)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def check_options(
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    t_squared: bool = True,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_map: str | Tensor | None = None,
+    impl: Impl | None = None,
+    return_stats: bool = False,
+    check_finite: bool = False,
+    static_shapes: bool = False,
+    mode: Mode = "fast",
+    chunk_bytes: int | None = None,
+    vocab_group: object | None = None,
+    logit_dtype: torch.dtype | None = None,
+) -> RowTerms:
+    """Check everything that needs no tensor; the terms of a row, still without the teacher's transform."""
+    checks.check_temperature(temperature)
+    checks.check_number("kd_weight", kd_weight)
+    checks.check_number("ce_weight", ce_weight)
+    logit_checks.check_label_smoothing(label_smoothing)
+    checks.check_integer("ignore_index", ignore_index)
+    checks.check_flag("t_squared", t_squared)
+    checks.check_flag("return_stats", return_stats)
+    checks.check_flag("check_finite", check_finite)
+    checks.check_flag("static_shapes", static_shapes)
+    checks.check_choice("mode", mode, get_args(Mode))
+    checks.check_impl(impl)
+    checks.check_reduction(reduction, num_items_in_batch)
+    checks.check_chunk_bytes(chunk_bytes)
+    logit_checks.check_vocab_map_kind(vocab_map)
+    checks.refuse_unbuilt(vocab_group=(vocab_group, None), logit_dtype=(logit_dtype, None))
+    return RowTerms(
+        resolve_divergence(divergence),
+        float(temperature),
+        float(kd_weight),
+        float(ce_weight),
+        t_squared,
+        float(label_smoothing),
+        student_transform=logit_checks.check_transform("", "logit_scale", logit_scale, softcap),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A checked call: everything but the student, with the leading axes flattened to N rows."""
+
+    terms: RowTerms
+    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm
+    labels: Tensor | None  # (N,) int64
+    counted: Counted
+    decoupled: tuple[Tensor, Tensor] | None  # (N,) weights of the target's and of the others' divergence
+    vocab_map: int | Tensor | None
+    impl: Impl
+    autocast: torch.dtype | None
+    return_stats: bool
+
+
+def prepare(
+    student_name: str,
+    student: Tensor,  # (..., V) or (..., D)
+    vocabulary: int,
+    dtype: torch.dtype,
+    teacher: Teacher,
+    labels: Tensor | None,
+    terms: RowTerms,
+    *,
+    token_weight: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    ignore_index: int,
+    vocab_map: str | Tensor | None,
+    impl: Impl | None,
+    return_stats: bool,
+    mode: Mode = "fast",
+) -> Problem:
+    """Check the teacher, the labels and what the back end has; flatten the rows and count them."""
+    cast = autocast_dtype(student)
+    teacher = logit_checks.check_teacher(teacher, same_dtype=cast is None)
+    mapping = logit_checks.check_pair(student_name, student, vocabulary, teacher, vocab_map)
+    checks.check_rows(student_name, student, vocabulary, labels, token_weight, terms.ce_weight, ignore_index)
+    logit_checks.check_divergence(terms.divergence, teacher, labels, student_name, student)
+    if isinstance(teacher, TeacherHead):
+        transform = logit_checks.check_transform("TeacherHead.", "scale", teacher.scale, teacher.softcap)
+        terms = replace(terms, teacher_transform=transform)
+    if return_stats and isinstance(teacher, TeacherTopK | TeacherCrossTerm):
+        raise NotImplementedError(
+            f"return_stats is not supported yet with {type(teacher).__name__}; leave it at False"
+        )
+    impl = resolve_impl(impl, student.device, dtype)
+    refuse_unbuilt(impl, _features(terms, teacher, mapping, return_stats, mode))
+
+    rows = student.numel() // max(student.shape[-1], 1)
+    device, wide = student.device, wide_dtype(student.dtype)
+    labels = None if labels is None else labels.reshape(-1).long()
+    token_weight = None if token_weight is None else token_weight.reshape(-1)
+    counts = None if labels is None else labels != ignore_index
+    counted = count_rows(rows, counts, token_weight, num_items_in_batch, device, wide)
+    decoupled = None
+    if isinstance(terms.divergence, Decoupled):
+        decoupled = (
+            _per_row(terms.divergence.target, rows, device, wide),
+            _per_row(terms.divergence.non_target, rows, device, wide),
+        )
+        terms = replace(terms, divergence=Decoupled())
+    teacher = _flat_teacher(teacher)
+    return Problem(terms, teacher, labels, counted, decoupled, mapping, impl, cast, return_stats)
+
+
+def _features(
+    terms: RowTerms, teacher: object, vocab_map: object, return_stats: bool, mode: Mode
+) -> list[str]:
+    """What this call needs of a back end, by the names of `backends.UNBUILT`."""
+    used = {
+        type(terms.divergence).__name__: True,
+        "label_smoothing": terms.label_smoothing != 0.0 and terms.ce_weight != 0.0,
+        "softcap": terms.student_transform.softcap is not None or terms.teacher_transform.softcap is not None,
+        "logit_scale": terms.student_transform.scale != 1.0 or terms.teacher_transform.scale != 1.0,
+        "vocab_map": vocab_map is not None,
+        "return_stats": return_stats,
+        "TeacherTopK": isinstance(teacher, TeacherTopK),
+        "TeacherCrossTerm": isinstance(teacher, TeacherCrossTerm),
+        "mode='low_memory'": mode == "low_memory",
+    }
+    return [name for name, needed in used.items() if needed]
+
+
+def _per_row(value: float | Tensor, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(N,) from a number or from one value per token."""
+    if isinstance(value, Tensor):
+        return value.reshape(-1).to(dtype)
+    return torch.full((rows,), float(value), dtype=dtype, device=device)
+
+
+def _flat_teacher(
+    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm,
+) -> TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm:
+    """The same teacher with rows on one axis."""
+    if isinstance(teacher, TeacherLogits):
+        return replace(teacher, logits=flat(teacher.logits))
+    if isinstance(teacher, TeacherHead):
+        return replace(teacher, hidden=flat(teacher.hidden))
+    if isinstance(teacher, TeacherTopK):
+        return replace(teacher, logprobs=flat(teacher.logprobs), indices=flat(teacher.indices).long())
+    return replace(
+        teacher,
+        cross=flat(teacher.cross),
+        bias=teacher.bias.reshape(-1),
+        entropy=teacher.entropy.reshape(-1),
+    )

@@ -1,0 +1,192 @@
+"""Divergences one by one: limits of alpha-beta, identities between them, the decoupled divergence."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Decoupled,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    kd_loss,
+    linear_kd_loss,
+)
+from kdkernels.options import Impl
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import (
+    DEVICE,
+    IMPLS,
+    eager_linear_kd,
+    eager_row_losses,
+    impls_with,
+    loss_and_gradients,
+    make_case,
+)
+
+# Every branch of the formula: alpha, beta, both and their sum at 0, and powers below 0.
+LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (0.4, -0.4), (-0.4, 0.4), (0.0, 0.0), (-0.3, 0.8)]
+
+
+def solve(student: Tensor, teacher: Tensor, impl: Impl, **options) -> tuple[Tensor, Tensor]:
+    """Row losses and the gradient of their sum."""
+    student = student.detach().clone().requires_grad_()
+    rows = kd_loss(student, teacher, reduction="none", impl=impl, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach(), gradient
+
+
+def pair(rows: int = 6, classes: int = 67, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(2, rows, classes) * 2).to(DEVICE, dtype)
+    return student, teacher
+
+
+def limit(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
+    """The formula of alpha-beta close to (alpha, beta), where it still has digits in fp64 (error of order 1e-8)."""
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+
+    def value(a: float, b: float) -> Tensor:
+        terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+        return -terms.sum(-1) / (a * b)
+
+    # The mean of both sides: what is of first order in the step cancels.
+    step = 1e-4
+    return (value(alpha + step, beta + step / 3) + value(alpha - step, beta - step / 3)) / 2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [AlphaBeta(*powers) for powers in LIMITS], ids=repr)
+def test_limits_of_alpha_beta(divergence: AlphaBeta, impl: Impl) -> None:
+    student, teacher = pair()
+    exact_student = student.double().requires_grad_()
+    exact = limit(exact_student, teacher, divergence.alpha, divergence.beta)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), exact_student)
+    rows, gradient = solve(student, teacher, impl, divergence=divergence)
+    torch.testing.assert_close(rows.double(), exact.detach(), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+# Pairs that are one and the same function.
+@pytest.mark.parametrize(
+    ("divergence", "other"),
+    [(AlphaBeta(1.0, 0.0), ForwardKL()), (AlphaBeta(0.0, 1.0), ReverseKL())],
+    ids=repr,
+)
+def test_alpha_beta_holds_the_kls(divergence: Divergence, other: Divergence, impl: Impl) -> None:
+    student, teacher = pair()
+    rows, gradient = solve(student, teacher, impl, divergence=divergence, temperature=2.0)
+    expected, expected_gradient = solve(student, teacher, impl, divergence=other, temperature=2.0)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [SkewKL(0.5)], ids=repr)
+def test_half_a_skew_of_each_is_jsd(divergence: SkewKL, impl: Impl) -> None:
+    student, teacher = pair()
+    forward, forward_gradient = solve(student, teacher, impl, divergence=divergence)
+    backward, backward_gradient = solve(student, teacher, impl, divergence=SkewReverseKL(0.5))
+    whole, gradient = solve(student, teacher, impl, divergence=JSD(0.5))
+    torch.testing.assert_close((forward + backward) / 2, whole)
+    torch.testing.assert_close((forward_gradient + backward_gradient) / 2, gradient)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [TVD()], ids=repr)
+def test_tvd_is_at_most_one_and_symmetric(divergence: TVD, impl: Impl) -> None:
+    student, teacher = pair()
+    rows, _ = solve(40 * student, 40 * teacher, impl, divergence=divergence)
+    assert (rows <= 1.0 + 1e-6).all()
+    there, _ = solve(student, teacher, impl, divergence=divergence)
+    back, _ = solve(teacher, student, impl, divergence=divergence)
+    torch.testing.assert_close(there, back)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "divergence", [Decoupled(1.0, 2.0), Decoupled(0.0, 1.0), Decoupled(3.0, 0.0)], ids=str
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoupled(dtype, temperature, divergence: Decoupled, impl: Impl) -> None:
+    case = make_case(dtype=dtype)
+    options = {"divergence": divergence, "temperature": temperature, "ce_weight": 0.5}
+    truth = eager_linear_kd(case.to(torch.float64), case.labels, **options)
+    eager = eager_linear_kd(case, case.labels, **options)
+    loss, *gradients = loss_and_gradients(case, case.labels, impl, **options)
+    count = int((case.labels != -100).sum())
+    assert_within_budget(loss, (eager[0].sum() / count).to(loss.dtype), truth[0].sum() / count, "mean")
+    for ours, low, exact in zip(gradients, eager[1:], truth[1:], strict=True):
+        assert_within_budget(ours, low, exact, "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [Decoupled()], ids=["decoupled"])
+def test_weights_of_decoupled_per_token(divergence: Decoupled, impl: Impl) -> None:
+    """Forward KL is TKD + (1 - p_t[label]) NCKD: with these weights per token the two losses are one."""
+    case = make_case()
+    p_label = case.teacher_logits.softmax(-1).gather(1, case.labels.clamp_min(0).unsqueeze(1)).squeeze(1)
+    p_label[case.labels == -100] = math.nan  # weights of rows that do not count are not looked at
+    split = Decoupled(divergence.target, 1.0 - p_label)
+    ours = loss_and_gradients(case, case.labels, impl, divergence=split)
+    plain = loss_and_gradients(case, case.labels, impl, divergence=ForwardKL())
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+    arguments = (case.student_hidden, case.student_weight, case.teacher, case.labels)
+    rows = linear_kd_loss(*arguments, divergence=split, reduction="none", impl=impl)
+    torch.testing.assert_close(
+        rows, linear_kd_loss(*arguments, reduction="none", impl=impl), rtol=1e-5, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [Decoupled(1.0, 1.0)], ids=["decoupled"])
+def test_decoupled_near_certainty(divergence: Decoupled, impl: Impl) -> None:
+    """Both models nearly certain of the label: 1 - p has no digits, the sum over the others has."""
+    student, teacher = pair()
+    labels = torch.arange(6, device=DEVICE)
+    student[labels, labels] += 25.0
+    teacher[labels, labels] += 24.0
+    exact_student = student.double().requires_grad_()
+    exact = eager_row_losses(exact_student, teacher.double(), labels, divergence=divergence)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), exact_student)
+    low_student = student.clone().requires_grad_()
+    low = eager_row_losses(low_student, teacher, labels, divergence=divergence)
+    (low_gradient,) = torch.autograd.grad(low.sum(), low_student)
+    rows, gradient = solve(student, teacher, impl, divergence=divergence, labels=labels)
+    assert_within_budget(rows, low, exact, "rows")
+    assert_within_budget(gradient, low_gradient, exact_gradient, "gradient")
+    # A teacher that gives the label everything has nothing to say about the others.
+    certain = torch.full_like(teacher, -math.inf)
+    certain[labels, labels] = 0.0
+    rows, gradient = solve(student, certain, impl, divergence=divergence, labels=labels)
+    cross_entropy = F.cross_entropy(student, labels, reduction="none")
+    torch.testing.assert_close(rows, cross_entropy, rtol=1e-4, atol=1e-6)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", impls_with("label_smoothing"))
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD()], ids=repr)
+def test_label_smoothing(divergence, temperature, smoothing, impl: Impl) -> None:
+    case = make_case()
+    options = {
+        "divergence": divergence, "temperature": temperature, "ce_weight": 0.5, "label_smoothing": smoothing
+    }  # fmt: skip
+    truth = eager_linear_kd(case.to(torch.float64), case.labels, **options)
+    eager = eager_linear_kd(case, case.labels, **options)
+    loss, *gradients = loss_and_gradients(case, case.labels, impl, **options)
+    count = int((case.labels != -100).sum())
+    assert_within_budget(loss, eager[0].sum() / count, truth[0].sum() / count, "mean")
+    for ours, low, exact in zip(gradients, eager[1:], truth[1:], strict=True):
+        assert_within_budget(ours, low, exact, "gradient")
