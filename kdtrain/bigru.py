@@ -71,10 +71,17 @@ class BiGRUModel(BiGRUPreTrainedModel):
         """Replace the token embedding."""
         self.token_embeddings = value
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BiGRUOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
+    ) -> BiGRUOutput:
         """Encode (B, N) token ids; padding may stand on either side and is never read.
 
-        The sentence state of a layer joins the forward half after the last token with the backward half after the first.
+        `output_hidden_states` also gives what every layer says of every token, (B, N, 2D) from layer 1 on, with zeros
+        at padding; element 0 holds the embeddings, (B, N, D). The sentence state of a layer joins the forward half after the last token with the backward half after the first.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         # Real tokens first, in order: the packed form wants them there. Right-padded rows stay as they are.
@@ -86,15 +93,23 @@ class BiGRUModel(BiGRUPreTrainedModel):
         )
         lengths = mask.sum(dim=1).cpu()  # the packed form needs them on the host
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        states = []
+        states, outputs = [], [packed]
         for i, layer in enumerate(self.layers):
             if i > 0:
                 packed = packed._replace(data=self.dropout(packed.data))
             packed, last = layer(packed)
+            outputs.append(packed)
             states.append(torch.cat([last[0], last[1]], dim=-1))
-        hidden, _lengths = pad_packed_sequence(packed, batch_first=True, total_length=input_ids.shape[1])
-        hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
-        return BiGRUOutput(last_hidden_state=hidden, sentence_states=torch.stack(states, dim=1))
+        back, length = order.argsort(dim=1)[..., None], input_ids.shape[1]
+        hidden = []
+        for one in outputs if output_hidden_states else outputs[-1:]:
+            padded, _lengths = pad_packed_sequence(one, batch_first=True, total_length=length)
+            hidden.append(padded.gather(1, back.expand_as(padded)))
+        return BiGRUOutput(
+            last_hidden_state=hidden[-1],
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+            sentence_states=torch.stack(states, dim=1),
+        )
 
 
 class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
@@ -118,13 +133,23 @@ class BiGRUForSequenceClassification(BiGRUPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
     ) -> BiGRUClassifierOutput:
         """Class logits of (B, N) token ids; with `labels` (B,) also the mean cross-entropy."""
-        encoded = self.bigru(input_ids, attention_mask)
+        encoded = self.bigru(input_ids, attention_mask, output_hidden_states)
         logits = self.classifier(encoded.sentence_states[:, -1])
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return BiGRUClassifierOutput(loss=loss, logits=logits, sentence_states=encoded.sentence_states)
+        return BiGRUClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            sentence_states=encoded.sentence_states,
+        )
 
 
 AutoModel.register(BiGRUConfig, BiGRUModel, exist_ok=True)

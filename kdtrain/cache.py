@@ -2,13 +2,14 @@
 
 A cache is a folder: `manifest.json` says whose outputs these are, `shard-00000.safetensors`, ... hold them. A shard is
 written whole or not at all and carries its own checksum, so a killed build goes on where it stopped. Shards are
-memory-mapped when read.
+memory-mapped when read. A shard holds
+
+    keys (R, 16) uint8, logits (R, C) float32, and with layers either
+    states (R, P, L, D): the first token of each of the P texts of a row, or
+    lengths (R, P) int64 and states (tokens, L, D): every token, texts one after the other.
 """
 
-import hashlib
 import json
-import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdtrain.data.tokens import TokenRows, token_budget_batches, tokenize
 from kdtrain.errors import KdtrainError
-from kdtrain.files import human_bytes, write_json, write_tensors
-from kdtrain.models import Teacher, sentence_states, shape_of
-from kdtrain.progress import progress, say
+from kdtrain.models import shape_of
+from kdtrain.teachers import Teacher
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-SHARD_ROWS = 2048
+FORMAT = 2
 
 MEANINGS = {
     "format": "its file format",
     "teacher_weights": "the weights of the teacher",
     "tokenizer": "the tokenizer of the teacher",
+    "outputs": "the order of its outputs and its inserted tokens (teacher.class_order, teacher.insert)",
     "max_length": "the tokens the teacher sees of a row (teacher.max_length)",
     "focus": "the focus marker of the data",
     "dtype": "how features are stored (teacher.dtype)",
@@ -42,33 +41,49 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose outputs a cache holds. Two identities may differ in `layers` only, and only by more being stored."""
+    """Whose outputs a cache holds. Of two that fit, the stored one may have more layers, and sequences for first tokens."""
 
     teacher_weights: str
     tokenizer: str
+    outputs: str
     max_length: int
     focus: str | None
     dtype: str
     classes: int
     layers: tuple[int, ...]
+    sequences: bool
 
     @classmethod
-    def of(cls, teacher: Teacher, *, focus: str | None, dtype: str, layers: tuple[int, ...]) -> "Identity":
+    def of(
+        cls,
+        teacher: Teacher,
+        *,
+        focus: str | None,
+        dtype: str,
+        layers: tuple[int, ...],
+        sequences: bool = False,
+    ) -> "Identity":
         """The identity of what `teacher` would produce now."""
-        available = shape_of(teacher.model.config).layers
+        shape = shape_of(teacher.model.config)
         for layer in layers:
-            if layer > available:
+            if layer > shape.layers:
                 raise KdtrainError(
-                    f"teacher layer {layer} was asked for, but {teacher.path} has {available} layers"
+                    f"teacher layer {layer} was asked for, but {teacher.path} has {shape.layers} layers"
                 )
+        if sequences and not shape.embeddings:
+            raise KdtrainError(
+                f"whole sequences can be stored of a Transformer teacher only, and {teacher.path} is a BiGRU"
+            )
         return cls(
             teacher_weights=teacher.weights_hash(),
             tokenizer=teacher.tokenizer_hash(),
+            outputs=teacher.outputs_hash(),
             max_length=teacher.max_length,
             focus=focus,
             dtype=dtype,
             classes=teacher.classes,
             layers=tuple(sorted(set(layers))),
+            sequences=sequences,
         )
 
     def manifest(self) -> dict[str, Any]:
@@ -79,9 +94,10 @@ class Identity:
 class TeacherCache:
     """The stored outputs, found by row key."""
 
-    def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, layers: tuple[int, ...], sequences: bool = False) -> None:
         self.folder = folder
         self.layers = layers
+        self.sequences = sequences
         self.shards: list[dict[str, Tensor]] = []
         self.places: dict[str, tuple[int, int]] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
@@ -96,6 +112,9 @@ class TeacherCache:
             raise KdtrainError(
                 f"{path} is damaged ({error}); delete this one file and it is computed again"
             ) from None
+        if "lengths" in shard:
+            ends = shard["lengths"].flatten().cumsum(0).reshape(shard["lengths"].shape)
+            shard["starts"] = ends - shard["lengths"]
         for i, key in enumerate(shard["keys"].numpy()):
             self.places[key.tobytes().hex()] = (len(self.shards), i)
         self.shards.append(shard)
@@ -111,7 +130,7 @@ class TeacherCache:
 
 
 class TeacherRows:
-    """Teacher outputs of the rows of one split, by row number."""
+    """Teacher outputs of the rows of one split, by row number. P texts a row: 1, or 2 for pairs."""
 
     def __init__(self, cache: TeacherCache, places: list[tuple[int, int]], columns: list[int]) -> None:
         self.cache, self.places, self.columns = cache, places, columns
@@ -119,11 +138,23 @@ class TeacherRows:
         """(rows, C) float32"""
 
     def states(self, rows: Tensor) -> Tensor:
-        """(B, L, D_t) float32 of the given row numbers, read from the memory-mapped shards."""
-        places = (self.places[row] for row in rows.tolist())
-        return torch.stack(
-            [self.cache.shards[shard]["states"][i][self.columns] for shard, i in places]
-        ).float()
+        """(B * P, L, D_t) float32, the first tokens of the given row numbers."""
+        found = []
+        for number, i in (self.places[row] for row in rows.tolist()):
+            shard = self.cache.shards[number]
+            found.append(shard["states"][shard["starts"][i] if self.cache.sequences else i][:, self.columns])
+        return torch.cat(found).float()
+
+    def sequences(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B * P, L, N, D_t) float32, every token, and the mask (B * P, N) bool of what is no padding."""
+        found = []
+        for number, i in (self.places[row] for row in rows.tolist()):
+            shard = self.cache.shards[number]
+            for start, length in zip(shard["starts"][i].tolist(), shard["lengths"][i].tolist(), strict=True):
+                found.append(shard["states"][start : start + length][:, self.columns].float())
+        padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True).transpose(1, 2)
+        lengths = torch.tensor([len(one) for one in found])
+        return padded, torch.arange(padded.shape[2]) < lengths[:, None]
 
 
 def open_cache(folder: Path, identity: Identity) -> TeacherCache | None:
@@ -154,144 +185,9 @@ def open_cache(folder: Path, identity: Identity) -> TeacherCache | None:
             f"the teacher cache {folder} stores the layers {found['layers']} and this run needs {missing} too; "
             "set teacher.layers to all of them and give another teacher.cache, or delete that folder"
         )
-    return TeacherCache(folder, tuple(found["layers"]))
-
-
-def build_cache(
-    folder: Path,
-    teacher: Teacher,
-    identity: Identity,
-    texts: Sequence[str],
-    keys: Sequence[str],
-    *,
-    batch_tokens: int,
-    device: torch.device,
-) -> TeacherCache:
-    """Open the cache and compute the rows it lacks."""
-    cache = open_cache(folder, identity)
-    layers = cache.layers if cache is not None else identity.layers
-    known = cache.places if cache is not None else {}
-    todo = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-    if cache is None:
-        write_json(folder / MANIFEST, {**identity.manifest(), "teacher": teacher.path, "rows": 0})
-        cache = TeacherCache(folder, layers)
-    if not todo:
-        return cache
-    width = shape_of(teacher.model.config).width
-    bytes_per_row = (
-        16 + 4 * identity.classes + len(layers) * width * (2 if identity.dtype == "float16" else 4)
-    )
-    need, free = len(todo) * bytes_per_row, shutil.disk_usage(folder).free
-    parts = f"{identity.classes} logits" + (
-        f" + {len(layers)} x {width} features in {identity.dtype}" if layers else ""
-    )
-    say(f"teacher cache: {len(todo)} rows x ({parts}) = {human_bytes(need)} in {folder}")
-    if need > free:
+    if identity.sequences and not found["sequences"]:
         raise KdtrainError(
-            f"the teacher cache needs {human_bytes(need)} in {folder}, which has {human_bytes(free)} free; "
-            "give another teacher.cache or store fewer teacher.layers"
+            f"the teacher cache {folder} stores first tokens only and this run needs whole sequences; "
+            "set teacher.sequences to true and give another teacher.cache, or delete that folder"
         )
-    todo_keys = list(todo)
-    rows = tokenize(list(todo.values()), teacher.tokenizer, teacher.max_length, identity.focus)
-    nn.Module.to(teacher.model, device)
-    waiting: list[tuple[list[str], Tensor, Tensor | None]] = []
-    with progress(len(todo), "teacher", unit="rows") as bar:
-        batches = token_budget_batches(rows.lengths, batch_tokens)
-        for number, index in enumerate(batches):
-            logits, states = teacher_outputs(teacher, rows, index, layers, device)
-            waiting.append(([todo_keys[i] for i in index.tolist()], logits, states))
-            if sum(len(part[0]) for part in waiting) >= SHARD_ROWS or number == len(batches) - 1:
-                cache.add(_write_shard(folder, waiting, identity.dtype))
-                waiting = []
-            bar.update(len(index))
-    write_json(
-        folder / MANIFEST,
-        {**identity.manifest(), "layers": list(layers), "teacher": teacher.path, "rows": len(cache)},
-    )
-    return cache
-
-
-@torch.inference_mode()
-def teacher_outputs(
-    teacher: Teacher, rows: TokenRows, index: Tensor, layers: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, C) and, with `layers`, sentence states (B, L, D_t), both float32 on the host."""
-    input_ids, mask = rows.batch(index)
-    output = teacher.model(
-        input_ids=input_ids.to(device), attention_mask=mask.to(device), output_hidden_states=bool(layers)
-    )
-    logits = output.logits.float().cpu()
-    if not bool(logits.isfinite().all()):
-        raise KdtrainError(
-            f"the teacher {teacher.path} gives logits that are not finite; its weights are damaged"
-        )
-    return logits, sentence_states(output, layers).float().cpu() if layers else None
-
-
-def verify_cache(
-    cache: TeacherCache,
-    teacher: Teacher,
-    identity: Identity,
-    texts: Sequence[str],
-    keys: Sequence[str],
-    *,
-    count: int,
-    seed: int,
-    device: torch.device,
-) -> int:
-    """Check the checksum of every shard and recompute `count` random rows; give the number of rows recomputed.
-
-    Raises:
-        KdtrainError: a shard whose bytes changed, or a row that the teacher now answers otherwise.
-    """
-    for path in sorted(cache.folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            stored, shard = file.metadata()["sha256"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored != _checksum(shard):
-            raise KdtrainError(
-                f"{path} has changed since it was written; delete this one file and it is computed again"
-            )
-    known = [i for i, key in enumerate(keys) if key in cache.places]
-    chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
-    rows = tokenize([texts[i] for i in chosen], teacher.tokenizer, teacher.max_length, identity.focus)
-    stored_rows = cache.rows([keys[i] for i in chosen], cache.layers)
-    nn.Module.to(teacher.model, device)
-    for row in range(len(chosen)):
-        index = torch.tensor([row])
-        logits, states = teacher_outputs(teacher, rows, index, cache.layers, device)
-        pairs = [("logits", stored_rows.logits[index], logits, 1e-3)]
-        if states is not None:
-            pairs.append(("states", stored_rows.states(index), states, 1e-2))
-        for name, stored_values, now, tolerance in pairs:
-            worst = float((stored_values - now).abs().max())
-            if worst > tolerance * (1 + float(now.abs().max())):
-                raise KdtrainError(
-                    f"row {keys[chosen[row]]} of {cache.folder}: the stored {name} differ from the recomputed ones by "
-                    f"{worst:.3g}; delete the folder and build it again"
-                )
-    return len(chosen)
-
-
-def _write_shard(folder: Path, parts: list[tuple[list[str], Tensor, Tensor | None]], dtype: str) -> Path:
-    keys = b"".join(bytes.fromhex(key) for part in parts for key in part[0])
-    shard = {
-        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
-        "logits": torch.cat([logits for _, logits, _ in parts]),
-    }
-    states = [part for _, _, part in parts if part is not None]
-    if states:
-        shard["states"] = torch.cat(states).to(getattr(torch, dtype))
-        if not bool(shard["states"].isfinite().all()):
-            raise KdtrainError("a teacher feature is too large for float16; set teacher.dtype to float32")
-    taken = [int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.safetensors")]
-    path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    write_tensors(path, shard, {"sha256": _checksum(shard)})
-    return path
-
-
-def _checksum(shard: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(shard.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return TeacherCache(folder, tuple(found["layers"]), found["sequences"])

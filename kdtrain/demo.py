@@ -15,7 +15,7 @@ from kdtrain.demo_report import Entry, write_report
 from kdtrain.evaluate import latency_ms
 from kdtrain.files import folder_bytes
 from kdtrain.floor import bag_of_tokens
-from kdtrain.models import load_teacher, parameter_count
+from kdtrain.models import parameter_count
 from kdtrain.progress import say
 from kdtrain.recipe import (
     DataRecipe,
@@ -27,6 +27,7 @@ from kdtrain.recipe import (
 )
 from kdtrain.run import run
 from kdtrain.summary import Summary
+from kdtrain.teachers import load_teacher
 
 SHIPPED_TEACHER = Path(__file__).parent / "teacher"
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kdtrain.cache import TeacherCache
-from kdtrain.data.classification import TextRows, load_classification
-from kdtrain.data.tokens import TokenRows, token_budget_batches, tokenize
+from kdtrain.data.classification import load_classification
+from kdtrain.data.pairs import Rows, tokenize_split
+from kdtrain.data.rows import TextRows
+from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.files import folder_bytes
 from kdtrain.models import load_classifier, load_tokenizer, parameter_count
@@ -31,7 +33,7 @@ RESAMPLES = 2000
 class EvaluationSet:
     """Tokenized rows to measure on; the teacher's logits where a teacher is known."""
 
-    rows: TokenRows
+    rows: Rows
     labels: Tensor
     teacher_logits: Tensor | None = None
 
@@ -45,12 +47,12 @@ class EvaluationSet:
         cache: TeacherCache | None,
     ) -> "EvaluationSet":
         """Tokenize a split for the student and look up what the teacher says."""
-        rows = tokenize(split.texts, tokenizer, max_length, focus)
+        rows = tokenize_split(split, tokenizer, max_length, focus)
         return cls(rows, split.labels, None if cache is None else cache.rows(split.keys()).logits)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, rows: TokenRows, accelerator: Accelerator, *, precise: bool = True) -> Tensor:
+def predict(model: nn.Module, rows: Rows, accelerator: Accelerator, *, precise: bool = True) -> Tensor:
     """Logits (rows, C) float32 on the host; processes share the work.
 
     `precise` computes in float32, as the saved student does when it is loaded; otherwise in the run's precision.
@@ -77,6 +79,8 @@ def classification_metrics(
 ) -> dict[str, float]:
     """Accuracy, top-3 accuracy, macro F1 over the classes that occur, cross-entropy, and agreement with the teacher.
 
+    With two classes also f1, that of the second.
+
     Args:
         logits: (rows, C) float32.
         labels: (rows,) int64.
@@ -90,6 +94,8 @@ def classification_metrics(
         "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro")),
         "loss": float(nn.functional.cross_entropy(logits.double(), labels)),
     }
+    if logits.shape[1] == 2:
+        metrics["f1"] = float(f1_score(labels.numpy(), predicted.numpy()))
     if teacher_logits is not None:
         metrics["agreement"] = float((predicted == teacher_logits.argmax(dim=1)).double().mean())
     return metrics
@@ -112,7 +118,7 @@ def paired_difference(
 
 
 @torch.inference_mode()
-def latency_ms(model: nn.Module, rows: TokenRows, *, count: int = 100) -> float:
+def latency_ms(model: nn.Module, rows: Rows, *, count: int = 100) -> float:
     """Median milliseconds of one forward pass of one row, over `count` rows spread over the split, in float32."""
     model.eval()
     device = next(model.parameters()).device

@@ -1,6 +1,5 @@
-"""Student and teacher: built or loaded, always plain transformers sequence classifiers."""
+"""Students, built or loaded, always plain transformers sequence classifiers; and how anything is loaded."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,16 +19,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
-from kdtrain.bigru import BiGRUForSequenceClassification
 from kdtrain.bigru_config import BiGRUConfig
 from kdtrain.errors import KdtrainError
+from kdtrain.pair_config import PairConfig
+from kdtrain.pair_model import PairForSequenceClassification
 from kdtrain.recipe import StudentRecipe
-
-LONGEST_DEFAULT = 512
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,8 @@ class Shape:
     layers: int
     width: int
     """width of a sentence state"""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen classifier in eval mode with its own tokenizer."""
-
-    path: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-
-    @property
-    def classes(self) -> int:
-        """C, the width of its logits."""
-        return int(self.model.config.num_labels or 0)
-
-    def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
-
-    def tokenizer_hash(self) -> str:
-        """SHA-256 over the tokenizer's rules and vocabulary."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{type(self.tokenizer).__name__} {rules}".encode()).hexdigest()[:32]
+    embeddings: bool = True
+    """whether layer 0, the embeddings, has that width too (a BiGRU's has half of it)"""
 
 
 def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> RobertaConfig:
@@ -91,66 +64,50 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def build_student(
-    recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...]
+    recipe: StudentRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: tuple[str, ...],
+    *,
+    pairs: bool = False,
 ) -> PreTrainedModel:
-    """A new student with random weights, or the one at `recipe.path` with a head for `classes`."""
+    """A new student with random weights, or the one at `recipe.path` with a head for `classes`; of pairs if asked."""
     names: dict[str, Any] = {
         "num_labels": len(classes),
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
     }
     if recipe.path is not None:
+        if pairs:
+            raise KdtrainError(
+                "student.path is not supported yet for tasks over pairs; leave it out to start anew"
+            )
         model = load_classifier(recipe.path, "student.path", ignore_mismatched_sizes=True, **names)
         if model.get_input_embeddings().num_embeddings < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer))
         return model
     if recipe.architecture == "roberta":
-        config = roberta_config(recipe, tokenizer)
-        config.update(names)
-        return RobertaForSequenceClassification(config)
-    return BiGRUForSequenceClassification(
-        BiGRUConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            num_hidden_layers=recipe.layers,
-            max_position_embeddings=recipe.max_length,
-            hidden_dropout_prob=recipe.dropout,
-            **special_ids(tokenizer),
-            **names,
+        config: PreTrainedConfig = roberta_config(recipe, tokenizer)
+    else:
+        config = bigru_config(recipe, tokenizer)
+    if pairs:
+        shape = {**config.to_dict(), "model_type": config.model_type}
+        return PairForSequenceClassification(
+            PairConfig(encoder=shape, classifier_dropout=recipe.dropout, **special_ids(tokenizer), **names)
         )
+    config.update(names)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def bigru_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> BiGRUConfig:
+    """The BiGRU shape that a student section describes, without classes."""
+    return BiGRUConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        max_position_embeddings=recipe.max_length,
+        hidden_dropout_prob=recipe.dropout,
+        **special_ids(tokenizer),
     )
-
-
-def load_teacher(path: str, classes: tuple[str, ...], max_length: int | None = None) -> Teacher:
-    """Load a frozen teacher in float32 and check that its classes are the task's.
-
-    Raises:
-        KdtrainError: it cannot be loaded, has no trained head, or other classes or another order of them.
-    """
-    model, missing = load_classifier(path, "teacher.path", output_loading_info=True)
-    if missing["missing_keys"]:
-        raise KdtrainError(
-            f"the teacher {path} has no trained weights for {', '.join(sorted(missing['missing_keys']))}; "
-            "train it on the task first (kdtrain train with method ft and student.path)"
-        )
-    if model.config.num_labels != len(classes):
-        raise KdtrainError(
-            f"the teacher {path} has {model.config.num_labels} classes, the data set {len(classes)}"
-        )
-    named = [str(model.config.id2label[i]) for i in range(len(classes))]
-    if named != list(classes) and not all(name == f"LABEL_{i}" for i, name in enumerate(named)):
-        i = next(i for i, (a, b) in enumerate(zip(named, classes, strict=True)) if a != b)
-        raise KdtrainError(f"class {i} of the teacher {path} is {named[i]!r}, of the data set {classes[i]!r}")
-    model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(path, "teacher.path")
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 30))
-    if model.config.model_type in ("roberta", "camembert", "xlm-roberta"):
-        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
-    if max_length is not None and max_length > longest:
-        raise KdtrainError(
-            f"teacher.max_length is {max_length}, but the teacher {path} reads at most {longest} tokens"
-        )
-    return Teacher(path, model, tokenizer, max_length or min(longest, LONGEST_DEFAULT))
 
 
 def load_classifier(path: str, field: str, **options: Any) -> Any:
@@ -163,9 +120,28 @@ def load_classifier(path: str, field: str, **options: Any) -> Any:
 
 
 def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by folder or hub id; `field` is the recipe key that is blamed."""
+    """Load a tokenizer by folder or hub id; `field` is the recipe key that is blamed.
+
+    A folder with nothing but tokenizer.json is read as it stands, with RoBERTa's <s> ... </s> around every text.
+    """
+    folder = Path(path)
     with _blaming(path, field, "tokenizer"):
+        if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").exists():
+            return _bare_tokenizer(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(path)
+
+
+def _bare_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    rules = Tokenizer.from_file(str(path))
+    first, last = rules.token_to_id("<s>"), rules.token_to_id("</s>")
+    if first is None or last is None or rules.token_to_id("<pad>") is None:
+        raise ValueError("tokenizer.json alone must hold <s>, <pad> and </s>; add a tokenizer_config.json")
+    rules.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", first), ("</s>", last)]
+    )
+    special = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    unknown = {"unk_token": "<unk>"} if rules.token_to_id("<unk>") is not None else {}
+    return PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", **special, **unknown)
 
 
 def load_config(path: str, field: str) -> PreTrainedConfig:
@@ -176,8 +152,12 @@ def load_config(path: str, field: str) -> PreTrainedConfig:
 
 def shape_of(config: PreTrainedConfig) -> Shape:
     """Layers and width of the model that a configuration describes."""
-    width = config.hidden_size * (2 if isinstance(config, BiGRUConfig) else 1)
-    return Shape(int(config.num_hidden_layers), width)
+    if isinstance(config, PairConfig):
+        config = config.encoder_config
+    recurrent = isinstance(config, BiGRUConfig)
+    return Shape(
+        int(config.num_hidden_layers), int(config.hidden_size) * (2 if recurrent else 1), not recurrent
+    )
 
 
 def sentence_states(output: Any, layers: tuple[int, ...]) -> Tensor:
@@ -185,6 +165,11 @@ def sentence_states(output: Any, layers: tuple[int, ...]) -> Tensor:
     if getattr(output, "sentence_states", None) is not None:
         return output.sentence_states[:, [layer - 1 for layer in layers]]
     return torch.stack([output.hidden_states[layer][:, 0] for layer in layers], dim=1)
+
+
+def sequence_states(output: Any, layers: tuple[int, ...]) -> Tensor:
+    """The states of every token in each named layer, (B, L, N, D)."""
+    return torch.stack([output.hidden_states[layer] for layer in layers], dim=1)
 
 
 def parameter_count(model: nn.Module) -> int:

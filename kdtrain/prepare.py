@@ -9,15 +9,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdtrain.cache import Identity, TeacherCache, build_cache
-from kdtrain.data.classification import ClassificationData, TextRows
+from kdtrain.cache import Identity, TeacherCache
+from kdtrain.cache_build import build_cache
+from kdtrain.data.classification import ClassificationData
+from kdtrain.data.rows import TextRows
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, write_json
 from kdtrain.methods import method_class
-from kdtrain.models import Shape, Teacher, load_config, load_teacher, load_tokenizer, shape_of
+from kdtrain.models import Shape, load_config, load_tokenizer, shape_of
 from kdtrain.objective import Method
 from kdtrain.recipe import Recipe, differences, recipe_to_dict, save_recipe
 from kdtrain.summary import FILE, Summary
+from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
 
 IDENTITY = "checkpoints/identity.json"
@@ -27,7 +30,7 @@ def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
     """The teacher that the recipe names, if it names one."""
     if recipe.teacher.path is None:
         return None
-    return load_teacher(recipe.teacher.path, data.classes, recipe.teacher.max_length)
+    return load_teacher(recipe.teacher.path, data.classes, recipe.teacher, pairs=data.pairs)
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -76,7 +79,7 @@ def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTok
     path = Path(recipe.output) / "checkpoints" / "tokenizer"
     if not path.exists():
         tokenizer = train_tokenizer(
-            data.train.texts,
+            data.train.all_texts() if data.pairs else data.train.texts,
             vocab_size=recipe.student.vocab_size,
             max_length=recipe.student.max_length,
             focus=data.focus,
@@ -100,7 +103,13 @@ def cached_rows(recipe: Recipe, data: ClassificationData, method: Method) -> Tex
 def cache_identity(recipe: Recipe, data: ClassificationData, teacher: Teacher, method: Method) -> Identity:
     """Whose outputs, of which layers, this run needs."""
     layers = recipe.teacher.layers + method.teacher_layers
-    return Identity.of(teacher, focus=data.focus, dtype=recipe.teacher.dtype, layers=layers)
+    return Identity.of(
+        teacher,
+        focus=data.focus,
+        dtype=recipe.teacher.dtype,
+        layers=layers,
+        sequences=recipe.teacher.sequences or method.whole_sequences,
+    )
 
 
 def prepare_cache(
@@ -112,8 +121,7 @@ def prepare_cache(
         cache_folder(recipe),
         teacher,
         cache_identity(recipe, data, teacher, method),
-        rows.texts,
-        rows.keys(),
+        rows,
         batch_tokens=recipe.teacher.batch_tokens,
         device=device,
     )
@@ -135,7 +143,8 @@ def build_method(recipe: Recipe, teacher: Teacher | None) -> Method:
     if given.path is not None:
         student = shape_of(load_config(given.path, "student.path"))
     else:
-        student = Shape(given.layers, given.hidden_size * (2 if given.architecture == "bigru" else 1))
+        recurrent = given.architecture == "bigru"
+        student = Shape(given.layers, given.hidden_size * (2 if recurrent else 1), not recurrent)
     return method_type(recipe.method, student, None if teacher is None else shape_of(teacher.model.config))
 
 

@@ -14,17 +14,17 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 OURS = {
-    "transformers.models.auto.configuration_auto": "kdtrain.bigru_config",
-    "transformers.models.auto.modeling_auto": "kdtrain.bigru",
+    "transformers.models.auto.configuration_auto": ("kdtrain.bigru_config", "kdtrain.pair_config"),
+    "transformers.models.auto.modeling_auto": ("kdtrain.bigru", "kdtrain.pair_model"),
 }
-"""Module with Auto classes, and the module of ours that adds to them when it is imported."""
+"""Module with Auto classes, and the modules of ours that add to them when they are imported."""
 
 
 def register_models() -> None:
     """Register with the Auto classes that are loaded, and with the others as soon as they are."""
     for theirs, ours in OURS.items():
         if theirs in sys.modules:
-            importlib.import_module(ours)
+            _import_all(ours)
         else:
             sys.meta_path.insert(0, _Waiting(theirs, ours))
 
@@ -32,7 +32,7 @@ def register_models() -> None:
 class _Waiting(MetaPathFinder):
     """Finds one module, once, and lets its own loader do the work."""
 
-    def __init__(self, theirs: str, ours: str) -> None:
+    def __init__(self, theirs: str, ours: tuple[str, ...]) -> None:
         self.theirs, self.ours = theirs, ours
 
     def find_spec(
@@ -48,7 +48,7 @@ class _Waiting(MetaPathFinder):
 
 
 class _ThenRegister(Loader):
-    def __init__(self, loader: Loader, ours: str) -> None:
+    def __init__(self, loader: Loader, ours: tuple[str, ...]) -> None:
         self.loader, self.ours = loader, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -56,4 +56,9 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(self.ours)
+        _import_all(self.ours)
+
+
+def _import_all(names: tuple[str, ...]) -> None:
+    for name in names:
+        importlib.import_module(name)

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.checkpoint import Position
 from kdtrain.data.classification import ClassificationData, load_classification
-from kdtrain.data.tokens import tokenize
+from kdtrain.data.pairs import tokenize_split
 from kdtrain.evaluate import EvaluationSet, classification_metrics, latency_ms, predict, report
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.loop import peak_memory, train
-from kdtrain.models import Teacher, build_student, parameter_count, quiet
+from kdtrain.models import build_student, parameter_count, quiet
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
 from kdtrain.prepare import (
@@ -30,6 +30,7 @@ from kdtrain.prepare import (
 from kdtrain.progress import say
 from kdtrain.recipe import Recipe
 from kdtrain.summary import Summary, installed_versions
+from kdtrain.teachers import Teacher
 from kdtrain.training_set import TrainingSet
 
 
@@ -56,7 +57,7 @@ def run(recipe: Recipe) -> Summary:
     with accelerator.main_process_first():
         tokenizer = student_tokenizer(recipe, data)
     torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself
-    student = build_student(recipe.student, tokenizer, data.classes)
+    student = build_student(recipe.student, tokenizer, data.classes, pairs=data.pairs)
     check_length(recipe, student)
     cache = None
     if teacher is not None:
@@ -70,10 +71,10 @@ def run(recipe: Recipe) -> Summary:
         cache.rows(rows.keys(), method.teacher_layers) if cache is not None and method.needs_teacher else None
     )
     training = TrainingSet(
-        tokenize(rows.texts, tokenizer, max_length, data.focus),
+        tokenize_split(rows, tokenizer, max_length, data.focus),
         rows.labels,
         stored,
-        bool(method.teacher_layers),
+        "none" if not method.teacher_layers else "sequences" if method.whole_sequences else "first tokens",
     )
     valid, test = (
         EvaluationSet.of(split, tokenizer, max_length, data.focus, cache) for split in (data.valid, data.test)

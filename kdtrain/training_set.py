@@ -1,12 +1,13 @@
 """What a classification run trains on: tokens, labels, and the stored teacher outputs where the method needs them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdtrain.cache import TeacherRows
-from kdtrain.data.tokens import TokenRows
+from kdtrain.data.pairs import Rows
 from kdtrain.objective import Batch
 
 
@@ -14,10 +15,11 @@ from kdtrain.objective import Batch
 class TrainingSet:
     """Tokenized training rows, their labels, and the stored teacher outputs where the method needs them."""
 
-    rows: TokenRows
+    rows: Rows
     labels: Tensor
     teacher: TeacherRows | None = None
-    with_states: bool = False
+    states: Literal["none", "first tokens", "sequences"] = "none"
+    """which of the teacher's states come with a batch"""
 
     @property
     def lengths(self) -> Tensor:
@@ -27,14 +29,18 @@ class TrainingSet:
     def batch(self, index: Tensor, device: torch.device) -> Batch:
         """The given rows, padded to the longest of them."""
         input_ids, mask = self.rows.batch(index)
+        states = teacher_mask = None
+        if self.teacher is not None and self.states == "first tokens":
+            states = self.teacher.states(index).to(device)
+        elif self.teacher is not None and self.states == "sequences":
+            states, teacher_mask = (tensor.to(device) for tensor in self.teacher.sequences(index))
         return Batch(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             labels=self.labels[index].to(device),
             teacher_logits=None if self.teacher is None else self.teacher.logits[index].to(device),
-            teacher_states=self.teacher.states(index).to(device)
-            if self.teacher and self.with_states
-            else None,
+            teacher_states=states,
+            teacher_mask=teacher_mask,
         )
 
     def count(self, index: Tensor) -> int:

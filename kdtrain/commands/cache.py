@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
-    from kdtrain.cache import verify_cache
+    from kdtrain.cache_build import verify_cache
     from kdtrain.data.classification import load_classification
     from kdtrain.prepare import (
         build_method,
@@ -47,8 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
             cache,
             teacher,
             identity,
-            rows.texts,
-            rows.keys(),
+            rows,
             count=arguments.rows,
             seed=recipe.seed,
             device=device,

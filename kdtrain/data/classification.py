@@ -2,40 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from kdtrain.data.rows import UNLABELLED, Columns, TextRows, read_file, read_jsonl, read_rows
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe
 
-UNLABELLED = -100
-"""The label of a row without one; the cross-entropy does not count it."""
-
-FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """One split as it stands on disk."""
-
-    texts: list[str]
-    labels: Tensor
-    """(rows,) int64, `UNLABELLED` where there is none"""
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def keys(self) -> list[str]:
-        """The content hash of each row: the first 32 hex digits of the SHA-256 of its text."""
-        return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in self.texts]
-
-    def __add__(self, other: "TextRows") -> "TextRows":
-        return TextRows(self.texts + other.texts, torch.cat([self.labels, other.labels]))
+METRICS = ("accuracy", "f1", "top3", "macro_f1")
+"""What a task may be measured by first; `metric` in dataset.json."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +26,13 @@ class ClassificationData:
     valid: TextRows
     test: TextRows
     unlabelled: TextRows
+    metric: str = "accuracy"
+    """the task's own headline figure, a name out of `METRICS`"""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row is two texts."""
+        return self.train.seconds is not None
 
     def fingerprint(self) -> str:
         """A hash of every text, label and class name: equal data, equal fingerprint, wherever it lies."""
@@ -69,12 +53,21 @@ def load_classification(recipe: DataRecipe) -> ClassificationData:
     if recipe.path is not None:
         data = _load_folder(Path(recipe.path), recipe)
     else:
-        splits = {
-            name: _load_file(getattr(recipe, name), recipe)
-            for name in ("train", "valid", "test", "unlabelled")
-        }
+        columns = Columns(recipe.text, recipe.label, recipe.second)
+        splits = {}
+        for name in ("train", "valid", "test", "unlabelled"):
+            given = getattr(recipe, name)
+            splits[name] = (
+                _no_rows(recipe.second is not None)
+                if given is None
+                else read_file(Path(given), columns, recipe.classes, name != "unlabelled")
+            )
         splits["test"] = splits["test"] if recipe.test else splits["valid"]
         data = ClassificationData(str(recipe.train), recipe.classes, recipe.focus, **splits)
+    if recipe.limit is not None:
+        keys = data.train.keys()
+        kept = sorted(range(len(keys)), key=lambda i: (keys[i], i))[: recipe.limit]
+        data = replace(data, train=data.train.select(sorted(kept)))
     for name in ("train", "valid", "test"):
         rows: TextRows = getattr(data, name)
         if not len(rows):
@@ -84,27 +77,6 @@ def load_classification(recipe: DataRecipe) -> ClassificationData:
                 f"the {name} split of {data.name} has rows without a label; only training rows may"
             )
     return data
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give each line's place ('file:line') and object.
-
-    Raises:
-        KdtrainError: no such file, or a line that is not a JSON object, with its number.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise KdtrainError(f"{place} is not a line of JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise KdtrainError(f"{place} must hold a JSON object, got {type(row).__name__}")
-                yield place, row
-    except OSError as error:
-        raise KdtrainError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _load_folder(folder: Path, recipe: DataRecipe) -> ClassificationData:
@@ -119,11 +91,23 @@ def _load_folder(folder: Path, recipe: DataRecipe) -> ClassificationData:
             f"{folder} holds the task {about.get('task')!r}; only 'classification' can be trained"
         )
     classes = tuple(about["classes"])
-    columns = about.get("text", recipe.text), about.get("label", recipe.label)
+    metric = about.get("metric", "accuracy")
+    if metric not in METRICS or (metric == "f1" and len(classes) != 2):
+        raise KdtrainError(
+            f"{folder / 'dataset.json'}: metric must be one of {', '.join(METRICS)} (f1 for two classes), got {metric!r}"
+        )
+    columns = Columns(
+        about.get("text", recipe.text),
+        about.get("label", recipe.label),
+        about.get("second", recipe.second),
+        read_table(folder / about["table"]) if "table" in about else None,
+    )
 
     def read(name: str, labelled: bool) -> TextRows:
         path = folder / f"{name}.jsonl"
-        return _rows(read_jsonl(path) if labelled or path.exists() else [], columns, classes, labelled)
+        if not labelled and not path.exists():
+            return _no_rows(columns.second is not None)
+        return read_rows(read_jsonl(path), columns, classes, labelled)
 
     return ClassificationData(
         name=about.get("name", folder.name),
@@ -133,57 +117,20 @@ def _load_folder(folder: Path, recipe: DataRecipe) -> ClassificationData:
         valid=read("valid", True),
         test=read("test", True),
         unlabelled=read("unlabelled", False),
+        metric=metric,
     )
 
 
-def _load_file(name: str | None, recipe: DataRecipe) -> TextRows:
-    if name is None:
-        return TextRows([], torch.zeros(0, dtype=torch.int64))
-    path = Path(name)
-    if path.suffix not in FORMATS:
-        raise KdtrainError(f"{path} must end in one of {', '.join(FORMATS)}")
-    if not path.exists():
-        raise KdtrainError(f"cannot read {path}: there is no such file")
-    from datasets import (  # takes a second; a data set folder does without it
-        disable_progress_bars,
-        load_dataset,
-    )
-    from datasets.exceptions import DatasetGenerationError
-
-    disable_progress_bars()
-    try:
-        table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        if path.suffix == ".jsonl":
-            for _ in read_jsonl(path):  # names the line
-                pass
-        raise KdtrainError(f"{path} cannot be read as {FORMATS[path.suffix]}: {error.__cause__}") from None
-    places = ((f"{path}, row {number}", dict(row)) for number, row in enumerate(table, start=1))
-    return _rows(places, (recipe.text, recipe.label), recipe.classes, name != recipe.unlabelled)
+def read_table(path: Path) -> dict[str, str]:
+    """Texts by id, out of a code table: lines with `id` (or `idx`) and `code` (or `func`)."""
+    table = {}
+    for place, row in read_jsonl(path):
+        name, text = row.get("id", row.get("idx")), row.get("code", row.get("func"))
+        if name is None or not isinstance(text, str):
+            raise KdtrainError(f"{place} must hold an id and code (columns: {', '.join(row)})")
+        table[str(name)] = text
+    return table
 
 
-def _rows(
-    rows: Iterable[tuple[str, dict[str, Any]]],
-    columns: tuple[str, str],
-    classes: tuple[str, ...],
-    labelled: bool,
-) -> TextRows:
-    text_column, label_column = columns
-    numbers = {name: i for i, name in enumerate(classes)}
-    texts, labels = [], []
-    for place, row in rows:
-        text = row.get(text_column)
-        if not isinstance(text, str):
-            raise KdtrainError(f"{place} has no text in column {text_column!r} (columns: {', '.join(row)})")
-        label = row.get(label_column) if labelled else None
-        if labelled and label is None:
-            raise KdtrainError(f"{place} has no label in column {label_column!r} (columns: {', '.join(row)})")
-        label = UNLABELLED if label is None else numbers.get(label, label)
-        if label != UNLABELLED and not (type(label) is int and 0 <= label < len(classes)):
-            raise KdtrainError(
-                f"{place} has label {label!r}; the {len(classes)} classes are numbered 0 to {len(classes) - 1} "
-                f"({', '.join(classes[:3])}, ...)"
-            )
-        texts.append(text)
-        labels.append(label)
-    return TextRows(texts, torch.tensor(labels, dtype=torch.int64))
+def _no_rows(pairs: bool) -> TextRows:
+    return TextRows([], torch.zeros(0, dtype=torch.int64), [] if pairs else None)

@@ -47,14 +47,21 @@ class TokenRows:
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, focus: str | None = None
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    focus: str | None = None,
+    insert: tuple[int, ...] = (),
 ) -> TokenRows:
     """Tokenize each row, special tokens included, into at most `max_length` tokens.
+
+    `insert` are ids that a model wants behind its own first token, such as UniXcoder's mode.
 
     A longer row keeps its head, or with `focus` a window with the marker in it: 60 % before, 40 % after.
     The marker is found by its token where the tokenizer has one, else by its place in the text.
     """
     prefix, suffix = special_affixes(tokenizer)
+    prefix = [*prefix, *insert]
     budget = max_length - len(prefix) - len(suffix)
     focus_id = token_id(tokenizer, focus)
     by_offset = focus is not None and focus_id is None

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from kdkernels import projection_mse
-from kdtrain.errors import KdtrainError
 from kdtrain.methods.kd import LogitDistillation
+from kdtrain.methods.layers import layer_pairs
 from kdtrain.models import Shape
 from kdtrain.objective import Batch
 from kdtrain.recipe import MethodRecipe
@@ -43,24 +43,5 @@ class FeatureDistillation(LogitDistillation):
                 project=self.recipe.project,
                 reduction="sum",
             )
-        feature = total / (self.target_width * len(self.projections))
+        feature = total / (self.target_width * len(self.projections) * batch.parts)
         return {**super().terms(logits, None, batch), "feature": feature}
-
-
-def layer_pairs(
-    layer_map: tuple[tuple[int, int], ...], student_layers: int, teacher_layers: int
-) -> tuple[tuple[int, int], ...]:
-    """The pairs asked for, or student layer i with teacher layer round(i * teacher / student), i = 1, 2, ..."""
-    if not layer_map:
-        return tuple(
-            (i, max(1, round(i * teacher_layers / student_layers))) for i in range(1, student_layers + 1)
-        )
-    for pair in layer_map:
-        for layer, layers, side in zip(
-            pair, (student_layers, teacher_layers), ("student", "teacher"), strict=True
-        ):
-            if not 1 <= layer <= layers:
-                raise KdtrainError(
-                    f"method.layer_map holds {list(pair)}, but the {side} has layers 1 to {layers}"
-                )
-    return layer_map

@@ -31,9 +31,13 @@ class DataRecipe:
     label: str = option("label", "column that holds the label: a number, or a name out of `classes`")
     classes: tuple[str, ...] = option((), "class names in order of their numbers; needed with files")
     focus: str | None = option(None, "marker in the text that a cut row is centred on, such as __HOLE__")
+    limit: int | None = option(
+        None, "use only this many labelled training rows, the ones with the smallest content hashes"
+    )
     use_unlabelled: bool = option(True, "whether a method with a teacher also trains on the unlabelled rows")
 
     def __post_init__(self) -> None:
+        positive(self, "data", "limit")
         if (self.path is None) == (self.train is None):
             raise KdtrainError("data needs either data.path (a folder) or data.train (a file), and not both")
         if self.train is not None and self.valid is None:
@@ -95,8 +99,20 @@ class TeacherRecipe:
     cache: str | None = option(
         None, "folder of the stored outputs, shared by runs; <output>/teacher_cache by default"
     )
+    class_order: tuple[int, ...] = option(
+        (),
+        "which of the teacher's outputs is each class of the task, such as [1, 0]; by default their own order",
+    )
+    insert: tuple[str, ...] | None = option(
+        None,
+        "tokens behind the first one of every row; by default UniXcoder's mode where its vocabulary has it",
+    )
     layers: tuple[int, ...] = option(
         (), "layers whose first-token states are stored; by default those the method needs"
+    )
+    sequences: bool = option(
+        False,
+        "store every token's states, not the first one's only, even if the method does not need them (ckd does)",
     )
     dtype: Literal["float32", "float16"] = option(
         "float16", "how stored features are rounded; logits stay float32"

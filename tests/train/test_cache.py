@@ -14,12 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdtrain.cache import Identity, TeacherCache, build_cache, open_cache, teacher_outputs, verify_cache
+from kdtrain.cache import Identity, TeacherCache, open_cache
+from kdtrain.cache_build import build_cache, teacher_outputs, verify_cache
 from kdtrain.data.classification import ClassificationData, load_classification
 from kdtrain.data.tokens import tokenize
 from kdtrain.errors import KdtrainError
-from kdtrain.models import Teacher, load_teacher
-from kdtrain.recipe import DataRecipe, Recipe
+from kdtrain.recipe import DataRecipe, Recipe, TeacherRecipe
+from kdtrain.teachers import Teacher, load_teacher
 from tests.train.conftest import CLASSES, FOCUS
 
 CPU = torch.device("cpu")
@@ -42,16 +43,14 @@ def identity_of(teacher: Teacher, dtype: str = "float32", layers: tuple[int, ...
 def build(
     folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData, count: int = 40
 ) -> TeacherCache:
-    texts, keys = data.test.texts[:count], data.test.keys()[:count]
-    return build_cache(folder, teacher, identity, texts, keys, batch_tokens=300, device=CPU)
+    rows = data.test.select(list(range(count)))
+    return build_cache(folder, teacher, identity, rows, batch_tokens=300, device=CPU)
 
 
 def check(folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData) -> int:
     cache = open_cache(folder, identity)
     assert cache is not None
-    return verify_cache(
-        cache, teacher, identity, data.test.texts, data.test.keys(), count=10, seed=0, device=CPU
-    )
+    return verify_cache(cache, teacher, identity, data.test, count=10, seed=0, device=CPU)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
@@ -221,7 +220,7 @@ def test_teacher_that_cannot_be_used(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(
         KdtrainError, match=r"teacher.max_length is 65, but the teacher .* reads at most 64 tokens"
     ):
-        load_teacher(str(teacher), CLASSES, 65)
+        load_teacher(str(teacher), CLASSES, TeacherRecipe(max_length=65))
     with pytest.raises(KdtrainError, match=r"teacher layer 4 was asked for, but .* has 3 layers"):
         identity_of(load_teacher(str(teacher), CLASSES), layers=(4,))
     encoder = AutoModelForSequenceClassification.from_pretrained(teacher).roberta
@@ -235,5 +234,5 @@ def test_two_tokenizers_see_one_row(model: Teacher, data: ClassificationData) ->
     """The teacher is asked in its own tokens, cut to its own length."""
     short = replace(model, max_length=16)
     rows = tokenize(data.test.texts, short.tokenizer, short.max_length, FOCUS)
-    logits, states = teacher_outputs(short, rows, torch.arange(4), (), CPU)
-    assert int(rows.lengths.max()) == 16 and logits.shape == (4, 3) and states is None
+    outputs = teacher_outputs(short, rows, torch.arange(4), (), CPU)
+    assert int(rows.lengths.max()) == 16 and outputs.logits.shape == (4, 3) and outputs.states is None

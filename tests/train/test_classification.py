@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.data.classification import UNLABELLED, load_classification
+from kdtrain.data.classification import load_classification
+from kdtrain.data.rows import UNLABELLED
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe
 from tests.train.conftest import CLASSES, FOCUS

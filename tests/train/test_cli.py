@@ -38,7 +38,7 @@ def test_train_evaluate_and_compare(saved: Path, tmp_path: Path, capsys: pytest.
             "unknown recipe key training.learning_rte; did you mean training.learning_rate?",
         ),
         (["--method.name", "kd"], "method kd needs a teacher; set teacher.path to a folder or hub id"),
-        (["--method.name", "kd5"], "method.name must be one of ft, kd, kd_features, got 'kd5'"),
+        (["--method.name", "kd5"], "method.name must be one of ft, kd, kd_features, dist, pkd"),
         (["--data.path", "./nowhere"], "nowhere is no data set: it has no dataset.json"),
         (["--teacher.path", "./nowhere"], "teacher.path: there is no folder ./nowhere"),
         (["--student.tokenizer", "./nowhere"], "student.tokenizer: there is no folder ./nowhere"),

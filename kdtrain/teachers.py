@@ -1,0 +1,184 @@
+"""Teachers of a classification task: any trained classifier, its outputs brought into the order of the task's classes."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdtrain.errors import KdtrainError
+from kdtrain.models import load_classifier, load_config, load_tokenizer
+from kdtrain.pair_config import PairConfig
+from kdtrain.pair_model import PairForSequenceClassification
+from kdtrain.recipe import TeacherRecipe
+
+LONGEST_DEFAULT = 512
+ENCODER_MODE = ("<encoder-only>", "</s>")
+"""What UniXcoder wants behind its first token to read as an encoder."""
+ENCODER_PREFIXES = ("encoder.roberta.", "roberta.", "bert.", "model.", "encoder.")
+"""Under which names the checkpoints of pair classifiers hold their encoder."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier in eval mode with its own tokenizer."""
+
+    path: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    order: tuple[int, ...] | None = None
+    """which of its outputs is each class of the task; None: they stand in the task's order"""
+    insert: tuple[int, ...] = ()
+    """ids behind the first token of every row"""
+
+    @property
+    def classes(self) -> int:
+        """C, the width of its class logits."""
+        return max(int(self.model.config.num_labels or 0), 2)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it classifies pairs of texts."""
+        return isinstance(self.model, PairForSequenceClassification)
+
+    def class_logits(self, outputs: Tensor) -> Tensor:
+        """(B, C) logits in the task's order. One output is the log-odds of the second class: softmax([0, z])."""
+        if outputs.shape[1] == 1:
+            outputs = torch.cat([torch.zeros_like(outputs), outputs], dim=1)
+        return outputs if self.order is None else outputs[:, list(self.order)]
+
+    def outputs_hash(self) -> str:
+        """What its outputs depend on beside weights and tokenizer."""
+        return f"{list(self.order or ())} {list(self.insert)}"
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over the tokenizer's rules and vocabulary."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(f"{type(self.tokenizer).__name__} {rules}".encode()).hexdigest()[:32]
+
+
+def load_teacher(
+    path: str, classes: tuple[str, ...], recipe: TeacherRecipe | None = None, *, pairs: bool = False
+) -> Teacher:
+    """Load a frozen teacher in float32 and check that its classes are the task's.
+
+    Args:
+        path: folder or hub id of a sequence classifier; a one-logit head serves a task of two classes.
+        classes: the task's class names, in order.
+        recipe: max_length, class_order and insert of the teacher section.
+        pairs: the task is one over pairs; the checkpoint is one of ours, or an encoder with CodeXGLUE's pair head.
+
+    Raises:
+        KdtrainError: it cannot be loaded, has no trained head, or other classes or another order of them.
+    """
+    recipe = recipe or TeacherRecipe()
+    model = load_pair_classifier(path, len(classes)) if pairs else _load_single(path)
+    outputs = int(model.config.num_labels or 0)
+    if outputs != len(classes) and not (outputs == 1 and len(classes) == 2):
+        raise KdtrainError(f"the teacher {path} has {outputs} classes, the data set {len(classes)}")
+    if recipe.class_order:
+        if sorted(recipe.class_order) != list(range(len(classes))):
+            raise KdtrainError(
+                f"teacher.class_order must name each of the outputs 0 to {len(classes) - 1} once, got "
+                f"{list(recipe.class_order)}"
+            )
+    elif outputs == len(classes):
+        id2label = dict(model.config.id2label or {})
+        named = [str(id2label[i]) for i in range(len(classes))]
+        if named != list(classes) and not all(name == f"LABEL_{i}" for i, name in enumerate(named)):
+            i = next(i for i, (a, b) in enumerate(zip(named, classes, strict=True)) if a != b)
+            raise KdtrainError(
+                f"class {i} of the teacher {path} is {named[i]!r}, of the data set {classes[i]!r}; "
+                "set teacher.class_order if only the order differs"
+            )
+    model.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(path, "teacher.path")
+    teacher = Teacher(path, model, tokenizer, LONGEST_DEFAULT, tuple(recipe.class_order) or None)
+    teacher = replace(teacher, insert=_insert_ids(teacher, recipe))
+    return replace(teacher, max_length=_max_length(teacher, recipe.max_length))
+
+
+def load_pair_classifier(path: str, classes: int) -> PairForSequenceClassification:
+    """Load a classifier of pairs: one saved by a run, or a folder with an encoder and CodeXGLUE's pair head."""
+    config = load_config(path, "teacher.path")
+    if isinstance(config, PairConfig):
+        return load_classifier(path, "teacher.path")
+    weights = Path(path) / "model.safetensors"
+    if not weights.is_file():
+        raise KdtrainError(
+            f"a teacher of pairs must be a folder with model.safetensors, and {weights} is missing"
+        )
+    shape = {**config.to_dict(), "model_type": config.model_type}
+    names: dict[str, Any] = {"num_labels": classes}
+    model = PairForSequenceClassification(PairConfig(encoder=shape, **names))
+    own = {_own_name(name): tensor.float() for name, tensor in load_file(weights).items()}
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - own.keys()) or [
+        f"{name} {list(tensor.shape)} (it has {list(own[name].shape)})"
+        for name, tensor in expected.items()
+        if own[name].shape != tensor.shape
+    ]
+    if missing:
+        raise KdtrainError(f"the teacher {path} is no classifier of pairs: it has no {missing[0]}")
+    model.load_state_dict({name: own[name] for name in expected})
+    return model
+
+
+def _own_name(name: str) -> str:
+    for prefix in ENCODER_PREFIXES:
+        if name.startswith(prefix):
+            return f"encoder.{name.removeprefix(prefix)}"
+    return name
+
+
+def _load_single(path: str) -> PreTrainedModel:
+    model, missing = load_classifier(path, "teacher.path", output_loading_info=True)
+    if missing["missing_keys"]:
+        raise KdtrainError(
+            f"the teacher {path} has no trained weights for {', '.join(sorted(missing['missing_keys']))}; "
+            "train it on the task first (kdtrain train with method ft and student.path)"
+        )
+    if isinstance(model, PairForSequenceClassification):
+        raise KdtrainError(
+            f"the teacher {path} classifies pairs of texts, and the rows of this task are single texts"
+        )
+    return model
+
+
+def _insert_ids(teacher: Teacher, recipe: TeacherRecipe) -> tuple[int, ...]:
+    vocabulary: dict[str, Any] = teacher.tokenizer.get_vocab()
+    tokens = recipe.insert
+    if tokens is None:  # UniXcoder's vocabulary is known by this token
+        tokens = ENCODER_MODE if ENCODER_MODE[0] in vocabulary else ()
+    for token in tokens:
+        if token not in vocabulary:
+            raise KdtrainError(f"teacher.insert names {token!r}, which the tokenizer of {teacher.path} lacks")
+    return tuple(vocabulary[token] for token in tokens)
+
+
+def _max_length(teacher: Teacher, wanted: int | None) -> int:
+    config: PreTrainedConfig = teacher.model.config
+    if isinstance(config, PairConfig):
+        config = config.encoder_config
+    longest = min(teacher.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 1 << 30))
+    if config.model_type in ("roberta", "camembert", "xlm-roberta"):
+        longest = min(teacher.tokenizer.model_max_length, config.max_position_embeddings - 2)
+    if wanted is not None and wanted > longest:
+        raise KdtrainError(
+            f"teacher.max_length is {wanted}, but the teacher {teacher.path} reads at most {longest} tokens"
+        )
+    return wanted or min(longest, LONGEST_DEFAULT)
