@@ -1,0 +1,228 @@
+"""Documents as tokens, and which of their tokens the student learns to predict.
+
+Three kinds of row, told apart by their columns: `text` (every token counts), `prompt` and `completion` (the completion
+counts), `messages` (what the assistant says counts).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from kdtrain.data.tokens import special_affixes
+from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import LanguageDataRecipe
+from kdtrain.progress import say
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TOKENIZE_DOCUMENTS = 512
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All documents of a split, end to end."""
+
+    tokens: np.ndarray
+    """(tokens,) int32"""
+    counts: np.ndarray
+    """(tokens,) bool: whether the student is to predict this token"""
+    lengths: np.ndarray
+    """(documents,) int64"""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, counts and lengths."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.counts, self.lengths):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:32]
+
+    def select(self, chosen: np.ndarray) -> "Documents":
+        """The documents where `chosen` (documents,) bool is true."""
+        tokens = np.repeat(chosen, self.lengths)
+        return Documents(self.tokens[tokens], self.counts[tokens], self.lengths[chosen])
+
+
+def load_documents(
+    recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Documents, Documents]:
+    """Training and held-out documents, tokenized; each ends in the tokenizer's end-of-text token.
+
+    Without `data.valid`, documents are held out by a hash of their content, so equal ones stay on one side.
+
+    Raises:
+        KdtrainError: nothing to read, other columns, a tokenizer without end-of-text token or chat template.
+    """
+    train = tokenize_documents(read_rows(recipe.train, "data.train", recipe), recipe, tokenizer)
+    if recipe.valid is not None:
+        return train, tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
+    ends = train.lengths.cumsum()
+    hashes = [
+        int.from_bytes(hashlib.sha256(train.tokens[end - length : end].tobytes()).digest()[:4], "big")
+        for end, length in zip(ends, train.lengths, strict=True)
+    ]
+    held_out = np.array(hashes) < recipe.held_out * 2**32
+    if not held_out.any() or held_out.all():
+        raise KdtrainError(
+            f"data.held_out {recipe.held_out} leaves {held_out.sum()} of {len(train)} documents to measure on and "
+            f"{(~held_out).sum()} to train on; name a data.valid or change the share"
+        )
+    return train.select(~held_out), train.select(held_out)
+
+
+def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dict[str, Any]]:
+    """The rows behind a recipe's path, one dictionary each; nothing is downloaded for a local path."""
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / "dataset_info.json").exists():
+        yield from _source_files(place, field, recipe.suffixes)
+        return
+    if place.suffix == ".txt" and place.is_file():
+        yield {recipe.text: place.read_text(encoding="utf-8")}
+        return
+    if not place.exists() and path.startswith((".", "/", "~")):
+        raise KdtrainError(f"{field}: there is no file or folder {path}")
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if place.is_dir():
+            yield from _dictionaries(datasets.load_from_disk(str(place)))
+        elif place.is_file() and place.suffix in READERS:
+            kind = READERS[place.suffix]
+            yield from _dictionaries(
+                datasets.load_dataset(kind, data_files=str(place), split="train", streaming=True)
+            )
+        elif place.is_file():
+            raise KdtrainError(
+                f"{field}: {path} is none of .txt, {', '.join(READERS)}, a folder, or the id of a data set"
+            )
+        else:
+            yield from _dictionaries(datasets.load_dataset(path, split=recipe.split, streaming=True))
+    except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, KdtrainError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise KdtrainError(f"{field}: {path} could not be read as a data set: {reason}") from None
+
+
+def _dictionaries(rows: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(rows, dict):
+        raise KdtrainError(f"the data set holds the splits {', '.join(rows)}; name the folder of one of them")
+    for row in rows:
+        yield dict(row)
+
+
+def _source_files(folder: Path, field: str, suffixes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
+    if not paths:
+        raise KdtrainError(f"{field}: {folder} holds no file that ends in {' or '.join(suffixes)}")
+    refused = 0
+    for path in paths:
+        try:
+            yield {"text": path.read_text(encoding="utf-8")}
+        except (UnicodeDecodeError, OSError):
+            refused += 1
+    if refused:
+        say(f"{field}: {refused} of {len(paths)} files in {folder} are not readable UTF-8 and were left out")
+
+
+def tokenize_documents(
+    rows: Iterator[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+) -> Documents:
+    """Tokenize rows of one kind."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise KdtrainError(
+            "the tokenizer has no end-of-text token (eos_token), so a student could not learn to stop"
+        )
+    tokens, counts, lengths = [], [], []
+    waiting: list[dict[str, Any]] = []
+
+    def finish() -> None:
+        for ids, counted in _tokenize(waiting, recipe, tokenizer):
+            tokens.append(np.array(ids, dtype=np.int32))
+            counts.append(counted)
+            lengths.append(len(ids))
+        waiting.clear()
+
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == TOKENIZE_DOCUMENTS:
+            finish()
+    finish()
+    if not lengths:
+        raise KdtrainError("the data holds no document")
+    return Documents(np.concatenate(tokens), np.concatenate(counts), np.array(lengths, dtype=np.int64))
+
+
+def _tokenize(
+    rows: list[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    if not rows:
+        return
+    columns = rows[0]
+    start, _ = special_affixes(tokenizer)
+    end = [tokenizer.eos_token_id]
+    if recipe.messages in columns:
+        for number, row in enumerate(rows):
+            yield _conversation(row[recipe.messages], number, tokenizer)
+    elif recipe.prompt in columns and recipe.completion in columns:
+        prompts = _ids(tokenizer, [_text(row, recipe.prompt) for row in rows])
+        completions = _ids(tokenizer, [_text(row, recipe.completion) for row in rows])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = [*start, *prompt, *completion, *end]
+            yield ids, np.arange(len(ids)) >= len(start) + len(prompt)
+    elif recipe.text in columns:
+        for body in _ids(tokenizer, [_text(row, recipe.text) for row in rows]):
+            ids = [*start, *body, *end]
+            yield ids, np.arange(len(ids)) >= len(start)
+    else:
+        raise KdtrainError(
+            f"the data has the columns {', '.join(columns)} and none of data.text ({recipe.text}), data.prompt with "
+            f"data.completion ({recipe.prompt}, {recipe.completion}) or data.messages ({recipe.messages})"
+        )
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise KdtrainError(f"column {column} must hold text, got {value!r:.80}")
+    return value
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _conversation(
+    messages: list[dict[str, str]], number: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], np.ndarray]:
+    """A rendered conversation; a token counts when it starts inside of what the assistant says."""
+    if tokenizer.chat_template is None:
+        raise KdtrainError("the data holds conversations, but the tokenizer has no chat template")
+
+    def render(count: int, *, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+
+    text = render(len(messages))
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(i, ask=True), render(i + 1)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise KdtrainError(
+                    f"the chat template changes what it said before when message {i} of conversation {number} is added, so "
+                    "the tokens of the assistant cannot be told; use prompt and completion columns"
+                )
+            spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = np.array([start for start, _ in encoded["offset_mapping"]])
+    counted = np.zeros(len(starts), dtype=bool)
+    for first, last in spans:
+        counted |= (starts >= first) & (starts < last)
+    return list(encoded["input_ids"]), counted

@@ -1,0 +1,179 @@
+"""The recipe of `task: code_lm`: the same YAML, the same checks and overrides as for the other tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe import TrainingRecipe
+from kdtrain.recipe.files import build, read_recipe
+from kdtrain.recipe.sections import option, positive
+
+TASK = "code_lm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageDataRecipe:
+    """Documents to train on: source code, or prompts with completions, or conversations."""
+
+    train: str = option(
+        "",
+        "a folder of source code, a .txt, .jsonl, .csv or .parquet file, or the id of a data set on the hub",
+    )
+    valid: str | None = option(None, "the same for measuring; without it a part of `train` is held out")
+    held_out: float = option(0.02, "share of the documents held out when there is no `valid`")
+    suffixes: tuple[str, ...] = option((".py",), "endings of the files taken from a folder of source code")
+    split: str = option("train", "split of a data set on the hub")
+    text: str = option("text", "column of plain documents: every token counts")
+    prompt: str = option("prompt", "column of prompts; with `completion`: only the completion counts")
+    completion: str = option("completion", "column of completions")
+    messages: str = option("messages", "column of conversations: only what the assistant says counts")
+    max_length: int = option(1024, "tokens of one row; longer documents go on in another row")
+    packing: bool = option(True, "put several documents into one row; they do not see each other")
+
+    def __post_init__(self) -> None:
+        positive(self, "data", "max_length")
+        if not self.train:
+            raise KdtrainError("data.train is missing: name a folder of source code, a file or a data set")
+        if not 0 < self.held_out < 1:
+            raise KdtrainError(f"data.held_out is a share and lies between 0 and 1, got {self.held_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStudentRecipe:
+    """The small model: where to start from, or the shape of a new one."""
+
+    path: str | None = option(None, "start from this folder or hub id (weights, shape, tokenizer)")
+    tokenizer: str | None = option(
+        None, "folder or hub id of the tokenizer of a new student; by default the teacher's"
+    )
+    architecture: Literal["llama", "qwen2"] = option("qwen2", "family of a new student")
+    hidden_size: int = option(256, "width D")
+    layers: int = option(4, "decoder layers")
+    heads: int = option(4, "attention heads; also of keys and values")
+    intermediate_size: int = option(768, "width inside the feed-forward layers")
+    tie_embeddings: bool = option(True, "whether the head is the embedding table")
+
+    def __post_init__(self) -> None:
+        positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size")
+        if self.hidden_size % (2 * self.heads):
+            raise KdtrainError(
+                f"student.hidden_size must be an even multiple of student.heads, got {self.hidden_size} and {self.heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTeacherRecipe:
+    """The large model. It is only ever read."""
+
+    path: str | None = option(None, "folder or hub id of a causal language model")
+    signal: Literal["online", "hidden", "topk"] = option(
+        "online",
+        "run the teacher in every step, or store once what enters its head (exact), or its top_k tokens",
+    )
+    cache: str | None = option(
+        None, "folder of the stored outputs, shared by runs; <output>/teacher_cache by default"
+    )
+    top_k: int = option(64, "tokens kept of each distribution (signal topk)")
+    tail: Literal["renormalize", "bucket"] = option(
+        "bucket", "the rest of the distribution: left out, or one category of its own (signal topk)"
+    )
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "how stored hidden states are rounded")
+    precision: Literal["fp32", "bf16"] = option("fp32", "precision of the teacher's weights and products")
+    batch_tokens: int = option(8192, "tokens in one forward pass while the cache is built; bounds its memory")
+
+    def __post_init__(self) -> None:
+        positive(self, "teacher", "top_k", "batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageMethodRecipe:
+    """How the student learns: ce_weight * CE + kd_weight * T^2 * divergence [+ feature_weight * hidden MSE] per token."""
+
+    name: Literal["ft", "kd", "kd_features"] = option(
+        "kd",
+        "ft (next tokens only), kd (and the teacher's distribution), kd_features (and its hidden states)",
+    )
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
+    ] = option("forward_kl", "between the distributions of teacher and student")  # fmt: skip
+    beta: float = option(0.5, "weight of the teacher in the mixture of jsd")
+    alpha: float = option(0.1, "weight of the mixed-in side of skew_kl and skew_reverse_kl")
+    temperature: float = option(
+        1.0, "T that softens both sides; value and gradient are multiplied by T squared"
+    )
+    kd_weight: float = option(1.0, "weight of the divergence")
+    ce_weight: float = option(0.5, "weight of the cross-entropy with the next token")
+    last_temperature: float | None = option(
+        None, "temperature at the last step; changes evenly from `temperature`"
+    )
+    last_kd_weight: float | None = option(None, "kd_weight at the last step; changes evenly from `kd_weight`")
+    last_ce_weight: float | None = option(None, "ce_weight at the last step; changes evenly from `ce_weight`")
+    feature_weight: float = option(1.0, "weight of the hidden-state loss (kd_features)")
+    layer_map: tuple[tuple[int, int], ...] = option(
+        (), "pairs [student layer, teacher layer]; by default the last of both"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "last_temperature"):
+            positive(self, "method", name)
+        for name in ("kd_weight", "ce_weight", "last_kd_weight", "last_ce_weight", "feature_weight"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise KdtrainError(f"method.{name} must be 0 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTrainingRecipe(TrainingRecipe):
+    """Steps, optimizer and how often to look."""
+
+    best_metric: Literal["loss"] = option(
+        "loss", "what the best checkpoint is best in: held-out cross-entropy"
+    )
+    checkpointing: bool = option(
+        False, "recompute the student's layers in backward: less memory, a third more time"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe:
+    """One run, whole."""
+
+    task: Literal["code_lm"] = option(TASK, "what is trained")
+    data: LanguageDataRecipe
+    student: LanguageStudentRecipe = field(
+        default_factory=LanguageStudentRecipe, metadata={"help": LanguageStudentRecipe.__doc__}
+    )
+    teacher: LanguageTeacherRecipe = field(
+        default_factory=LanguageTeacherRecipe, metadata={"help": LanguageTeacherRecipe.__doc__}
+    )
+    method: LanguageMethodRecipe = field(
+        default_factory=LanguageMethodRecipe, metadata={"help": LanguageMethodRecipe.__doc__}
+    )
+    training: LanguageTrainingRecipe = field(
+        default_factory=LanguageTrainingRecipe, metadata={"help": LanguageTrainingRecipe.__doc__}
+    )
+    output: str = option("runs/run", "folder of the run")
+    seed: int = option(0, "first weights, order of the rows, dropout")
+
+    def __post_init__(self) -> None:
+        if self.method.name != "ft" and self.teacher.path is None:
+            raise KdtrainError(
+                f"method {self.method.name} needs a teacher; set teacher.path to a folder or hub id, or method.name: ft"
+            )
+        if self.method.name == "kd_features" and self.teacher.signal != "online":
+            raise KdtrainError(
+                f"method kd_features reads inner layers of the teacher, which teacher.signal {self.teacher.signal} does not "
+                "store; set teacher.signal: online"
+            )
+
+
+def language_recipe_from_dict(content: dict[str, Any]) -> LanguageRecipe:
+    """A recipe from plain dicts; missing fields take their defaults."""
+    return build(LanguageRecipe, content)
+
+
+def load_language_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LanguageRecipe:
+    """Read a YAML recipe of this task; refuses what `load_recipe` refuses."""
+    return language_recipe_from_dict(read_recipe(path, overrides))

@@ -1,0 +1,92 @@
+"""Tiny language models of every family, a tokenizer and documents, all made here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DeepseekV2Config,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Starcoder2Config,
+)
+
+from kdtrain.tokenizers import train_tokenizer
+
+VOCABULARY = 300
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+DEEPSEEK: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama_tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=3.0, sliding_window=64),
+    "starcoder2": lambda: Starcoder2Config(**SHAPE),
+    "deepseek": lambda: DeepseekV2Config(**SHAPE, **DEEPSEEK),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=2
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=4.0),
+    "cohere": lambda: CohereConfig(**SHAPE, logit_scale=0.25),
+}
+
+
+def tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of two layers and width 32 in eval mode, its weights large enough for logits that differ."""
+    config = FAMILIES[family]()
+    config.update(changes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def sources() -> list[str]:
+    """Small Python functions of very different lengths."""
+    return [
+        f"def add_{i}(a, b):\n" + "".join(f"    a = a + {j} * b\n" for j in range(i % 7)) + "    return a\n"
+        for i in range(60)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(sources: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens without automatic special tokens."""
+    made = train_tokenizer(sources, vocab_size=VOCABULARY, max_length=1 << 20)
+    made.backend_tokenizer.post_processor = None
+    return made
