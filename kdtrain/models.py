@@ -112,7 +112,7 @@ def bigru_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> B
 
 def load_classifier(path: str, field: str, **options: Any) -> Any:
     """Load a sequence classifier by folder or hub id; `field` is the recipe key that is blamed."""
-    with _blaming(path, field, "model"):
+    with blaming(path, field, "model"):
         # float32 whatever the file holds: small files may be stored in half precision, sums of logits should not be.
         return AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
@@ -125,7 +125,7 @@ def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
     A folder with nothing but tokenizer.json is read as it stands, with RoBERTa's <s> ... </s> around every text.
     """
     folder = Path(path)
-    with _blaming(path, field, "tokenizer"):
+    with blaming(path, field, "tokenizer"):
         if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").exists():
             return _bare_tokenizer(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(path)
@@ -146,7 +146,7 @@ def _bare_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def load_config(path: str, field: str) -> PreTrainedConfig:
     """Load a model's configuration; `field` is the recipe key that is blamed."""
-    with _blaming(path, field, "model configuration"):
+    with blaming(path, field, "model configuration"):
         return AutoConfig.from_pretrained(path)
 
 
@@ -178,7 +178,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 @contextmanager
-def _blaming(path: str, field: str, what: str) -> Iterator[None]:
+def blaming(path: str, field: str, what: str) -> Iterator[None]:
     """Turn what transformers raises while it loads into one sentence."""
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise KdtrainError(f"{field}: there is no folder {path}")

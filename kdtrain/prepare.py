@@ -1,29 +1,26 @@
 """What has to stand before a run can start: its folder, tokenizer, method and the teacher's outputs."""
 
-import json
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.cache import Identity, TeacherCache
 from kdtrain.cache_build import build_cache
+from kdtrain.claim import claim
 from kdtrain.data.classification import ClassificationData
 from kdtrain.data.rows import TextRows
 from kdtrain.errors import KdtrainError
-from kdtrain.files import atomic_folder, write_json
+from kdtrain.files import atomic_folder
 from kdtrain.methods import method_class
 from kdtrain.models import Shape, load_config, load_tokenizer, shape_of
 from kdtrain.objective import Method
-from kdtrain.recipe import Recipe, differences, recipe_to_dict, save_recipe
-from kdtrain.summary import FILE, Summary
+from kdtrain.recipe import Recipe
+from kdtrain.summary import Summary
 from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
-
-IDENTITY = "checkpoints/identity.json"
 
 
 def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
@@ -53,22 +50,7 @@ def claim_folder(
         KdtrainError: the folder holds another run; the sentence names the first fields that differ.
     """
     identity = {"data": data.fingerprint(), "teacher": None if teacher is None else teacher.weights_hash()}
-    if (folder / "recipe.yaml").exists():
-        old, new = yaml.safe_load((folder / "recipe.yaml").read_text()), recipe_to_dict(recipe)
-        found = differences({**old, "output": None}, {**new, "output": None})
-        known = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else identity
-        found += [
-            f"the content of the {part} has changed" for part in identity if known[part] != identity[part]
-        ]
-        if found:
-            raise KdtrainError(
-                f"{folder} holds another run ({'; '.join(found[:3])}); choose another output or delete that folder"
-            )
-        if (folder / FILE).exists():
-            return Summary.load(folder)
-    write_json(folder / IDENTITY, identity)
-    save_recipe(recipe, folder / "recipe.yaml")
-    return None
+    return Summary.load(folder) if claim(folder, recipe, identity) else None
 
 
 def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTokenizerBase:
