@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,23 +21,9 @@ from kdtrain.files import append_line, write_atomic
 from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.sharding import load_state, whole_state
-from kdtrain.task import Evaluate, Objective, TrainingData
+from kdtrain.task import Evaluate, Objective, RunRecipe, TrainingData
 
 SMALLER_IS_BETTER = ("loss", "divergence")
-
-
-class RunRecipe(Protocol):
-    """The part of any task's recipe that the loop reads."""
-
-    @property
-    def training(self) -> TrainingRecipe:
-        """Steps, optimizer and how often to look."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """First weights, order of the rows, dropout."""
-        ...
 
 
 def train(
@@ -190,6 +176,21 @@ def train(
     accelerator.wait_for_everyone()
     load_state(plain, read_best(checkpoints, position.best_step))
     return position
+
+
+def describe_training(position: Position, accelerator: Accelerator) -> dict[str, Any]:
+    """What the training took."""
+    return {
+        "steps": position.step,
+        "best_step": position.best_step,
+        "seconds": round(position.seconds, 2),
+        "tokens": position.tokens,
+        "tokens_per_second": round(position.tokens / position.seconds, 1),
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def parameter_groups(model: torch.nn.Module, options: TrainingRecipe) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from kdtrain.models import Shape, load_config, load_tokenizer, shape_of
 from kdtrain.objective import Method
 from kdtrain.recipe import Recipe
 from kdtrain.summary import Summary
+from kdtrain.task import RunRecipe
 from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
 
@@ -30,7 +31,7 @@ def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
     return load_teacher(recipe.teacher.path, data.classes, recipe.teacher, pairs=data.pairs)
 
 
-def start_accelerator(recipe: Recipe) -> Accelerator:
+def start_accelerator(recipe: RunRecipe) -> Accelerator:
     """Accelerate for this run; each run of a process may have its own precision."""
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)

@@ -5,7 +5,7 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kdtrain.files import write_json
 
@@ -38,7 +38,7 @@ class Summary:
         write_json(folder / FILE, asdict(self))
 
     @classmethod
-    def load(cls, folder: Path) -> "Summary":
+    def load(cls, folder: Path) -> Self:
         """Read `folder`/summary.json."""
         return cls(**json.loads((folder / FILE).read_text()))
 

@@ -10,6 +10,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kdtrain.recipe import TrainingRecipe
+
+
+class RunRecipe(Protocol):
+    """The part of any task's recipe that the loop reads."""
+
+    @property
+    def training(self) -> TrainingRecipe:
+        """Steps, optimizer and how often to look."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """First weights, order of the rows, dropout."""
+        ...
+
 
 class TrainingData(Protocol):
     """Training rows by number."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kdtrain.recipe import describe_fields, load_recipe
+from kdtrain.recipe import describe_fields, read_recipe, recipe_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,9 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Train, measure, save."""
-    recipe = load_recipe(
-        arguments.recipe, arguments.overrides
-    )  # a wrong recipe is told before torch is loaded
+    content = read_recipe(arguments.recipe, arguments.overrides)
+    if content.get("task") == "code_lm":
+        from kdtrain.language.recipe import language_recipe_from_dict
+
+        language_recipe = language_recipe_from_dict(content)
+        from kdtrain.language.run import run_language
+
+        run_language(language_recipe)
+        return 0
+    recipe = recipe_from_dict(content)  # a wrong recipe is told before torch is loaded
     from kdtrain.run import run
 
     run(recipe)

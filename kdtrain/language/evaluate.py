@@ -1,0 +1,87 @@
+"""Held-out measures of a language model: cross entropy, divergence from the teacher, agreement. Logits never exist whole."""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kdkernels import TeacherHead, TeacherLogits, linear_kd_loss
+from kdtrain.data.tokens import token_budget_batches
+from kdtrain.language.heads import head_of
+from kdtrain.language.packing import IGNORED
+from kdtrain.task import TrainingData
+
+if TYPE_CHECKING:
+    from kdtrain.language.objective import LanguageObjective
+
+EVALUATION_TOKENS = 4096
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at one time while measuring."""
+
+
+@torch.no_grad()
+def language_metrics(
+    model: nn.Module, data: TrainingData, accelerator: Accelerator, *, teacher: bool
+) -> dict[str, float]:
+    """Metrics of the model as accelerate wrapped it; processes share the rows and all get the same numbers.
+
+    Returns:
+        loss (mean cross entropy in nats of the counted tokens), perplexity, and with a teacher divergence (forward KL
+        at temperature 1, mean over the tokens) and agreement (share of tokens with the same best token).
+    """
+    model.eval()
+    batches = token_budget_batches(data.lengths, EVALUATION_TOKENS)
+    count, first = accelerator.num_processes, accelerator.process_index
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for start in range(0, len(batches), count):  # every process runs as many, or FSDP2 would wait for ever
+        index = batches[min(start + first, len(batches) - 1)]
+        _, part = model(data.batch(index, accelerator.device), 1, measure=True)
+        sums += part * (start + first < len(batches))
+    sums = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+    loss = sums[0] / sums[3]
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}
+    if teacher:
+        metrics |= {"divergence": sums[1] / sums[3], "agreement": sums[2] / sums[3]}
+    return metrics
+
+
+def token_sums(
+    objective: "LanguageObjective", hidden: Tensor, teacher: TeacherHead | None, labels: Tensor
+) -> Tensor:
+    """(4,) float64 sums over counted labels: cross entropy, divergence, agreement, count; a few tokens at a time."""
+    head = head_of(objective.student)
+    counted = labels != IGNORED
+    labels, hidden = labels[counted], hidden[counted]
+    known = None if teacher is None else teacher.hidden[counted]
+    sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for first in range(0, len(labels), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            states = hidden[part].to(head.weight.dtype)
+            _, stats = linear_kd_loss(
+                states,
+                head.weight,
+                silent_teacher(states, head.weight.shape[0])
+                if teacher is None or known is None
+                else replace(teacher, hidden=known[part]),
+                labels[part],
+                student_bias=head.bias,
+                ce_weight=1.0,
+                softcap=head.softcap,
+                logit_scale=head.scale,
+                vocab_map=None if teacher is None else objective.vocab_map,
+                reduction="sum",
+                impl="reference",
+                return_stats=True,
+            )
+            values = (stats.ce, stats.kd, stats.agrees, torch.ones_like(stats.ce))
+            sums += torch.stack([value.double().sum() for value in values])
+    return sums
+
+
+def silent_teacher(hidden: Tensor, vocabulary: int) -> TeacherLogits:
+    """Stands in where there is no teacher: one number seen as (..., V), so that it costs no memory."""
+    return TeacherLogits(hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], vocabulary))

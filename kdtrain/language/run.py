@@ -1,0 +1,184 @@
+"""One language-model run, from recipe to student: prepare everything, train, measure, save."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdtrain.claim import claim
+from kdtrain.files import atomic_folder, folder_bytes, write_tensors
+from kdtrain.language.documents import load_documents
+from kdtrain.language.evaluate import language_metrics
+from kdtrain.language.heads import check_model
+from kdtrain.language.objective import LanguageObjective
+from kdtrain.language.packing import PackedRows, pack
+from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.student import build_language_student, student_tokenizer
+from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
+from kdtrain.language.vocabulary import match_vocabularies
+from kdtrain.loop import describe_training, train
+from kdtrain.models import parameter_count, quiet
+from kdtrain.plots import read_metrics
+from kdtrain.prepare import start_accelerator
+from kdtrain.progress import say
+from kdtrain.sharding import whole_state
+from kdtrain.summary import Summary, installed_versions
+
+SAMPLE_CODE = ("def f(x):\n    return x + 1\n", "class A:\n\tpass", "# naïve café 你好\n", "a  b\n\n\n  c")
+"""What both tokenizers must cut alike."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run is made of, before anything is trained."""
+
+    tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel
+    teacher: LanguageTeacher | None
+    objective: LanguageObjective
+    train: PackedRows
+    valid: PackedRows
+    identity: dict[str, str | None]
+    """hashes of data and teacher"""
+
+
+class LanguageSummary(Summary):
+    """The summary of a language model; `test` and `valid` hold the held-out metrics."""
+
+    def line(self) -> str:
+        """The run in one line."""
+        found = self.test
+        teacher = (
+            f", divergence {found['divergence']:.4f}, agreement {found['agreement']:.1%}"
+            if "agreement" in found
+            else ""
+        )
+        return (
+            f"{self.name}: held-out loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{teacher}, "
+            f"{self.student['parameters']:,} parameters, {self.training['tokens_per_second']:.0f} tokens/s, trained in "
+            f"{self.training['seconds']:.0f} s"
+        )
+
+
+def prepare(recipe: LanguageRecipe) -> Prepared:
+    """Load data, teacher and student and check that they fit together.
+
+    Raises:
+        KdtrainError: anything wrong with recipe, data, tokenizers or models, as one sentence.
+    """
+    tokenizer = student_tokenizer(recipe)
+    documents, held_out = load_documents(recipe.data, tokenizer)
+    pad = tokenizer.pad_token_id
+    pad_id = pad if isinstance(pad, int) else 0  # no padding is ever read: any id will do
+    options = (recipe.data.max_length, pad_id)
+    rows, valid = (pack(part, *options, packing=recipe.data.packing) for part in (documents, held_out))
+    teacher = None
+    if recipe.teacher.path is not None:
+        teacher = load_language_teacher(
+            recipe.teacher.path, recipe.teacher.precision, packing=recipe.data.packing
+        )
+    torch.manual_seed(recipe.seed)
+    student = build_language_student(recipe, tokenizer, teacher)
+    check_model(student, "student", packing=recipe.data.packing)
+    vocab_map = None
+    if teacher is not None:
+        match = match_vocabularies(
+            tokenizer,
+            teacher.tokenizer,
+            student.config.get_text_config().vocab_size,
+            teacher.model.config.get_text_config().vocab_size,
+            SAMPLE_CODE,
+        )
+        vocab_map = match.vocab_map
+    objective = LanguageObjective(
+        student, recipe.method, teacher, vocab_map=vocab_map, tail=recipe.teacher.tail
+    )
+    identity = {
+        "data": f"{documents.fingerprint()} {held_out.fingerprint()}",
+        "teacher": None if teacher is None else teacher.weights_hash(),
+    }
+    return Prepared(tokenizer, student, teacher, objective, rows, valid, identity)
+
+
+def run_language(recipe: LanguageRecipe) -> LanguageSummary:
+    """Train, measure and save one student; everything lands in `recipe.output`.
+
+    A finished run of the same recipe, data and teacher is recognised and given back; an unfinished one goes on
+    exactly where it stopped; another run's folder is refused.
+    """
+    folder = Path(recipe.output)
+    accelerator = start_accelerator(recipe)
+    with accelerator.main_process_first():
+        parts = prepare(recipe)
+        finished = claim(folder, recipe, parts.identity)
+    if finished:
+        summary = LanguageSummary.load(folder)
+        if accelerator.is_main_process:
+            say(f"already done: {summary.line()}")
+        return summary
+    if parts.teacher is not None:
+        parts.teacher.place(accelerator)
+    evaluate = partial(language_metrics, data=parts.valid, teacher=parts.teacher is not None)
+    position = train(
+        recipe,
+        parts.objective,
+        parts.train,
+        lambda model, accelerator: evaluate(model, accelerator=accelerator),
+        folder,
+        accelerator,
+    )
+    state = whole_state(parts.objective)
+    if accelerator.is_main_process:
+        save_language_student(folder, parts, state)
+        valid = last_metrics(folder, position.best_step)
+        summary = LanguageSummary(
+            name=folder.name,
+            method=recipe.method.name,
+            seed=recipe.seed,
+            student={
+                "architecture": parts.student.config.model_type,
+                "parameters": parameter_count(parts.student),
+                "bytes": folder_bytes(folder / "student"),
+            },
+            test=valid,
+            valid=valid,
+            teacher=None
+            if parts.teacher is None
+            else {"path": parts.teacher.path, "parameters": parameter_count(parts.teacher.model)},
+            training=describe_training(position, accelerator),
+            data={
+                "name": recipe.data.train,
+                "fingerprint": parts.identity["data"],
+                "rows": {"train": len(parts.train), "valid": len(parts.valid)},
+                "tokens": {"train": int(parts.train.lengths.sum()), "valid": int(parts.valid.lengths.sum())},
+            },
+            versions=installed_versions(),
+        )
+        summary.save(folder)
+        say(summary.line())
+    accelerator.wait_for_everyone()
+    return LanguageSummary.load(folder)
+
+
+def last_metrics(folder: Path, step: int) -> dict[str, float]:
+    """The held-out metrics of the given step, as metrics.jsonl has them."""
+    lines = [line for line in read_metrics(folder) if line["step"] == step and "valid/loss" in line]
+    return {
+        name.removeprefix("valid/"): value for name, value in lines[-1].items() if name.startswith("valid/")
+    }
+
+
+def save_language_student(folder: Path, parts: Prepared, state: dict[str, Tensor]) -> None:
+    """Write `student/`, which plain transformers loads, and the projections beside it: they are no part of it."""
+    own = {
+        name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")
+    }
+    with quiet(), atomic_folder(folder / "student") as temporary:
+        parts.student.save_pretrained(temporary, state_dict=own)
+        parts.tokenizer.save_pretrained(temporary)
+    others = {name: value for name, value in state.items() if not name.startswith("student.")}
+    if others:
+        write_tensors(folder / "projection.safetensors", others)

@@ -1,0 +1,73 @@
+"""Student language models: started from a checkpoint, or new in the shape that the recipe gives."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.teacher import LanguageTeacher, load_causal
+from kdtrain.models import load_tokenizer, special_ids
+
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+def student_tokenizer(recipe: LanguageRecipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, by default the student's own, else the teacher's."""
+    given = recipe.student.tokenizer or recipe.student.path or recipe.teacher.path
+    if given is None:
+        raise KdtrainError(
+            "a new student needs a tokenizer; set student.tokenizer to a folder or hub id, or name a teacher"
+        )
+    fields = (
+        (recipe.student.tokenizer, "student.tokenizer"),
+        (recipe.student.path, "student.path"),
+        (recipe.teacher.path, "teacher.path"),
+    )
+    return load_tokenizer(given, next(field for value, field in fields if value is not None))
+
+
+def build_language_student(
+    recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase, teacher: LanguageTeacher | None
+) -> PreTrainedModel:
+    """A student in float32: new, with as many rows in its head as the teacher that shares its tokenizer, or loaded."""
+    given = recipe.student
+    if given.path is not None:
+        model = load_causal(given.path, "student.path")
+        rows = model.config.get_text_config().vocab_size
+        if rows < len(tokenizer):
+            raise KdtrainError(
+                f"student.path {given.path} has {rows} rows in its head, the tokenizer {len(tokenizer)} tokens; give the "
+                "student its own tokenizer"
+            )
+    else:
+        rows = len(tokenizer)
+        if teacher is not None and given.tokenizer is None:
+            rows = max(rows, teacher.head.weight.shape[0])
+        model = AutoModelForCausalLM.from_config(
+            FAMILIES[given.architecture](
+                vocab_size=rows,
+                hidden_size=given.hidden_size,
+                intermediate_size=given.intermediate_size,
+                num_hidden_layers=given.layers,
+                num_attention_heads=given.heads,
+                num_key_value_heads=given.heads,
+                max_position_embeddings=recipe.data.max_length,
+                tie_word_embeddings=given.tie_embeddings,
+                **special_ids(tokenizer),
+            ),
+            dtype=torch.float32,
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and recipe.data.max_length > longest:
+        raise KdtrainError(
+            f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
+        )
+    if recipe.training.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
