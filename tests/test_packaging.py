@@ -42,8 +42,12 @@ FOUNDATIONS = {
     "backends": {"options"},
     "autograd": {"options"},
     "chunked": {"autograd", "backends", "matmul", "options"},
-    "_torch": {"_torch", "options", "divergences"},
-    "_triton": {"_triton", "options", "divergences"},
+    "windows": set[str](),
+    "pairs": {"windows"},
+    "reference_contextual": {"matmul", "windows"},
+    "window_blocks": {"autograd", "backends", "matmul", "options", "pairs", "windows"},
+    "_torch": {"_torch", "options", "divergences", "pairs", "windows"},
+    "_triton": {"_triton", "options", "divergences", "pairs", "windows"},
 }
 
 

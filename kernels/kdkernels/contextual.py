@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Iterator
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from . import checks, contextual_checks, reference_contextual
+from .autograd import row_loss
 from .backends import resolve_impl
 from .matmul import wide_dtype
 from .options import Impl
-from .windows import Variant, count_relations
+from .window_blocks import ContextualRelations, make_axis
+from .windows import RelationCounts, Variant, count_relations
 
 
 def contextual_relation_loss(
@@ -67,7 +70,6 @@ def contextual_relation_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
-        NotImplementedError: impl other than "reference".
 
     Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), equations 3 to 8;
     study: arXiv 2508.15423, whose code compares every position with plain mean squared errors.
@@ -81,22 +83,51 @@ def contextual_relation_loss(
     checks.check_choice("variant", variant, get_args(Variant))
     checks.check_impl(impl)
     impl = resolve_impl(impl, student.device, student.dtype)
-    if impl != "reference":
-        raise NotImplementedError(
-            f"contextual_relation_loss with impl={impl!r} is not supported yet; pass impl='reference'"
-        )
+    factors = _Factors(distance_weight, angle_weight, layer_weight)
     # The loss chooses its dtypes itself; inside autocast the products would be rounded to half again.
     with torch.autocast(student.device.type, enabled=False):
-        loss = student.new_zeros((), dtype=wide_dtype(student.dtype))
-        for axis, factor in ((2, 1.0), (1, layer_weight)):
-            if factor == 0.0:
-                continue
-            # The sequences of an axis: the tokens of a layer, or the layers of a token.
-            sides = (student, teacher) if axis == 2 else (student.transpose(1, 2), teacher.transpose(1, 2))
-            shape = (sides[0].shape[0], sides[0].shape[1], sides[0].shape[2])
-            valid = None if mask is None else mask.unsqueeze(3 - axis).expand(shape)
-            counts = count_relations(shape, valid, window, variant, student.device, loss.dtype)
-            loss = loss + reference_contextual.axis_loss(
-                *sides, valid, window, variant, factor * distance_weight, factor * angle_weight, counts
-            )
+        if impl == "reference":
+            return _reference_loss(student, teacher, mask, window, variant, factors)
+        axes = tuple(
+            make_axis(transposed, counts, distance, angle)
+            for transposed, counts, distance, angle in _axes(student, mask, window, variant, factors)
+        )
+        solver = ContextualRelations(impl, window, variant, axes)
+        one = torch.ones((), dtype=wide_dtype(student.dtype), device=student.device)
+        return row_loss(solver, (student, teacher, mask), None, one, "sum", gradient_in_forward=False)
+
+
+class _Factors(NamedTuple):
+    """What the terms of the loss are multiplied with."""
+
+    distance: float
+    angle: float
+    layer: float
+
+
+def _axes(
+    student: Tensor, mask: Tensor | None, window: int, variant: Variant, factors: _Factors
+) -> Iterator[tuple[bool, RelationCounts, float, float]]:
+    """Per axis with a weight: whether it is transposed, its counts, the weights of distances and angles."""
+    for transposed, factor in ((False, 1.0), (True, factors.layer)):
+        if factor == 0.0:
+            continue
+        batch, layers, length = student.shape[:3]
+        shape = (batch, length, layers) if transposed else (batch, layers, length)
+        valid = None if mask is None else mask.unsqueeze(2 if transposed else 1).expand(shape)
+        counts = count_relations(shape, valid, window, variant, student.device, wide_dtype(student.dtype))
+        yield transposed, counts, factor * factors.distance, factor * factors.angle
+
+
+def _reference_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, window: int, variant: Variant, factors: _Factors
+) -> Tensor:
+    loss = student.new_zeros((), dtype=wide_dtype(student.dtype))
+    for transposed, counts, distance, angle in _axes(student, mask, window, variant, factors):
+        # The sequences of an axis: the tokens of a layer, or the layers of a token.
+        sides = (student.transpose(1, 2), teacher.transpose(1, 2)) if transposed else (student, teacher)
+        valid = None
+        if mask is not None:
+            valid = mask.unsqueeze(2 if transposed else 1).expand(sides[0].shape[:3])
+        loss = loss + reference_contextual.axis_loss(*sides, valid, window, variant, distance, angle, counts)
     return loss

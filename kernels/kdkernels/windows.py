@@ -13,6 +13,9 @@ Variant = Literal["study", "official"]
 # A vector shorter than this has no direction: the eps of F.normalize.
 SHORTEST = 1.0e-12
 
+# A block's rows are filled up to a multiple of this with rows that do not count.
+ROW_STEP = 32
+
 
 @dataclass(frozen=True)
 class RelationCounts:

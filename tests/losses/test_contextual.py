@@ -10,7 +10,7 @@ from kdkernels import contextual_relation_loss
 from kdkernels.options import Impl
 from tests.support.inputs import DEVICE
 
-IMPLS: list[Impl] = ["reference"]
+IMPLS: list[Impl] = ["reference", "torch"]
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,314 @@
+"""The schedule of `contextual_relation_loss`: blocks of rows, their bands of inner products, and the gradient back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import pairs
+from .autograd import Tensors
+from .backends import load_backend
+from .matmul import wide_dtype
+from .options import Impl
+from .pairs import AngleGradient, AngleSide, DirectAngles
+from .windows import ROW_STEP, RelationCounts, Variant
+
+# Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
+SCRATCH_SHARE = 0.75
+
+# Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
+LEAST_ROWS = 256
+
+# Elements of scratch for the pairs of one row: directed pairs of 2 W + 1, and bands of the widths used.
+PAIR_ELEMENTS = 24
+
+
+class Rows(Protocol):
+    """One side of a block as a stream of R rows x_i; a row that does not count is 0, whatever it holds."""
+
+    def __init__(
+        self,
+        features: Tensor,  # (b, q, m, D), any strides but the last
+        valid: Tensor | None,  # (R,) bool; None: all b * q * m rows count
+        rows: int,  # R: b * q * m filled up to a multiple of ROW_STEP
+        margin: int,  # the widest that `products` and `apply` will reach
+        dtype: torch.dtype,
+    ) -> None: ...
+
+    def centre(self) -> None:
+        """From now on x_i is without the mean of its sequence: differences stay, products shrink."""
+        ...
+
+    def products(self, out: Tensor) -> None:  # (K + 1, R), last axis contiguous
+        """out[d, i] = <x_i, x_{i + d}>."""
+        ...
+
+    def apply(
+        self,
+        factors: Tensor,  # (2 K + 1, R)
+        out: Tensor,  # (b, q, m, D), any strides
+    ) -> None:
+        """out[i] += sum over a of factors[a, i] * x_{i + a}."""
+        ...
+
+
+class WindowBackend(Protocol):
+    """The module `windows` of `_torch` and `_triton`; bands and directed pairs are those of `pairs`."""
+
+    Rows: type[Rows]
+
+    @staticmethod
+    def block_rows(device: torch.device) -> int:
+        """The most rows to relate at a time."""
+        ...
+
+    @staticmethod
+    def row_elements(student_width: int, teacher_width: int) -> int:
+        """Elements of scratch that the features of one row of a block need."""
+        ...
+
+    @staticmethod
+    def angle_values(student: AngleSide, teacher: AngleSide) -> Tensor:  # (R,)
+        """Sums of squared differences of cosines, over ordered pairs of neighbours."""
+        ...
+
+    @staticmethod
+    def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
+        """Derivatives of the sum of `angle_values` by the student's band, lifts and scales."""
+        ...
+
+    @staticmethod
+    def direct_rows(near: Tensor) -> Tensor:  # (R,) bool
+        """Which rows `direct_angles` takes over: at least those marked."""
+        ...
+
+    @staticmethod
+    def direct_angles(
+        block: DirectAngles,
+        grad: Tensor | None,  # (b, q, m, D_s), the gradient times row_scale is added
+    ) -> Tensor:  # (R,)
+        """As `angle_values` of the chosen rows and 0 for the others, from differences of features."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The relations of one axis and what their sums are multiplied with; None is not computed."""
+
+    transposed: bool  # False: tokens of a layer; True: layers of a token
+    distance_scale: Tensor | None  # 0-D
+    angle_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A stream of rows: b0:b1 x q0:q1 x m0:m1 of (B, Q, M), of which m in c0:c1 are centres."""
+
+    batch: slice
+    sequences: slice
+    positions: slice
+    centres: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block's part of a tensor (B, Q, M, ...)."""
+        return tensor[self.batch, self.sequences, self.positions]
+
+
+def make_axis(transposed: bool, counts: RelationCounts, distance_weight: float, angle_weight: float) -> Axis:
+    """Weights over counts, and None for a weight of 0."""
+    return Axis(
+        transposed,
+        None if distance_weight == 0.0 else distance_weight / counts.pairs,
+        None if angle_weight == 0.0 else angle_weight / counts.triples,
+    )
+
+
+def _blocks(shape: tuple[int, int, int], rows: int, window: int | None) -> Iterator[_Block]:
+    """Whole samples while they fit in `rows`, else whole sequences, else parts of one with `window` rows around."""
+    batch, sequences, length = shape
+    if 0 in shape:
+        return
+    whole = slice(0, length)
+    if length > rows and window is not None:
+        rows = max(LEAST_ROWS, rows - 2 * window)
+        for b in range(batch):
+            for q in range(sequences):
+                for start in range(0, length, rows):
+                    stop = min(start + rows, length)
+                    around = slice(max(0, start - window), min(length, stop + window))
+                    yield _Block(slice(b, b + 1), slice(q, q + 1), around, slice(start, stop))
+        return
+    several, some = rows // (sequences * length), max(1, rows // length)
+    if several:
+        for b in range(0, batch, several):
+            yield _Block(slice(b, min(b + several, batch)), slice(0, sequences), whole, whole)
+        return
+    for b in range(batch):
+        for q in range(0, sequences, some):
+            yield _Block(slice(b, b + 1), slice(q, min(q + some, sequences)), whole, whole)
+
+
+class ContextualRelations:
+    """Solver of `autograd` whose rows are the samples of a batch: tensors student, teacher, mask."""
+
+    half_bound = None  # gradients are summed in float32 whatever the dtype, with every factor in them
+
+    def __init__(self, impl: Impl, window: int, variant: Variant, axes: tuple[Axis, ...]) -> None:
+        self.backend = cast(WindowBackend, cast(Any, load_backend(impl)).windows)
+        self.window, self.variant, self.axes = window, variant, axes
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Values (B,) and the gradient of the student's features."""
+        student, teacher, mask = tensors
+        assert student is not None and teacher is not None
+        dtype, batch = wide_dtype(student.dtype), student.shape[0]
+        values = torch.zeros(batch, dtype=dtype, device=student.device)
+        weight = torch.ones_like(values) if weight is None else weight
+        if not needs[0]:
+            self._add(student, teacher, mask, weight, values, None)
+            return values, (None, None, None)
+        grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
+        # In half precision the sums of few samples at a time are kept in float32.
+        per_sample = max(1, student.shape[1] * student.shape[2])
+        some = max(1, self.backend.block_rows(student.device) // per_sample)
+        some = batch if grad.dtype == dtype else min(some, max(1, batch // 4))
+        for start in range(0, batch, max(1, some)):
+            part = slice(start, start + some)
+            total = grad[part] if grad.dtype == dtype else grad[part].to(dtype)
+            part_mask = None if mask is None else mask[part]
+            self._add(student[part], teacher[part], part_mask, weight[part], values[part], total)
+            if total.dtype != grad.dtype:
+                grad[part] = total
+        return values, (grad, None, None)
+
+    def _add(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        weight: Tensor,
+        values: Tensor,  # (B,)
+        grad: Tensor | None,  # (B, L, N, D_s), float32 or float64
+    ) -> None:
+        """Add values and gradient of every axis."""
+        for axis in self.axes:
+            tensors = (student, teacher, grad)
+            if axis.transposed:
+                tensors = tuple(None if tensor is None else tensor.transpose(1, 2) for tensor in tensors)
+            sides = (tensors[0], tensors[1])
+            assert sides[0] is not None and sides[1] is not None
+            valid = None
+            if mask is not None:
+                valid = mask.unsqueeze(2 if axis.transposed else 1).expand(sides[0].shape[:3])
+            _AxisPass(self, axis, sides[0], sides[1], valid, weight).add(values, tensors[2])
+
+
+class _AxisPass:
+    """One pass over the blocks of one axis."""
+
+    def __init__(
+        self,
+        solver: ContextualRelations,
+        axis: Axis,
+        student: Tensor,  # (B, Q, M, D_s)
+        teacher: Tensor,
+        valid: Tensor | None,  # (B, Q, M) bool
+        weight: Tensor,  # (B,)
+    ) -> None:
+        self.backend, self.axis, self.weight = solver.backend, axis, weight
+        self.student, self.teacher, self.valid = student, teacher, valid
+        self.official = solver.variant == "official" and axis.distance_scale is not None
+        batch, sequences, self.length, width = student.shape
+        self.angle_window = min(solver.window, max(1, self.length - 1))
+        self.distance_window = max(1, self.length - 1) if self.official else self.angle_window
+        self.margin = max(2 * self.angle_window, self.distance_window)
+        self.dtype = weight.dtype
+        per_row = self.backend.row_elements(width, teacher.shape[3])
+        per_row += PAIR_ELEMENTS * (self.margin + 1)
+        affordable = int(SCRATCH_SHARE * batch * sequences * self.length * width / per_row)
+        self.rows = max(LEAST_ROWS, min(self.backend.block_rows(student.device), affordable))
+
+    def add(self, values: Tensor, grad: Tensor | None) -> None:
+        """Add values (B,) and the gradient (B, Q, M, D_s)."""
+        batch, sequences, length = self.student.shape[:3]
+        # The official distances relate whole sequences.
+        reach = None if self.official else self.angle_window
+        for block in _blocks((batch, sequences, length), self.rows, reach):
+            self._add_block(block, values, None if grad is None else block.of(grad))
+
+    def _band(self, rows: Rows, width: int, margin: int, count: int) -> Tensor:
+        """Inner products (width + 1, margin + R + margin)."""
+        band = self.weight.new_zeros(width + 1, count + 2 * margin)
+        rows.products(band[:, margin : margin + count])
+        return band
+
+    def _add_block(self, block: _Block, values: Tensor, grad: Tensor | None) -> None:
+        shape = block.of(self.student).shape
+        count = shape[:3].numel()
+        rows = count + -count % ROW_STEP
+        padding = (0, rows - count)
+        place = torch.arange(block.positions.start, block.positions.stop, device=values.device)
+        position = pad(place.repeat(count // shape[2]), padding)
+        valid = None if self.valid is None else pad(block.of(self.valid).reshape(-1), padding)
+        counted = valid if valid is not None else torch.arange(rows, device=values.device) < count
+        centre = counted & (position >= block.centres.start) & (position < block.centres.stop)
+        row_scale = self.weight[block.batch].repeat_interleave(count // shape[0], output_size=count)
+        row_scale = pad(row_scale, padding)
+        sides = [
+            self.backend.Rows(block.of(side), valid, rows, self.margin, self.dtype)
+            for side in (self.student, self.teacher)
+        ]
+        total = torch.zeros_like(row_scale)
+        if self.axis.distance_scale is not None:
+            related = pairs.valid_pairs(counted, centre, position, self.length, self.distance_window)
+            scale = row_scale * self.axis.distance_scale
+            total += self._distances(sides, related, centre, scale, grad) * self.axis.distance_scale
+        if self.axis.angle_scale is not None:
+            for side in sides:
+                side.centre()
+            related = pairs.valid_pairs(counted, centre, position, self.length, self.angle_window)
+            scale = row_scale * self.axis.angle_scale
+            total += self._angles(block, sides, related, scale, grad) * self.axis.angle_scale
+        values[block.batch] += total[:count].view(shape[0], -1).sum(1)
+
+    def _distances(
+        self, sides: list[Rows], related: Tensor, centre: Tensor, row_scale: Tensor, grad: Tensor | None
+    ) -> Tensor:
+        """(R,) distance relations; adds their gradient times `row_scale`."""
+        window, rows = self.distance_window, row_scale.shape[0]
+        (cosine, inverse), (teacher, _) = (
+            pairs.cosines(self._band(side, window, window, rows), window, rows) for side in sides
+        )
+        relate = pairs.softmax_divergences if self.official else pairs.squared_errors
+        value, derivative = relate(cosine, teacher, related, centre)
+        if grad is not None:
+            factors = pairs.cosine_coefficients(derivative, cosine, inverse, window)
+            sides[0].apply(factors.mul_(row_scale), grad)
+        return value
+
+    def _angles(
+        self, block: _Block, sides: list[Rows], related: Tensor, row_scale: Tensor, grad: Tensor | None
+    ) -> Tensor:
+        """(R,) angle relations; adds their gradient. Rows with a nearly equal neighbour take the direct way."""
+        window, rows = self.angle_window, row_scale.shape[0]
+        (student, near_s), (teacher, near_t) = (
+            pairs.angle_side(self._band(side, 2 * window, window, rows), window, rows) for side in sides
+        )
+        near = self.backend.direct_rows((related & (near_s | near_t)).any(0))
+        fast = related & ~near
+        for side in (student, teacher):
+            side.scale.masked_fill_(~fast, 0.0)
+        value = self.backend.angle_values(student, teacher)
+        if grad is not None:
+            gradient = self.backend.angle_gradient(student, teacher)
+            factors = pairs.angle_coefficients(student, gradient)
+            sides[0].apply(factors.mul_(row_scale), grad)
+        direct = DirectAngles(block.of(self.student), block.of(self.teacher), near, related, row_scale)
+        return value.add_(self.backend.direct_angles(direct, grad))
