@@ -44,7 +44,10 @@ class Solver(Protocol):
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
-        """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one."""
+        """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one.
+
+        Values may be (1 + S, N): then S numbers per row follow that are only passed on, without a gradient.
+        """
         ...
 
 
@@ -102,6 +105,16 @@ def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, redu
     return total / denominator if reduction == "mean" else total
 
 
+def _loss_and_rest(
+    values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the rows of (1 + S, N) values that are only passed on."""
+    rest = None
+    if values.dim() == 2:
+        values, rest = values[0], values[1:].clone()
+    return reduce_rows(values, weight, denominator, reduction), rest
+
+
 class GradientInForward(Function):
     """A mean or sum whose gradient is computed together with its value."""
 
@@ -113,7 +126,7 @@ class GradientInForward(Function):
         denominator: Tensor,
         reduction: Reduction,
         *tensors: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         needs = tuple(ctx.needs_input_grad[4:])
         first = tensors[0]
         assert first is not None
@@ -125,7 +138,10 @@ class GradientInForward(Function):
         ctx.solver, ctx.dtypes = solver, _dtypes(tensors)
         # Read again only by a second backward and by a second derivative.
         ctx.save_for_backward(row_weight, *tensors)
-        return reduce_rows(values, weight, denominator, reduction)
+        loss, rest = _loss_and_rest(values, weight, denominator, reduction)
+        if rest is not None:
+            ctx.mark_non_differentiable(rest)
+        return loss, rest
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
@@ -153,11 +169,14 @@ class RecomputeInBackward(Function):
         denominator: Tensor,
         reduction: Reduction,
         *tensors: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
         ctx.solver, ctx.reduction = solver, reduction
         ctx.save_for_backward(weight, denominator, *tensors)
-        return reduce_rows(values, weight, denominator, reduction)
+        loss, rest = _loss_and_rest(values, weight, denominator, reduction)
+        if rest is not None:
+            ctx.mark_non_differentiable(rest)
+        return loss, rest
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
@@ -175,6 +194,23 @@ class RecomputeInBackward(Function):
         return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
 
 
+def row_loss_and_rest(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    *,
+    gradient_in_forward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        return _loss_and_rest(values, weight, denominator, reduction)
+    function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
+    return function.apply(solver, weight, denominator, reduction, *tensors)
+
+
 def row_loss(
     solver: Solver,
     tensors: Tensors,
@@ -184,9 +220,7 @@ def row_loss(
     *,
     gradient_in_forward: bool,
 ) -> Tensor:
-    """The loss; a Function is entered only when some tensor needs a gradient."""
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
-        return reduce_rows(values, weight, denominator, reduction)
-    function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
-    return function.apply(solver, weight, denominator, reduction, *tensors)
+    """The loss of a solver that passes nothing on."""
+    return row_loss_and_rest(
+        solver, tensors, weight, denominator, reduction, gradient_in_forward=gradient_in_forward
+    )[0]

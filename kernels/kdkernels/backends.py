@@ -23,15 +23,21 @@ class Backend(Protocol):
 
     @staticmethod
     def kd_rows(
-        student_logits: Tensor,  # (R, V) floating, last axis contiguous, any row stride
-        teacher_logits: Tensor,  # (R, V) likewise, its dtype may differ
+        student_logits: Tensor,  # (R, V_s) floating, last axis contiguous, any row stride
+        teacher_logits: Tensor,  # (R, V_t) likewise, its dtype may differ
         labels: Tensor | None,  # (R,) int64, read only in rows whose weight is not 0
         terms: RowTerms,
         *,
-        student_bias: Tensor | None = None,  # (V,)
-        teacher_bias: Tensor | None = None,  # (V,)
+        student_bias: Tensor | None = None,  # (V_s,) added before the transforms of `terms`
+        teacher_bias: Tensor | None = None,  # (V_t,)
         row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
-        grad: Tensor | None = None,  # (R, V) receives the gradient; may alias student_logits
+        grad: Tensor
+        | None = None,  # (R, V_s) receives the gradient of the logits as given; may alias student_logits
+        vocab_map: int
+        | Tensor
+        | None = None,  # the first ids are shared, or (V_s,) teacher ids, -1 where there is none
+        decoupled: tuple[Tensor, Tensor] | None = None,  # (R,) weights, given iff the divergence is Decoupled
+        stats: Tensor | None = None,  # (5, R) receives what KDStats has after its first two
     ) -> tuple[Tensor, Tensor]:  # (R,) divergence and (R,) cross entropy, both without their weights
         """Divergence, cross entropy and, into `grad`, the gradient of every row."""
         ...
@@ -63,6 +69,33 @@ class Backend(Protocol):
         """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""
         ...
 
+    # Whether `relation_rows` finds the gradients from the same scores as the values, so that nothing is computed twice.
+    RELATION_GRADIENT_IN_FORWARD: bool
+
+    @staticmethod
+    def relation_rows(
+        student: tuple[
+            Tensor, Tensor
+        ],  # queries and keys (B, N, D_s); one tensor twice for relations to itself
+        teacher: tuple[Tensor, Tensor],  # likewise, (B, N, D_t)
+        mask: Tensor | None,  # (B, N) bool; tokens that do not count may hold anything
+        heads: tuple[int, int],  # of student and teacher; one is a multiple of the other
+        causal: bool,
+        *,
+        row_weight: Tensor | None = None,  # (B, N) multiplies the gradients only; 0 where the mask is False
+        needs: tuple[bool, bool] = (
+            False,
+            False,
+        ),  # of queries and keys; with one tensor, its gradient is the first
+        statistics: Tensor | None = None,  # what an earlier call without `needs` returned
+    ) -> tuple[
+        Tensor,  # (B, N) sums over heads of the divergences; 0 where the mask is False
+        tuple[Tensor | None, Tensor | None],  # gradients as needed, fp32 or fp64
+        Tensor | None,  # statistics of the rows that spare a later call their computation
+    ]:
+        """KL divergence of the relations of every token, and the gradients of the student's features."""
+        ...
+
     @staticmethod
     def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
         """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""
@@ -87,7 +120,11 @@ _ALL_NEW = frozenset(
         "mode='low_memory'",
     }
 )
-UNBUILT: dict[Impl, frozenset[str]] = {"torch": _ALL_NEW, "triton": _ALL_NEW, "reference": frozenset()}
+UNBUILT: dict[Impl, frozenset[str]] = {
+    "torch": frozenset({"TeacherTopK", "TeacherCrossTerm", "mode='low_memory'"}),
+    "triton": _ALL_NEW,
+    "reference": frozenset(),
+}
 
 
 def refuse_unbuilt(impl: Impl, features: Iterable[str]) -> None:

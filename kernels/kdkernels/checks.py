@@ -182,6 +182,7 @@ def check_rows(
 
 
 def check_per_row(name: str, tensor: Tensor, student_name: str, student: Tensor) -> None:
+    """One entry per row, on the device of the student."""
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name} must have shape {tuple(student.shape[:-1])} to go with {student_name} "

@@ -56,10 +56,43 @@ def _row_weight_or_zero(hidden: Tensor, weight: Tensor | None) -> Tensor:
     return hidden if weight is None else hidden.masked_fill((weight == 0).unsqueeze(1), 0.0)
 
 
+def _both(target: Tensor | None, non_target: Tensor | None, rows: slice) -> tuple[Tensor, Tensor] | None:
+    """The weights of `Decoupled` for some rows."""
+    return None if target is None or non_target is None else (target[rows], non_target[rows])
+
+
 def _row_loss(kd: Tensor, ce: Tensor, terms: RowTerms) -> Tensor:
     """(R,) the loss of each row from its two terms."""
     loss = kd * terms.kd_scale
     return loss if terms.ce_weight == 0.0 else loss.add_(ce, alpha=terms.ce_weight)
+
+
+class RowResults:
+    """Where the row functions' results of all rows are put together: losses, and statistics where they are wanted."""
+
+    def __init__(self, rows: int, terms: RowTerms, stats: bool, like: Tensor) -> None:
+        """`like` has the dtype that the loss is computed for and the device."""
+        self.terms, self.with_stats = terms, stats
+        # Losses; then the divergence, the cross entropy and the five numbers of `kd_rows`.
+        wide = wide_dtype(like.dtype)
+        self.table = torch.zeros((8 if stats else 1, rows), dtype=wide, device=like.device)
+
+    def stats(self, rows: slice) -> Tensor | None:
+        """(5, R) for the row function to write to."""
+        return self.table[3:, rows] if self.with_stats else None
+
+    def put(self, rows: slice, kd: Tensor, ce: Tensor) -> None:
+        """Losses of some rows from their two terms."""
+        if self.with_stats:
+            self.table[1, rows], self.table[2, rows] = kd, ce
+        self.table[0, rows] = _row_loss(kd, ce, self.terms)
+
+    def values(self, rows: int, index: Tensor | None) -> Tensor:
+        """(N,) or (8, N), rows of `index` back at their places."""
+        table = self.table
+        if index is not None:
+            table = table.new_zeros((len(table), rows)).index_copy_(1, index, table)
+        return table if self.with_stats else table[0]
 
 
 @dataclass(frozen=True)
@@ -96,27 +129,32 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class LinearKD:
-    """`linear_kd_loss`: tensors are student hidden, weight, bias; teacher source, weight, bias; labels; index."""
+    """`linear_kd_loss`: tensors are student hidden, weight, bias; teacher source, weight, bias; labels; the weights of
+    `Decoupled`; the vocabulary's index map; the index of the counted rows."""
 
     terms: RowTerms
     backend: Backend
     chunk_bytes: int | None
     autocast: torch.dtype | None
     half_bound: float | None
+    shared: int | None = None  # both vocabularies share their first ids; without a map
+    stats: bool = False
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradients of student hidden states, weight and bias."""
-        hidden, head, bias, teacher_source, teacher_head, teacher_bias, labels, index = tensors
+        hidden, head, bias, teacher_source, teacher_head, teacher_bias, labels, *rest = tensors
+        target, non_target, vocab_map, index = rest
         assert hidden is not None and head is not None and teacher_source is not None
         rows, vocabulary = hidden.shape[0], head.shape[0]
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
         hidden = hidden if index is None else hidden.index_select(0, index)
         labels, weight = _take(labels, index), _take(weight, index)
+        target, non_target = _take(target, index), _take(non_target, index)
         counted = hidden.shape[0]
         wide = wide_dtype(head.dtype)
-        values = torch.zeros(counted, dtype=wide, device=hidden.device)
+        results = RowResults(counted, self.terms, self.stats, head)
         needs_hidden, needs_head, needs_bias = needs[:3]
 
         # bfloat16 products are rounded once on their way out; float16 waits in float32 for its factor.
@@ -130,6 +168,10 @@ class LinearKD:
         size = self.backend.chunk_rows(max(counted, 1), vocabulary, self.chunk_bytes, hidden.device)
         buffer = _logit_buffer(min(size, counted), vocabulary, head)
         gradient = _gradient_view(buffer, head.dtype if half else wide, vocabulary) if any(needs) else None
+        if self.shared is not None and teacher_head is not None and not self.stats:
+            # What the student does not share takes no part, so it needs no product either.
+            teacher_head = teacher_head[: self.shared]
+            teacher_bias = None if teacher_bias is None else teacher_bias[: self.shared]
         teacher = TeacherSource.prepare(teacher_source, teacher_head, self.autocast, index, buffer.shape[0])
         for start in range(0, counted, size):
             here = slice(start, min(start + size, counted))
@@ -146,8 +188,11 @@ class LinearKD:
                 teacher_bias=teacher_bias,
                 row_weight=None if weight is None else weight[here],
                 grad=grad,
+                vocab_map=self.shared if vocab_map is None else vocab_map,
+                decoupled=_both(target, non_target, here),
+                stats=results.stats(here),
             )
-            values[here] = _row_loss(kd, ce, self.terms)
+            results.put(here, kd, ce)
             if grad is None:
                 continue
             if d_hidden is not None:
@@ -158,33 +203,39 @@ class LinearKD:
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))
         d_hidden = None if d_hidden is None else _put(rows, index, d_hidden)
-        return _put(rows, index, values), (d_hidden, d_head, d_bias, *(None,) * 5)
+        return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * 8)
 
 
 @dataclass(frozen=True)
 class LogitKD:
-    """`kd_loss`: tensors are student logits; teacher source, weight, bias; labels."""
+    """`kd_loss`: tensors are student logits; teacher source, weight, bias; labels; the weights of `Decoupled`; the
+    vocabulary's index map."""
 
     terms: RowTerms
     backend: Backend
     autocast: torch.dtype | None
     half_bound: float | None = None
+    shared: int | None = None
+    stats: bool = False
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradient of the student logits."""
-        logits, teacher_source, teacher_head, teacher_bias, labels = tensors
+        logits, teacher_source, teacher_head, teacher_bias, labels, target, non_target, vocab_map = tensors
         assert logits is not None and teacher_source is not None
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         rows, vocabulary = logits.shape
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs[0] else None
+        if self.shared is not None and teacher_head is not None and not self.stats:
+            teacher_head = teacher_head[: self.shared]
+            teacher_bias = None if teacher_bias is None else teacher_bias[: self.shared]
         # Stored teacher logits need no buffer, so their rows are one chunk.
         size = max(rows, 1)
         if teacher_head is not None:
             size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
         teacher = TeacherSource.prepare(teacher_source, teacher_head, self.autocast, None, min(size, rows))
-        values = []
+        results = RowResults(rows, self.terms, self.stats, logits)
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             kd, ce = self.backend.kd_rows(
@@ -195,8 +246,9 @@ class LogitKD:
                 teacher_bias=teacher_bias,
                 row_weight=None if weight is None else weight[here],
                 grad=None if d_logits is None else d_logits[here],
+                vocab_map=self.shared if vocab_map is None else vocab_map,
+                decoupled=_both(target, non_target, here),
+                stats=results.stats(here),
             )
-            values.append(_row_loss(kd, ce, self.terms))
-        empty = torch.zeros(0, dtype=wide_dtype(logits.dtype), device=logits.device)
-        loss = values[0] if len(values) == 1 else torch.cat(values) if values else empty
-        return loss, (d_logits, *(None,) * 4)
+            results.put(here, kd, ce)
+        return results.values(rows, None), (d_logits, *(None,) * 7)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .autograd import reduce_rows, row_loss
+from .autograd import reduce_rows, row_loss_and_rest
 from .backends import load_backend
 from .chunked import LinearKD, LogitKD
 from .counting import compact_rows
@@ -39,6 +39,12 @@ def _teacher_tensors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | 
         return teacher.logits, None, None
     assert isinstance(teacher, TeacherHead)
     return teacher.hidden, teacher.weight, teacher.bias
+
+
+def _row_tensors(problem: Problem) -> tuple[Tensor | None, ...]:
+    """Labels, the weights of `Decoupled` and the vocabulary's index map."""
+    mapping = problem.vocab_map if isinstance(problem.vocab_map, Tensor) else None
+    return problem.labels, *(problem.decoupled or (None, None)), mapping
 
 
 def _reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -227,12 +233,17 @@ def kd_loss(
             values, statistics = _reference_rows(problem, None, reference.wide(logits))
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            solver = LogitKD(problem.terms, load_backend(problem.impl), problem.autocast)
-            tensors = (logits, *_teacher_tensors(problem), problem.labels)
+            solver = LogitKD(
+                problem.terms,
+                load_backend(problem.impl),
+                problem.autocast,
+                shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
+                stats=return_stats,
+            )
+            tensors = (logits, *_teacher_tensors(problem), *_row_tensors(problem))
             # A few classes cost more in calls than in memory: take the gradient along instead of starting again.
             small = logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
-            statistics = None
-            loss = row_loss(
+            loss, statistics = row_loss_and_rest(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=small
             )
         if check_finite:
@@ -399,12 +410,18 @@ def linear_kd_loss(
                 chunk_bytes,
                 cast,
                 _half_bound(problem.terms, cast or student_weight.dtype),
+                shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
+                stats=return_stats,
             )
             tensors = (
-                hidden, student_weight, student_bias, *_teacher_tensors(problem), problem.labels, index
-            )  # fmt: skip
-            statistics = None
-            loss = row_loss(
+                hidden,
+                student_weight,
+                student_bias,
+                *_teacher_tensors(problem),
+                *_row_tensors(problem),
+                index,
+            )
+            loss, statistics = row_loss_and_rest(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
             )
         if check_finite:

@@ -10,11 +10,12 @@ import torch
 import kdkernels
 from kdkernels import (
     JSD,
-    TVD,
     AlphaBeta,
     Decoupled,
+    ReverseKL,
     SkewKL,
     SkewReverseKL,
+    TeacherCrossTerm,
     TeacherHead,
     TeacherLogits,
     TeacherTopK,
@@ -91,7 +92,9 @@ def test_choices(call) -> None:
     refused(call, "reduction must be one of 'mean', 'sum', 'none', got 'avg'", reduction="avg")
     refused(call, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", impl="cuda")
     names = "forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd"
-    refused(call, f"divergence must be one of {names} or an object, got 'kl'", divergence="kl")
+    refused(
+        call, f"divergence must be one of {names} or an object such as JSD(0.3), got 'kl'", divergence="kl"
+    )
     refused(call, f"divergence must be one of {names} or an object such as JSD(0.3), got 3", divergence=3)
     with pytest.raises(
         ValueError, match=r"JSD needs 0 < beta < 1, got 1\.0; at 0 and 1 the formula is constantly 0"
@@ -121,62 +124,179 @@ def test_num_items_in_batch() -> None:
 
 
 @pytest.mark.parametrize("call", [linear, plain])
+def test_new_numbers(call) -> None:
+    refused(call, "label_smoothing must be in [0, 1), got 1.0", label_smoothing=1.0)
+    refused(call, "label_smoothing must be in [0, 1), got -0.1", label_smoothing=-0.1)
+    refused(call, "softcap must be above 0, got 0.0; None leaves the logits uncapped", softcap=0.0)
+    refused(call, "logit_scale must not be 0, which makes all logits equal; 1.0 leaves them", logit_scale=0.0)
+    refused(call, "return_stats must be True or False, got 1", return_stats=1)
+    refused(call, "check_finite must be True or False, got 'yes'", check_finite="yes")
+
+
 @pytest.mark.parametrize(
-    ("option", "value", "default"),
-    [
-        ("label_smoothing", 0.1, 0.0),
-        ("softcap", 30.0, None),
-        ("logit_scale", 0.5, 1.0),
-        ("vocab_map", "shared_prefix", None),
-        ("return_stats", True, False),
-        ("mode", "low_memory", "fast"),
-        ("vocab_group", "a process group", None),
-        ("logit_dtype", torch.bfloat16, None),
-    ],
+    ("option", "value"), [("vocab_group", "a process group"), ("logit_dtype", torch.bfloat16)]
 )
-def test_options_that_are_not_built(option, value, default, call) -> None:
-    if call is plain and option in ("mode", "vocab_group", "logit_dtype"):
-        pytest.skip("an option of linear_kd_loss only")
-    sentence = f"{option} is not supported yet: leave it at {default!r}, got {value!r}"
-    refused(call, sentence, NotImplementedError, **{option: value})
-
-
-def test_an_index_tensor_as_vocab_map_is_not_built() -> None:
-    sentence = "vocab_map is not supported yet: leave it at None, got tensor of shape (3,)"
-    refused(linear, sentence, NotImplementedError, vocab_map=torch.arange(3))
+def test_options_that_are_not_built(option, value) -> None:
+    sentence = f"{option} is not supported yet: leave it at None, got {value!r}"
+    refused(linear, sentence, NotImplementedError, **{option: value})
     refused(linear, "mode must be one of 'fast', 'low_memory', got 'slow'", mode="slow")
 
 
-@pytest.mark.parametrize(
-    "divergence", [SkewKL(), SkewReverseKL(), TVD(), AlphaBeta(0.5, 0.5), Decoupled(), "tvd", "skew_kl"]
-)
-def test_divergences_that_are_not_built(divergence) -> None:
-    name = {"tvd": "TVD", "skew_kl": "SkewKL"}.get(divergence) if isinstance(divergence, str) else None
-    name = name or type(divergence).__name__
-    sentence = f"divergence {name} is not supported yet; use forward_kl, reverse_kl or jsd"
-    refused(plain, sentence, NotImplementedError, divergence=divergence)
+def test_numbers_of_divergences() -> None:
+    for make, sentence in (
+        (
+            lambda: SkewKL(0.0),
+            "SkewKL needs 0 < alpha < 1, got 0.0; at 0 it is ForwardKL(), at 1 it is constantly 0",
+        ),
+        (
+            lambda: SkewReverseKL(1.0),
+            "SkewReverseKL needs 0 < alpha < 1, got 1.0; at 0 it is ReverseKL(), at 1 it is constantly 0",
+        ),
+        (
+            lambda: AlphaBeta(1e-3, 0.5),
+            "AlphaBeta needs alpha to be 0 or at least 0.01 in size, got 0.001; 0 gives the limit, which is close",
+        ),
+        (
+            lambda: AlphaBeta(0.5, -0.495),
+            "AlphaBeta needs alpha + beta to be 0 or at least 0.01 in size, "
+            f"got {0.5 - 0.495}; 0 gives the limit, which is close",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert str(caught.value) == sentence
 
 
-def test_teachers_that_are_not_built() -> None:
-    topk = TeacherTopK(zeros(13, 4), zeros(13, 4, dtype=torch.int64))
+def test_what_decoupled_needs() -> None:
+    sentence = "Decoupled splits off the label's entry, but there are no labels; pass labels"
+    refused(plain, sentence, labels=None, divergence=Decoupled())
+    sentence = "Decoupled.target must have shape (13,) to go with student_logits (13, 67), got (12,)"
+    refused(plain, sentence, divergence=Decoupled(zeros(12)))
+    sentence = "Decoupled.non_target gets no gradient; pass it .detach()ed"
+    refused(plain, sentence, divergence=Decoupled(1.0, zeros(13).requires_grad_()))
+    refused(plain, "Decoupled.target must be finite, got nan", divergence=Decoupled(float("nan")))
+
+
+def top_k(**changes: Any) -> TeacherTopK:
+    """Four entries a row that fit `plain` and `linear`."""
+    indices = torch.arange(4, device=DEVICE).expand(13, 4)
+    return replace(TeacherTopK(torch.full((13, 4), -2.0, device=DEVICE), indices), **changes)
+
+
+def test_top_k_teachers() -> None:
+    indices = top_k().indices.clone()
+    for sentence, teacher in (
+        (
+            "TeacherTopK.logprobs must have shape (..., K) with K above 0, got (13, 0)",
+            top_k(logprobs=zeros(13, 0)),
+        ),
+        (
+            "TeacherTopK.indices must be an int64 tensor of ids, got torch.float32",
+            top_k(indices=zeros(13, 4)),
+        ),
+        (
+            "TeacherTopK.indices and .logprobs must have the same shape, got (13, 4) and (13, 3)",
+            top_k(logprobs=zeros(13, 3)),
+        ),
+        ("TeacherTopK.tail must be one of 'renormalize', 'bucket', got 'drop'", top_k(tail="drop")),
+        (
+            "TeacherTopK keeps 68 entries of a vocabulary of 67; keep at most all",
+            TeacherTopK(zeros(13, 68), torch.arange(68, device=DEVICE).expand(13, 68)),
+        ),
+    ):
+        refused(plain, sentence, teacher=teacher)
     refused(
-        linear,
-        "TeacherTopK is not supported yet; pass TeacherLogits or TeacherHead",
-        NotImplementedError,
-        teacher=topk,
+        plain,
+        "student_logits and TeacherTopK.logprobs must have the same rows, got shapes (13, 67) and (12, 4)",
+        teacher=TeacherTopK(zeros(12, 4), indices[:12]),
     )
+    refused(
+        plain,
+        "vocab_map does not go with TeacherTopK, whose ids are the student's; map the ids when the teacher's "
+        "outputs are stored",
+        teacher=top_k(),
+        vocab_map="shared_prefix",
+    )
+    for divergence in (ReverseKL(), AlphaBeta(0.5, 0.3), AlphaBeta(0.0, 1.0)):
+        sentence = (
+            f"{divergence!r} is infinite or no sum over the kept entries where the teacher's probability is 0; "
+            "use tail='bucket'"
+        )
+        refused(plain, sentence, teacher=top_k(), divergence=divergence)
+    refused(
+        plain,
+        "Decoupled needs the teacher's probability of the label, which a top k may not have kept; "
+        "use TeacherLogits or TeacherHead",
+        teacher=top_k(),
+        divergence=Decoupled(),
+    )
+    if DEVICE == "cpu":  # on a GPU looking would make the host wait
+        high, twice = indices.clone(), indices.clone()
+        high[3, 2], twice[3, 2] = 67, 1
+        refused(
+            plain,
+            "TeacherTopK.indices must be in [0, 67), got 67; an entry that was not kept has a logprob of -inf and "
+            "any free id",
+            teacher=top_k(indices=high),
+        )
+        refused(
+            plain,
+            "TeacherTopK.indices name an id twice in one row; each kept entry needs its own",
+            teacher=top_k(indices=twice),
+        )
+        refused(
+            plain,
+            "TeacherTopK.logprobs must be log-probabilities, at most 0, got 3; take log_softmax over the whole "
+            "vocabulary before the top k",
+            teacher=top_k(logprobs=torch.full((13, 4), 3.0)),
+        )
+
+
+def test_cross_terms() -> None:
+    good = TeacherCrossTerm(zeros(13, 8), zeros(13), zeros(13), 2.0)
+    refused(
+        plain,
+        "TeacherCrossTerm is a product with the student's head, which kd_loss does not see; use linear_kd_loss",
+        teacher=good,
+    )
+    for sentence, changes in (
+        (
+            "TeacherCrossTerm stands for forward_kl only, got JSD(beta=0.5); "
+            "use TeacherLogits, TeacherHead or TeacherTopK for it",
+            {"divergence": "jsd"},
+        ),
+        (
+            "TeacherCrossTerm was computed at temperature 2.0, but the loss is at 1.0; use one of them for both",
+            {},
+        ),
+        (
+            "TeacherCrossTerm needs logits that are linear in the hidden states, but softcap is 30.0; use TeacherHead",
+            {"temperature": 2.0, "softcap": 30.0},
+        ),
+        (
+            "student_weight requires grad, but a TeacherCrossTerm was computed with the head as it was; "
+            "freeze the head, or use TeacherHead",
+            {"temperature": 2.0, "student_weight": zeros(67, 8).requires_grad_()},
+        ),
+        (
+            "TeacherCrossTerm.cross has width 9 but the student's head takes 8; compute it with this head",
+            {"temperature": 2.0, "teacher": replace(good, cross=zeros(13, 9))},
+        ),
+    ):
+        refused(linear, sentence, **{"teacher": good, "impl": "reference", **changes})
+
+
+def test_heads_of_teachers() -> None:
     teacher = make_case().teacher
     refused(
         linear,
-        "TeacherHead.softcap is not supported yet: leave it at None, got 30.0",
-        NotImplementedError,
-        teacher=replace(teacher, softcap=30.0),
+        "TeacherHead.softcap must be above 0, got -30.0; None leaves the logits uncapped",
+        teacher=replace(teacher, softcap=-30.0),
     )
     refused(
         linear,
-        "TeacherHead.scale is not supported yet: leave it at 1.0, got 0.5",
-        NotImplementedError,
-        teacher=replace(teacher, scale=0.5),
+        "TeacherHead.scale must not be 0, which makes all logits equal; 1.0 leaves them",
+        teacher=replace(teacher, scale=0.0),
     )
 
 
@@ -230,8 +350,8 @@ def test_shapes_of_the_teacher() -> None:
     )
     refused(
         plain,
-        "student and teacher must have the same vocabulary, got 67 and 70 entries; "
-        "cut both to the ids they share (vocab_map is not supported yet)",
+        "student and teacher must have the same vocabulary, got 67 and 70 entries; if the ids below 67 mean "
+        "the same tokens pass vocab_map='shared_prefix', else an index tensor",
         teacher=zeros(13, 70),
     )
     refused(
@@ -243,7 +363,7 @@ def test_shapes_of_the_teacher() -> None:
     refused(plain, "teacher logits must have shape (..., V) with V above 0, got (67,)", teacher=zeros(67))
     refused(
         plain,
-        "teacher must be a tensor of logits, TeacherLogits, TeacherHead or TeacherTopK, got str",
+        "teacher must be a tensor of logits, TeacherLogits, TeacherHead, TeacherTopK or TeacherCrossTerm, got str",
         teacher="bert",
     )
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..divergences import Decoupled
 from ..options import RowTerms
-from .blocks import Block, Sums, accumulate, exponentiate, load, values, write_gradient
+from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, load, shift
+from .divergences import arithmetic_of
+from .statistics import write_statistics
 
-# Elements of one scratch buffer on the CPU: 8 rows of 32,000, 1 MiB. Two logit blocks and two such buffers are in use at
+# Elements of one scratch buffer on the CPU: 8 rows of 32,000. The two or three buffers that a pass touches are 1 MiB each at
 # a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. docs/log.md has figures.
 BLOCK_ELEMENTS = 1 << 18
 
 # The same on other devices, where blocks only bound the scratch: 64 MiB a buffer in float32.
-DEVICE_BLOCK_ELEMENTS = 1 << 17
-
-# Scratch buffers of a block: two exponentials, log ratio, products, two shifted logits, cross entropy.
-SCRATCH = 7
+DEVICE_BLOCK_ELEMENTS = 1 << 24
 
 # Row sums of exp(logits) between which the logits are used without subtracting their maximum: the
 # logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
@@ -43,6 +44,13 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
 
 
+def block_rows(rows: int, width: int, device: torch.device) -> list[int]:
+    """The rows of each block: as many as fit in the scratch, the last with what is left."""
+    elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    size = max(1, min(rows, elements // width))
+    return [size] * (rows // size) + [rows % size] * (rows % size > 0) if rows else []
+
+
 def kd_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -53,6 +61,9 @@ def kd_rows(
     teacher_bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     grad: Tensor | None = None,
+    vocab_map: int | Tensor | None = None,
+    decoupled: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,) of every row; into `grad` its gradient times `row_weight`.
 
@@ -61,9 +72,6 @@ def kd_rows(
     rows, vocabulary = student_logits.shape
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     on_cpu = student_logits.device.type == "cpu"
-    if labels is not None and terms.ce_weight == 0.0:
-        labels = None
-
     dead = None  # rows of weight 0: whatever their logits hold, they give exact zeros
     if row_weight is not None:
         dead = row_weight.unsqueeze(1) == 0
@@ -71,46 +79,58 @@ def kd_rows(
             dead = None
     if labels is not None:
         labels = labels.unsqueeze(1)
-        if dead is not None:
-            labels = labels.masked_fill(dead, 0)
+        labels = labels if dead is None else labels.masked_fill(dead, 0)
 
+    plan = _Plan.make(terms, vocabulary, labels, student_bias, teacher_bias, vocab_map, dtype)
     # What is small is taken for all rows at once, before and after the loop over blocks.
-    size = max(1, min(rows, (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // vocabulary))
     sums = student_logits.new_ones((len(Sums._fields), rows, 1), dtype=dtype)
-    kd_factor = ce_factor = target = None
+    if decoupled is not None:
+        fields = Sums(*sums.unbind())
+        for field, weight in ((fields.target, decoupled[0]), (fields.non_target, decoupled[1])):
+            field.copy_(weight.unsqueeze(1))
+    kd_factor = ce_factor = target = total = None
     if grad is not None:
+        scale = terms.student_transform.scale
         unit = sums[0].clone() if row_weight is None else row_weight.unsqueeze(1).to(dtype)
-        kd_factor = unit * (terms.kd_scale / terms.temperature)
-        ce_factor = None if labels is None else unit * terms.ce_weight
-    if labels is not None:
-        target = torch.empty_like(sums[0])
-    sizes = [size] * (rows // size) + [rows % size] * (rows % size > 0) if rows else []
+        kd_factor = unit * (terms.kd_scale / terms.temperature * scale)
+        ce_factor = unit * (terms.ce_weight * scale) if plan.cross_entropy else None
+    if plan.cross_entropy:
+        target, total = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    sizes = block_rows(rows, vocabulary, student_logits.device)
     parts = sums.split_with_sizes(sizes, dim=1)
-    by_row = (student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, *sums.unbind())
-    bias_s = None if student_bias is None else student_bias.to(dtype)
-    bias_t = None if teacher_bias is None else teacher_bias.to(dtype)
-    scratch = student_logits.new_empty((SCRATCH, size, vocabulary), dtype=dtype).unbind()
+    own_stats = None if stats is None else torch.empty((rows, len(stats)), dtype=dtype, device=stats.device)
+    by_row = (
+        student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, own_stats, *sums.unbind()
+    )  # fmt: skip
+    blocks = zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True)
+    scratch = _Scratch.make(
+        plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, stats, dtype
+    )
     # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
     # block is first tried without; elsewhere looking at the result would make the host wait for the device.
     careful = not on_cpu
-    for part, block in zip(parts, zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True), strict=True):
-        arguments, block_sums = _Rows(*block[:7]), Sums(*block[7:])
-        if part.shape[1] != size:
-            scratch = tuple(buffer[: part.shape[1]] for buffer in scratch)
-        if not _solve(arguments, block_sums, part, terms, bias_s, bias_t, scratch, careful):
+    for part, block in zip(parts, blocks, strict=True):
+        arguments, block_sums = _Rows(*block[:9]), Sums(*block[9:])
+        if part.shape[1] != scratch.exp_s.shape[0]:
+            scratch = scratch.first(part.shape[1])
+        if not _solve(arguments, block_sums, part, plan, scratch, careful):
             careful = True
-            _solve(arguments, block_sums, part, terms, bias_s, bias_t, scratch, careful)
+            _solve(arguments, block_sums, part, plan, scratch, careful)
 
-    divergences = values(terms.divergence, sums)
+    rounded = Sums(*sums.unbind())
+    divergences = plan.arithmetic.values(Sums(*sums.double().unbind()), rounded).to(dtype)
     cross_entropies = torch.zeros_like(divergences)
-    if target is not None:
-        total = Sums(*sums.unbind())
-        cross_entropies = (total.exp_s if terms.temperature == 1.0 else total.exp_ce).log().sub_(target)
-    if dead is not None:
-        divergences.masked_fill_(dead, 0.0)
-        cross_entropies.masked_fill_(dead, 0.0)
-        if grad is not None:
-            grad.masked_fill_(dead, 0.0)
+    if target is not None and total is not None:
+        normaliser = rounded.exp_ce if plan.separate else rounded.exp_s
+        smoothing = terms.label_smoothing
+        cross_entropies = normaliser.log() - target * (1.0 - smoothing)
+        if smoothing != 0.0:
+            cross_entropies -= total * (smoothing / vocabulary)
+    for result in (divergences, cross_entropies, grad):
+        if dead is not None and result is not None:
+            result.masked_fill_(dead, 0.0)
+    if stats is not None and own_stats is not None:
+        stats.copy_((own_stats if dead is None else own_stats.masked_fill_(dead, 0.0)).t())
     return divergences.squeeze(1), cross_entropies.squeeze(1)
 
 
@@ -119,63 +139,221 @@ def _cut(tensor: Any, sizes: list[int]) -> Any:
     return [None] * len(sizes) if tensor is None else tensor.split_with_sizes(sizes)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same for every block."""
+
+    terms: RowTerms
+    arithmetic: Any
+    bias_s: Tensor | None
+    bias_t: Tensor | None
+    cross_entropy: bool
+    separate: bool  # the cross entropy's softmax is another than the divergence's
+    shared: int  # columns that the divergence runs over
+    columns_s: Tensor | None  # (shared,) which columns, where they are not the first ones
+    columns_t: Tensor | None
+    position: Tensor | None  # (V,) place of a student's id among the shared ones, -1 without one
+
+    @staticmethod
+    def make(
+        terms: RowTerms,
+        vocabulary: int,
+        labels: Tensor | None,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        vocab_map: int | Tensor | None,
+        dtype: torch.dtype,
+    ) -> _Plan:
+        columns_s = columns_t = position = None
+        shared = vocabulary if vocab_map is None else vocab_map
+        if isinstance(vocab_map, Tensor):
+            columns_s = torch.nonzero(vocab_map >= 0).squeeze(1)
+            columns_t, shared = vocab_map[columns_s], columns_s.shape[0]
+            position = torch.full_like(vocab_map, -1)
+            position[columns_s] = torch.arange(shared, device=position.device)
+        assert isinstance(shared, int)
+        split = isinstance(terms.divergence, Decoupled)
+        return _Plan(
+            terms,
+            arithmetic_of(terms.divergence, dtype),
+            None if bias_s is None else bias_s.to(dtype),
+            None if bias_t is None else bias_t.to(dtype),
+            cross_entropy=labels is not None and terms.ce_weight != 0.0,
+            separate=terms.temperature != 1.0 or vocab_map is not None or split,
+            shared=shared,
+            columns_s=columns_s,
+            columns_t=columns_t,
+            position=position,
+        )
+
+
+class _Scratch(NamedTuple):
+    """Buffers of a block; those that a call does not use are empty."""
+
+    exp_s: Tensor
+    exp_t: Tensor
+    ratio: Tensor
+    spare: Tensor
+    log_s: Tensor
+    log_t: Tensor
+    exp_ce: Tensor
+    chain: Tensor  # the softcap's part of the derivative
+    shared_s: Tensor  # the shared columns, where they are not the first ones
+    shared_t: Tensor
+    result: Tensor  # the gradient, where it is not written in its own dtype
+
+    @staticmethod
+    def make(
+        plan: _Plan,
+        rows: int,
+        student: Tensor,
+        teacher: Tensor,
+        grad: Tensor | None,
+        stats: Tensor | None,
+        dtype: torch.dtype,
+    ) -> _Scratch:
+        shared, mapped = plan.shared, plan.columns_s is not None
+        whole = student.shape[1]
+        widths = {
+            "exp_s": shared,
+            "exp_t": shared,
+            "ratio": shared,
+            "spare": shared,
+            "log_s": whole,
+            "log_t": teacher.shape[1],
+            "exp_ce": whole if plan.cross_entropy and plan.separate else 0,
+            "chain": whole if grad is not None and plan.terms.student_transform.softcap is not None else 0,
+            "shared_s": shared if mapped else 0,
+            "shared_t": shared if mapped else 0,
+            "result": whole if grad is not None and grad.dtype != dtype else 0,
+        }
+        if stats is not None:
+            widths["ratio"] = widths["spare"] = max(whole, teacher.shape[1])
+        memory = student.new_empty(rows * sum(widths.values()), dtype=dtype)
+        pieces = memory.split([rows * width for width in widths.values()])
+        return _Scratch(*(piece.view(rows, -1) for piece in pieces))
+
+    def first(self, rows: int) -> _Scratch:
+        """The same for a block of fewer rows."""
+        return _Scratch(*(buffer[:rows] for buffer in self))
+
+
 class _Rows(NamedTuple):
     """The arguments of `kd_rows` for the rows of one block."""
 
     student: Tensor  # (R, V)
-    teacher: Tensor  # (R, V)
+    teacher: Tensor  # (R, V_t)
     labels: Tensor | None  # (R, 1)
     grad: Tensor | None  # (R, V)
     kd_factor: Tensor | None  # (R, 1), given with grad
-    ce_factor: Tensor | None  # (R, 1), given with grad and labels
+    ce_factor: Tensor | None  # (R, 1), given with grad and a cross entropy
     target: Tensor | None  # (R, 1), receives the label's logit as it went into the exponential
+    total: Tensor | None  # (R, 1), receives the sum of these logits
+    stats: Tensor | None  # (R, 5)
 
 
-def _solve(
-    rows: _Rows,
-    sums: Sums,
-    part: Tensor,  # (len(Sums), R, 1), the same sums in one tensor
-    terms: RowTerms,
-    bias_s: Tensor | None,
-    bias_t: Tensor | None,
-    scratch: tuple[Tensor, ...],  # SCRATCH times (R, V)
-    careful: bool,
-) -> bool:
-    """Sums and gradient of one block; False, and no gradient, if it takes more care than was taken."""
-    exp_s, exp_t, ratio, spare, scratch_s, scratch_t, exp_ce = scratch
-    warm = terms.temperature != 1.0
+def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch, careful: bool) -> bool:
+    """Sums and gradient of one block; False, and no gradient, if it takes more care than was taken.
 
-    log_s = load(rows.student, bias_s, careful, scratch_s)
-    log_t = load(rows.teacher, bias_t, careful, scratch_t)
-    if rows.labels is not None and rows.target is not None:
+    `part` (len(Sums), R, 1) holds the same sums in one tensor.
+    """
+    terms = plan.terms
+    log_s = load(
+        rows.student, plan.bias_s, terms.student_transform, scratch.log_s,
+        scratch.chain if scratch.chain.shape[1] else None,
+    )  # fmt: skip
+    log_t = load(rows.teacher, plan.bias_t, terms.teacher_transform, scratch.log_t)
+    if rows.stats is not None:
+        write_statistics(
+            log_s, log_t, rows.labels, plan.position, plan.columns_t, plan.shared, scratch[2:4], rows.stats
+        )
+    if careful:
+        log_s, log_t = shift(log_s, scratch.log_s), shift(log_t, scratch.log_t)
+    if plan.cross_entropy and rows.labels is not None and rows.target is not None and rows.total is not None:
         torch.gather(log_s, 1, rows.labels, out=rows.target)
-        if warm:
-            exponentiate(log_s, exp_ce, sums.exp_ce)
-    if warm:
-        log_s = torch.mul(log_s, 1.0 / terms.temperature, out=scratch_s)
-        log_t = torch.mul(log_t, 1.0 / terms.temperature, out=scratch_t)
-    block = Block(log_s, log_t, exp_s, exp_t, ratio, spare, sums, careful)
-    accumulate(block, terms.divergence)
+        if terms.label_smoothing != 0.0:
+            torch.sum(log_s, -1, keepdim=True, out=rows.total)
+        if plan.separate:
+            exponentiate(log_s, scratch.exp_ce, sums.exp_ce)
+
+    block = _shared_block(rows, sums, plan, scratch, log_s, log_t, careful)
+    plan.arithmetic.accumulate(block)
     if not careful:
-        # One look at all sums; those that are not taken yet hold 1, which is in range.
-        totals = part.flatten().tolist()
-        exponentials = totals[: 3 * part.shape[1]]
+        # One look at all sums; those that are not taken hold 1, which is in range.
+        totals = part[:CHECKED_SUMS].flatten().tolist()
+        exponentials = totals[: EXPONENTIAL_SUMS * part.shape[1]]
         in_range = min(exponentials) > LEAST_SUM and max(exponentials) < MOST_SUM
         if not (in_range and math.isfinite(sum(totals))):
             return False
-    if rows.grad is None or rows.kd_factor is None:
-        return True
-
-    in_place = rows.grad.dtype == exp_s.dtype
-    out = rows.grad if in_place else exp_t
-    write_gradient(block, terms.divergence, rows.kd_factor, None if warm else rows.ce_factor, out)
-    if rows.labels is not None and rows.ce_factor is not None:
-        if warm:
-            out.addcmul_(exp_ce, rows.ce_factor / sums.exp_ce)
-        out.scatter_add_(1, rows.labels, -rows.ce_factor)
-    if not in_place:
-        rows.grad.copy_(out)
+    if rows.grad is not None and rows.kd_factor is not None:
+        _write_gradient(rows, rows.grad, rows.kd_factor, block, plan, scratch)
     return True
+
+
+def _shared_block(
+    rows: _Rows, sums: Sums, plan: _Plan, scratch: _Scratch, log_s: Tensor, log_t: Tensor, careful: bool
+) -> Block:
+    """The columns of the divergence at its temperature."""
+    labels, absent = rows.labels, None
+    buffer_s, buffer_t = scratch.log_s, scratch.log_t
+    if plan.columns_s is not None and plan.columns_t is not None and plan.position is not None:
+        log_s = torch.index_select(log_s, 1, plan.columns_s, out=scratch.shared_s)
+        log_t = torch.index_select(log_t, 1, plan.columns_t, out=scratch.shared_t)
+        buffer_s, buffer_t = scratch.shared_s, scratch.shared_t
+        if labels is not None:
+            labels = plan.position[labels]
+            absent = labels < 0
+            labels = labels.clamp_min(0)
+    elif log_s.shape[1] != plan.shared or log_t.shape[1] != plan.shared:
+        log_s, log_t = log_s[:, : plan.shared], log_t[:, : plan.shared]
+        buffer_s, buffer_t = buffer_s[:, : plan.shared], buffer_t[:, : plan.shared]
+        if labels is not None:
+            absent = labels >= plan.shared
+            labels = labels.masked_fill(absent, 0)
+    if careful and plan.shared != rows.student.shape[1]:
+        log_s = shift(log_s, buffer_s)
+    if careful and plan.shared != rows.teacher.shape[1]:
+        log_t = shift(log_t, buffer_t)
+    if plan.terms.temperature != 1.0:
+        log_s = torch.mul(log_s, 1.0 / plan.terms.temperature, out=buffer_s)
+        log_t = torch.mul(log_t, 1.0 / plan.terms.temperature, out=buffer_t)
+    return Block(
+        log_s,
+        log_t,
+        scratch.exp_s,
+        scratch.exp_t,
+        scratch.ratio[:, : plan.shared],
+        scratch.spare[:, : plan.shared],
+        sums,
+        careful,
+        labels,
+        absent,
+    )
+
+
+def _write_gradient(
+    rows: _Rows, grad: Tensor, kd_factor: Tensor, block: Block, plan: _Plan, scratch: _Scratch
+) -> None:
+    """The gradient of divergence and cross entropy with respect to the logits as they came."""
+    out = scratch.result if scratch.result.shape[1] else grad
+    extra = None if plan.separate else rows.ce_factor
+    if plan.columns_s is not None:
+        plan.arithmetic.write_gradient(block, kd_factor, None, scratch.shared_s)
+        out.zero_().index_copy_(1, plan.columns_s, scratch.shared_s)
+    else:
+        out[:, plan.shared :].zero_()
+        plan.arithmetic.write_gradient(block, kd_factor, extra, out[:, : plan.shared])
+    if rows.labels is not None and rows.ce_factor is not None:
+        if plan.separate:
+            out.addcmul_(scratch.exp_ce, rows.ce_factor / block.sums.exp_ce)
+        smoothing = plan.terms.label_smoothing
+        if smoothing != 0.0:
+            out.sub_(rows.ce_factor * (smoothing / out.shape[1]))
+        out.scatter_add_(1, rows.labels, -rows.ce_factor * (1.0 - smoothing))
+    if scratch.chain.shape[1]:
+        out.mul_(scratch.chain)
+    if out is not grad:
+        grad.copy_(out)
 
 
 def mse_rows(

@@ -1,0 +1,96 @@
+"""`return_stats=True`: seven numbers per token that cost no other result a digit."""
+
+import pytest
+import torch
+
+from kdkernels import JSD, KDStats, TeacherHead, kd_loss, linear_kd_loss
+from kdkernels.options import Impl
+from tests.support.inputs import DEVICE, impls_with, make_case
+
+IMPLS = impls_with("return_stats")
+OPTIONS = {"divergence": JSD(0.3), "temperature": 2.0, "ce_weight": 0.5}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_numbers(reduction, impl: Impl) -> None:
+    case = make_case()
+    counted = case.labels != -100
+    hidden, weight, bias = case.leaves()
+    arguments = (hidden, weight, case.teacher, case.labels)
+    options = {**OPTIONS, "student_bias": bias, "impl": impl, "reduction": reduction}
+    loss, stats = linear_kd_loss(*arguments, return_stats=True, **options)
+    assert isinstance(stats, KDStats)
+    plain = linear_kd_loss(*arguments, **options)
+    assert torch.equal(loss, plain)
+    leaves = (hidden, weight, bias)
+    for ours, other in zip(
+        torch.autograd.grad(loss.sum(), leaves), torch.autograd.grad(plain.sum(), leaves), strict=True
+    ):
+        assert torch.equal(ours, other)
+    for name, numbers in stats._asdict().items():
+        assert numbers.shape == (13,) and numbers.dtype == torch.float32 and not numbers.requires_grad, name
+        assert torch.equal(numbers[~counted], torch.zeros_like(numbers[~counted])), name
+
+    p_s, p_t = case.student_logits.double().softmax(-1), case.teacher_logits.double().softmax(-1)
+    label = case.labels.clamp_min(0).unsqueeze(1)
+    expected = {
+        "student_entropy": -(p_s * p_s.log()).sum(-1),
+        "teacher_entropy": -(p_t * p_t.log()).sum(-1),
+        "teacher_target_prob": p_t.gather(1, label).squeeze(1),
+        "student_target_prob": p_s.gather(1, label).squeeze(1),
+        "agrees": (p_s.argmax(-1) == p_t.argmax(-1)).double(),
+    }
+    for name, exact in expected.items():
+        torch.testing.assert_close(
+            getattr(stats, name)[counted].double(), exact[counted], rtol=1e-5, atol=1e-6
+        )
+    rows = linear_kd_loss(*arguments, **{**options, "reduction": "none"})
+    torch.testing.assert_close(4.0 * stats.kd + 0.5 * stats.ce, rows)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shapes_and_no_labels(impl: Impl) -> None:
+    student, teacher = torch.randn(2, 3, 4, 20, device=DEVICE)
+    loss, stats = kd_loss(student, teacher, return_stats=True, impl=impl)
+    assert loss.dim() == 0
+    assert all(numbers.shape == (3, 4) for numbers in stats)
+    assert stats.teacher_target_prob.isnan().all() and stats.student_target_prob.isnan().all()
+    assert stats.kd.isfinite().all() and torch.equal(stats.ce, torch.zeros_like(stats.ce))
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl in impls_with("vocab_map")])
+@pytest.mark.parametrize("kind", ["shared_prefix", "index"])
+def test_each_over_its_own_vocabulary(kind, impl: Impl) -> None:
+    """Entropies and probabilities are the models' own; ids are compared as tokens."""
+    student, teacher = torch.randn(6, 12, device=DEVICE), torch.randn(6, 15, device=DEVICE)
+    labels = torch.tensor([0, 1, 2, 3, 11, 5], device=DEVICE)
+    vocab_map = kind
+    its = torch.arange(12, device=DEVICE)
+    if kind == "index":
+        its = torch.tensor([14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, -1], device=DEVICE)
+        vocab_map = its
+    teacher[0, int(its[student[0].argmax()])] = 9.0
+    _, stats = kd_loss(student, teacher, labels, vocab_map=vocab_map, return_stats=True, impl=impl)
+    p_t = teacher.softmax(-1)
+    torch.testing.assert_close(stats.teacher_entropy, -(p_t * p_t.log()).sum(-1))
+    expected = p_t.gather(1, its[labels].clamp_min(0).unsqueeze(1)).squeeze(1)
+    expected[its[labels] < 0] = float("nan")
+    torch.testing.assert_close(stats.teacher_target_prob, expected, equal_nan=True)
+    assert stats.agrees[0] == 1.0
+    torch.testing.assert_close(stats.agrees, (its[student.argmax(-1)] == teacher.argmax(-1)).float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_infinities_and_softcap(impl: Impl) -> None:
+    student, teacher = torch.randn(2, 4, 9, device=DEVICE)
+    student[:, 3] = teacher[:, 3] = -torch.inf
+    _, stats = kd_loss(student, teacher, return_stats=True, impl=impl)
+    for numbers in (stats.student_entropy, stats.teacher_entropy, stats.agrees):
+        assert numbers.isfinite().all()
+    hidden, weight = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE)
+    head = TeacherHead(hidden, weight, softcap=1.5)
+    if impl in impls_with("softcap"):
+        _, stats = kd_loss(student, head, return_stats=True, impl=impl)
+        p_t = (torch.tanh(hidden @ weight.t() / 1.5) * 1.5).softmax(-1)
+        torch.testing.assert_close(stats.teacher_entropy, -(p_t * p_t.log()).sum(-1))
