@@ -1,5 +1,6 @@
 """Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
 
+from .attention_relations import relation_kl
 from .batch_relations import (
     attention_transfer_loss,
     fsp_loss,
@@ -60,6 +61,7 @@ __all__ = [
     "linear_kd_loss",
     "pkt_loss",
     "projection_mse",
+    "relation_kl",
     "rkd_angle_loss",
     "rkd_distance_loss",
     "similarity_preserving_loss",

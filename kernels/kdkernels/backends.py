@@ -96,6 +96,28 @@ class Backend(Protocol):
         """KL divergence of the relations of every token, and the gradients of the student's features."""
         ...
 
+    # Whether `relation_rows` finds the gradients from the same scores as the values, so that nothing is computed twice.
+    RELATION_GRADIENT_IN_FORWARD: bool
+
+    @staticmethod
+    def relation_rows(
+        student: tuple[Tensor, Tensor],  # q and k (B, N, D_s); one tensor twice for relations to itself
+        teacher: tuple[Tensor, Tensor],  # likewise, (B, N, D_t)
+        mask: Tensor | None,  # (B, N) bool; tokens that do not count may hold anything
+        heads: tuple[int, int],  # of student and teacher; one is a multiple of the other
+        causal: bool,
+        *,
+        row_weight: Tensor | None = None,  # (B, N) multiplies the gradients only; 0 where the mask is False
+        needs: tuple[bool, bool] = (False, False),  # of q and k; the first is that of the one tensor
+        statistics: Tensor | None = None,  # what an earlier call without `needs` returned
+    ) -> tuple[
+        Tensor,  # (B, N) sums over heads of the divergences; 0 where the mask is False
+        tuple[Tensor | None, Tensor | None],  # gradients as needed
+        Tensor | None,  # statistics of the rows that spare a later call their computation
+    ]:
+        """KL divergence of the relations of every token, and the gradients of the student's features."""
+        ...
+
     @staticmethod
     def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
         """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_choice
 from .feature_checks import check_batch, check_sequences
-from .logit_losses import autocast_off
+from .prepare import autocast_off
 from .reference import wide
 from .reference_features import unit_rows
 

@@ -99,3 +99,47 @@ def check_bool_mask(mask: object, student: Tensor, shape: torch.Size, what: str)
             f"mask must have shape {tuple(shape)} to go with student {shape_of(student)}, got {shape_of(mask)}"
         )
     check_device("mask", mask, student, "student")
+
+
+def check_relations(
+    student_q: object, teacher_q: object, student_k: object, teacher_k: object, heads: object, mask: object
+) -> tuple[int, int]:
+    """Queries and keys of the same tokens on both sides; the relation heads of student and teacher."""
+    check_sequences(student_q, teacher_q, mask, names=("student_q", "teacher_q"))
+    student_q, teacher_q = check_tensor("student_q", student_q), check_tensor("teacher_q", teacher_q)
+    if (student_k is None) != (teacher_k is None):
+        given, missing = ("student_k", "teacher_k") if teacher_k is None else ("teacher_k", "student_k")
+        raise ValueError(
+            f"{given} is given but {missing} is not; pass both for query-key relations, neither for relations of one kind"
+        )
+    if student_k is not None:
+        for side, query, key in (("student", student_q, student_k), ("teacher", teacher_q, teacher_k)):
+            key = check_tensor(f"{side}_k", key)
+            if key.shape != query.shape or key.dtype != query.dtype:
+                raise ValueError(
+                    f"{side}_q and {side}_k must have one shape and dtype, got {shape_of(query)} {query.dtype} and "
+                    f"{shape_of(key)} {key.dtype}; repeat the keys of grouped-query attention once per query head"
+                )
+            check_device(f"{side}_k", key, query, f"{side}_q")
+        assert isinstance(teacher_k, Tensor)
+        check_frozen("teacher_k", teacher_k)
+    counts = [
+        count
+        for count in (heads if isinstance(heads, tuple) else (heads, heads))
+        if isinstance(count, int) and not isinstance(count, bool) and count > 0
+    ]
+    if len(counts) != 2 or (isinstance(heads, tuple) and len(heads) != 2):
+        raise ValueError(
+            f"heads must be a whole number above 0, or a pair of them for student and teacher, got {heads!r}"
+        )
+    for side, count, features in (("student", counts[0], student_q), ("teacher", counts[1], teacher_q)):
+        if features.shape[2] % count:
+            raise ValueError(
+                f"heads must divide the width, but {count} does not divide the {side}'s {features.shape[2]}"
+            )
+    if max(counts) % min(counts):
+        raise ValueError(
+            f"one count of heads must be a multiple of the other, got {counts[0]} for the student and {counts[1]} "
+            "for the teacher; relation heads need not be the models' own: choose one count for both"
+        )
+    return counts[0], counts[1]

@@ -14,9 +14,9 @@ from .autograd import reduce_rows, row_loss
 from .backends import load_backend, resolve_impl
 from .counting import count_rows
 from .feature_checks import check_layer_pairs
-from .logit_losses import autocast_dtype, autocast_off
 from .matmul import wide_dtype
 from .options import Distance, Impl, Project, Reduction
+from .prepare import autocast_dtype, autocast_off
 from .projection import ProjectionDistance
 from .reference_features import projection_row_losses
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .divergences import ForwardKL
 from .options import LEAST_LENGTH, Distance, Project
-from .reference import linear, wide
+from .reference import divergence, linear, wide
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -41,3 +45,40 @@ def projection_row_losses(
     else:
         loss = (projected - target).square().sum(-1)
     return loss if weight is None else loss.masked_fill(weight == 0, 0.0)
+
+
+def _log_relations(
+    q: Tensor,  # (B, N, D)
+    k: Tensor,  # (B, N, D)
+    allowed: Tensor,  # (B, 1, N, N) bool
+    heads: int,
+) -> Tensor:
+    """(B, heads, N, N) log-probabilities of a token's relations to the allowed ones."""
+    q, k = (wide(side).unflatten(2, (heads, -1)).transpose(1, 2) for side in (q, k))
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    return F.log_softmax(scores.masked_fill(~allowed, -math.inf), -1)
+
+
+def relation_row_losses(
+    student_q: Tensor,  # (B, N, D_s)
+    teacher_q: Tensor,  # (B, N, D_t)
+    student_k: Tensor | None,
+    teacher_k: Tensor | None,
+    mask: Tensor | None,  # (B, N) bool
+    heads: tuple[int, int],  # student, teacher
+    causal: bool,
+) -> Tensor:
+    """(B, N) sums over heads of KL(teacher relations, student relations); 0 where the mask is False."""
+    batch, length, _ = student_q.shape
+    counted = student_q.new_ones((batch, length), dtype=torch.bool) if mask is None else mask
+    # A token that does not count may be compared with all: its row is dropped, and a softmax needs an entry.
+    allowed = (counted.unsqueeze(1) | ~counted.unsqueeze(2)).unsqueeze(1)
+    if causal:
+        allowed = allowed & torch.ones_like(allowed[0]).tril()
+    pairs = max(heads)
+    sides = []
+    for q, k, count in ((student_q, student_k, heads[0]), (teacher_q, teacher_k, heads[1])):
+        q = q.masked_fill(~counted.unsqueeze(2), 0.0)
+        k = q if k is None else k.masked_fill(~counted.unsqueeze(2), 0.0)
+        sides.append(_log_relations(q, k, allowed, count).repeat_interleave(pairs // count, 1))
+    return divergence(sides[0], sides[1], ForwardKL()).sum(1).masked_fill(~counted, 0.0)

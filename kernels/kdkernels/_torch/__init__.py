@@ -2,6 +2,15 @@
 
 from . import windows
 from .features import direction_rows
+from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import chunk_rows, kd_rows, mse_rows
 
-__all__ = ["chunk_rows", "direction_rows", "kd_rows", "mse_rows", "windows"]
+__all__ = [
+    "RELATION_GRADIENT_IN_FORWARD",
+    "chunk_rows",
+    "direction_rows",
+    "kd_rows",
+    "mse_rows",
+    "relation_rows",
+    "windows",
+]

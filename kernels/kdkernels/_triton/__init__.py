@@ -3,6 +3,14 @@
 from .configs import chunk_rows
 from .directions import direction_rows
 from .projection import mse_rows
+from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import kd_rows
 
-__all__ = ["chunk_rows", "direction_rows", "kd_rows", "mse_rows"]
+__all__ = [
+    "RELATION_GRADIENT_IN_FORWARD",
+    "chunk_rows",
+    "direction_rows",
+    "kd_rows",
+    "mse_rows",
+    "relation_rows",
+]
