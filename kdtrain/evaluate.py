@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from kdtrain.cache import TeacherCache
 from kdtrain.data.classification import load_classification
@@ -38,16 +37,8 @@ class EvaluationSet:
     teacher_logits: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        split: TextRows,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        focus: str | None,
-        cache: TeacherCache | None,
-    ) -> "EvaluationSet":
-        """Tokenize a split for the student and look up what the teacher says."""
-        rows = tokenize_split(split, tokenizer, max_length, focus)
+    def of(cls, split: TextRows, rows: Rows, cache: TeacherCache | None) -> "EvaluationSet":
+        """A tokenized split, with what the teacher says where a cache is at hand."""
         return cls(rows, split.labels, None if cache is None else cache.rows(split.keys()).logits)
 
 
@@ -164,7 +155,9 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     student = load_classifier(str(folder / "student"), "student")
     student.to(accelerator.device)
     tokenizer = load_tokenizer(str(folder / "student"), "student")
-    rows = EvaluationSet.of(getattr(data, split), tokenizer, recipe.student.max_length, data.focus, cache)
+    measured = getattr(data, split)
+    tokens = tokenize_split(measured, tokenizer, recipe.student.max_length, data.focus)
+    rows = EvaluationSet.of(measured, tokens, cache)
     return {
         **report(predict(student, rows.rows, accelerator), rows.labels, rows.teacher_logits),
         "parameters": parameter_count(student),

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdtrain.checkpoint import Position
-from kdtrain.data.classification import ClassificationData, load_classification
-from kdtrain.data.pairs import tokenize_split
+from kdtrain.data.classification import ClassificationData
+from kdtrain.errors import KdtrainError
 from kdtrain.evaluate import EvaluationSet, classification_metrics, latency_ms, predict, report
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.loop import peak_memory, train
+from kdtrain.loop import describe_training, train
+from kdtrain.materials import Materials
 from kdtrain.models import build_student, parameter_count, quiet
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
@@ -21,7 +21,6 @@ from kdtrain.prepare import (
     build_method,
     check_length,
     claim_folder,
-    open_teacher,
     prepare_cache,
     start_accelerator,
     student_tokenizer,
@@ -34,18 +33,22 @@ from kdtrain.teachers import Teacher
 from kdtrain.training_set import TrainingSet
 
 
-def run(recipe: Recipe) -> Summary:
+def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
     """Train, measure and save one student; everything lands in `recipe.output`.
 
     A finished run of the same recipe, data and teacher is recognised and given back; an unfinished one goes on
-    exactly where it stopped; another run's folder is refused.
+    exactly where it stopped; another run's folder is refused. `materials` of earlier runs save making them again.
 
     Raises:
         KdtrainError: anything wrong with recipe, data, teacher or machine, as one sentence.
     """
     folder = Path(recipe.output)
-    data = load_classification(recipe.data)
-    teacher = open_teacher(recipe, data)
+    materials = materials or Materials()
+    data, teacher = materials.data(recipe), materials.teacher(recipe)
+    if recipe.training.best_metric == "f1" and len(data.classes) != 2:
+        raise KdtrainError(
+            f"training.best_metric f1 is for two classes, and {data.name} has {len(data.classes)}; macro_f1 is for any"
+        )
     torch.manual_seed(recipe.seed)
     method = build_method(recipe, teacher)
     finished = claim_folder(folder, recipe, data, teacher)
@@ -66,18 +69,18 @@ def run(recipe: Recipe) -> Summary:
         teacher.model.cpu()
 
     rows = training_rows(recipe, data, method)
-    max_length = recipe.student.max_length
     stored = (
         cache.rows(rows.keys(), method.teacher_layers) if cache is not None and method.needs_teacher else None
     )
     training = TrainingSet(
-        tokenize_split(rows, tokenizer, max_length, data.focus),
+        materials.tokens(recipe, f"train, {len(rows)} rows", rows, tokenizer),
         rows.labels,
         stored,
         "none" if not method.teacher_layers else "sequences" if method.whole_sequences else "first tokens",
     )
     valid, test = (
-        EvaluationSet.of(split, tokenizer, max_length, data.focus, cache) for split in (data.valid, data.test)
+        EvaluationSet.of(split, materials.tokens(recipe, name, split, tokenizer), cache)
+        for name, split in (("valid", data.valid), ("test", data.test))
     )
 
     def evaluate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -143,21 +146,6 @@ def describe_teacher(teacher: Teacher | None, test: EvaluationSet) -> dict[str, 
         "path": teacher.path,
         "parameters": parameter_count(teacher.model),
         "test": report(test.teacher_logits, test.labels, None),
-    }
-
-
-def describe_training(position: Position, accelerator: Accelerator) -> dict[str, Any]:
-    """What the training took."""
-    return {
-        "steps": position.step,
-        "best_step": position.best_step,
-        "seconds": round(position.seconds, 2),
-        "tokens": position.tokens,
-        "tokens_per_second": round(position.tokens / position.seconds, 1),
-        "peak_memory_bytes": peak_memory(accelerator.device),
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -158,6 +158,10 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         if value not in arguments:
             raise KdtrainError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise KdtrainError(f"{name} must be a section with fields, got {value!r}")
+        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise KdtrainError(f"{name} must be a list, got {value!r}")

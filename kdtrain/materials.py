@@ -1,0 +1,49 @@
+"""What runs of one process may share: data, teacher, tokens. A run alone makes its own; a study hands one on."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from kdtrain.data.classification import ClassificationData, load_classification
+from kdtrain.data.pairs import Rows, tokenize_split
+from kdtrain.data.rows import TextRows
+from kdtrain.prepare import open_teacher
+from kdtrain.recipe import Recipe
+from kdtrain.teachers import Teacher
+
+Made = TypeVar("Made")
+
+
+class Materials:
+    """Makes each thing once. Files are taken not to change in its lifetime."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What was made under this key, or what `make` makes now."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    def data(self, recipe: Recipe) -> ClassificationData:
+        """The recipe's data set."""
+        return self.once(("data", recipe.data), lambda: load_classification(recipe.data))
+
+    def teacher(self, recipe: Recipe) -> Teacher | None:
+        """The recipe's teacher, if it names one."""
+        return self.once(
+            ("teacher", recipe.data, recipe.teacher), lambda: open_teacher(recipe, self.data(recipe))
+        )
+
+    def tokens(self, recipe: Recipe, name: str, split: TextRows, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        """A split in the student's tokens; kept where the recipe names a finished tokenizer."""
+        focus, max_length = self.data(recipe).focus, recipe.student.max_length
+
+        def make() -> Rows:
+            return tokenize_split(split, tokenizer, max_length, focus)
+
+        if recipe.student.tokenizer is None:
+            return make()
+        return self.once(("tokens", recipe.data, name, recipe.student.tokenizer, max_length), make)

@@ -1,0 +1,123 @@
+"""What a study runs: one YAML file, unfolded into the recipe of every cell of its grid."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe import Recipe, recipe_from_dict
+from kdtrain.recipe.files import build, read_recipe
+from kdtrain.recipe.sections import option
+
+BASELINE = "ft"
+"""The method that the others are compared with, by the name of its recipe."""
+
+TASK_FIELDS = ("build", "data", "teacher", "student", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecipe:
+    """A study, whole. Sections of a run's recipe may stand in `common`, in a task, in a student and in a method; later wins."""
+
+    tasks: dict[str, Any] = field(
+        metadata={"help": "by name: data, teacher, and for a data set made here `build: exceptions`"}
+    )
+    students: dict[str, Any] = field(metadata={"help": "by name: fields of the student section"})
+    methods: dict[str, Any] = field(
+        metadata={"help": "by name: fields of the method section; `training:` inside holds that method's own"}
+    )
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "sections of a recipe that hold for every run"}
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2), "one run of every cell for each")
+    workers: int | None = option(None, "runs side by side; by default one a GPU, or one a core")
+    output: str = option("runs/study", "folder of the study")
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "students", "methods"):
+            if not getattr(self, name):
+                raise KdtrainError(f"a study needs at least one of its {name}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise KdtrainError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
+        if self.workers is not None and self.workers < 1:
+            raise KdtrainError(f"workers must be at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    task: str
+    student: str
+    method: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """As its folder is called."""
+        return f"{self.task}-{self.student}-{self.method}-{self.recipe.seed}"
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe:
+    """Read a study; `overrides` are words such as `--seeds '[0]'` or `--common.training.max_steps 50`.
+
+    Raises:
+        KdtrainError: no such file, an unknown key, or a section that is none.
+    """
+    content = read_recipe(path, overrides)
+    task = content.pop("task", "study")
+    if task != "study":
+        raise KdtrainError(f"kdtrain study reads recipes of task study, got task: {task}")
+    if "tasks" not in content or "students" not in content or "methods" not in content:
+        raise KdtrainError(f"{path} is no study: it needs tasks, students and methods")
+    return build(StudyRecipe, content)
+
+
+def unfold(study: StudyRecipe) -> list[Cell]:
+    """Every cell, tasks outermost and seeds innermost; every recipe is checked."""
+    return [
+        Cell(task, student, method, _recipe(study, task, student, method, seed))
+        for task in study.tasks
+        for student in study.students
+        for method in study.methods
+        for seed in study.seeds
+    ]
+
+
+def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int) -> Recipe:
+    place = f"{task}, {student}, {method}"
+    own_task = _section(study.tasks[task], f"tasks.{task}")
+    unknown = sorted(set(own_task) - set(TASK_FIELDS))
+    if unknown:
+        raise KdtrainError(f"tasks.{task} has the unknown key {unknown[0]}; valid: {', '.join(TASK_FIELDS)}")
+    own_method = _section(study.methods[method], f"methods.{method}")
+    content = _merge(
+        study.common,
+        {name: value for name, value in own_task.items() if name != "build"},
+        {"student": _section(study.students[student], f"students.{student}")},
+        {"training": own_method.pop("training", {}), "method": own_method},
+        {"seed": seed, "output": str(Path(study.output) / "runs" / f"{task}-{student}-{method}-{seed}")},
+    )
+    try:
+        return recipe_from_dict(content)
+    except KdtrainError as error:
+        raise KdtrainError(f"the study's cell ({place}): {error}") from None
+
+
+def _section(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise KdtrainError(f"{name} must be a section with fields, got {value!r}")
+    return dict(value)
+
+
+def _merge(*parts: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, dict) and isinstance(merged.get(name), dict):
+                merged[name] = _merge(merged[name], value)
+            else:
+                merged[name] = copy.deepcopy(value)
+    return merged

@@ -1,0 +1,134 @@
+"""Run the cells of a study, several side by side, each in a process that lives for many of them."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kdtrain.data.classification import ClassificationData
+from kdtrain.errors import KdtrainError
+from kdtrain.progress import progress, say
+from kdtrain.recipe import recipe_from_dict, recipe_to_dict
+from kdtrain.study.plan import Cell
+from kdtrain.summary import FILE, Summary
+
+PARENT_SECONDS = 2.0
+"""How often a worker looks whether its parent is still there."""
+
+
+def run_cells(
+    cells: list[Cell], data: dict[str, ClassificationData], workers: int | None, logs: Path
+) -> None:
+    """Run what is not finished yet. A cell that fails does not stop the others; its sentence comes at the end.
+
+    Args:
+        cells: all of the study, with every shared folder named.
+        data: each task's data set.
+        workers: processes; by default one a GPU, or one a core.
+        logs: folder for what the runs have to say.
+
+    Raises:
+        KdtrainError: some cells failed, or a worker was killed.
+    """
+    fingerprints = {task: one.fingerprint() for task, one in data.items()}
+    todo = [cell for cell in cells if not is_finished(cell, fingerprints[cell.task])]
+    if len(todo) < len(cells):
+        say(f"{len(cells) - len(todo)} of {len(cells)} runs are already done")
+    if not todo:
+        return
+    devices = torch.cuda.device_count()
+    workers = min(workers or devices or os.cpu_count() or 1, len(todo))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    say(f"{len(todo)} runs, {workers} side by side, {threads} threads each")
+    logs.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    before, failed = os.environ.get("OMP_NUM_THREADS"), {}
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
+    try:
+        arguments = (context.Value("i", 0), devices, str(logs), os.getpid(), list(sys.path))
+        with (
+            ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool,
+            progress(len(todo), "study", unit="runs") as bar,
+        ):
+            jobs = {pool.submit(_run_cell, recipe_to_dict(cell.recipe)): cell for cell in todo}
+            for job in as_completed(jobs):
+                try:
+                    say(job.result())
+                except KdtrainError as error:
+                    failed[jobs[job].name] = str(error)
+                    say(f"{jobs[job].name} failed: {error}")
+                bar.update()
+    except BrokenProcessPool:
+        raise KdtrainError(
+            "a worker of the study was killed, most often for memory; run the same command again, with a smaller "
+            "--workers if need be: finished runs stay"
+        ) from None
+    finally:
+        if before is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise KdtrainError(f"{len(failed)} of {len(cells)} runs failed, the first, {name}: {reason}")
+
+
+def is_finished(cell: Cell, fingerprint: str) -> bool:
+    """Whether this very run, on this very data, has left its summary."""
+    folder = Path(cell.recipe.output)
+    if not (folder / FILE).exists() or not (folder / "recipe.yaml").exists():
+        return False
+    same = yaml.safe_load((folder / "recipe.yaml").read_text()) == json.loads(
+        json.dumps(recipe_to_dict(cell.recipe))
+    )
+    return same and Summary.load(folder).data["fingerprint"] == fingerprint
+
+
+def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, path: list[str]) -> None:
+    """Set a worker up: its GPU, its log, and an end when the parent is gone."""
+    sys.path[:] = path
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+    log = open(Path(logs) / f"worker-{number}.log", "a", buffering=1)  # noqa: SIM115, it lives as long as the process
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
+_materials: Any = None
+
+
+def _run_cell(content: dict[str, Any]) -> str:
+    """One run in a worker; what it made serves the next ones of the same task."""
+    global _materials
+    from kdtrain.materials import Materials
+    from kdtrain.run import run
+
+    recipe = recipe_from_dict(content)
+    _materials = _materials or Materials()
+    summary = run(recipe, _materials)
+    # The student is saved; what only served to go on from is not needed any more.
+    for pattern in ("step-*", "best-*"):
+        for folder in (Path(recipe.output) / "checkpoints").glob(pattern):
+            shutil.rmtree(folder)
+    return summary.line()
