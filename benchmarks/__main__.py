@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks import report
 from benchmarks.cases import SUITES
 from benchmarks.contenders import CONTENDERS
@@ -59,7 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"No case of suite '{chosen.suite}' has divergence {wanted}; it has {known}.", file=sys.stderr)
         return 2
 
-    stamp = environment()
+    device = cases[0].device
+    if device == "cuda" and not torch.cuda.is_available():
+        print(
+            f"Suite '{chosen.suite}' needs a CUDA or ROCm GPU, and torch finds none; try --suite cpu.",
+            file=sys.stderr,
+        )
+        return 2
+    stamp = environment(device)
     print(", ".join(f"{name} {value}" for name, value in stamp.items()))
     everything: list[report.Record] = []
     start = time.monotonic()

@@ -24,6 +24,7 @@ class Case:
     dtype: str = "float32"
     masked: float = 0.0  # share of the rows whose label is ignored
     operation: str = "linear_kd"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -56,6 +57,12 @@ class Inputs:
         self.student_weight.grad = None
 
 
+def _gpu(divergence: str = "forward_kl", **shape: Any) -> Case:
+    """A case at the reference shape of docs/design.md (Llama-3.2-1B under 8B), unless told otherwise."""
+    reference = {"tokens": 8192, "width": 2048, "teacher_width": 4096, "vocabulary": 128256}
+    return Case(divergence, **{**reference, "dtype": "bfloat16", "device": "cuda", **shape})
+
+
 SUITES: dict[str, tuple[Case, ...]] = {
     # The shape that the project's CPU bar is set at.
     "cpu": (
@@ -64,11 +71,28 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("jsd"),
         Case("forward_kl", masked=0.5),
     ),
+    # How time and memory grow with the tokens.
+    "sweep": tuple(Case("forward_kl", tokens=tokens) for tokens in (512, 1024, 2048, 4096)),
     # Seconds instead of minutes: does everything run and agree?
     "smoke": (
         Case("forward_kl", tokens=256, width=64, teacher_width=96, vocabulary=4000, masked=0.25),
         Case("jsd", tokens=256, width=64, teacher_width=96, vocabulary=4000),
     ),
+    # Needs a GPU. What matters most comes first: a run that is cut keeps the cases it finished.
+    "gpu": (
+        _gpu(),
+        _gpu("jsd"),
+        _gpu("reverse_kl"),
+        _gpu(masked=0.5),
+        *(_gpu(tokens=tokens) for tokens in (1024, 2048, 4096, 16384, 32768)),
+        _gpu(width=896, teacher_width=3584, vocabulary=151936),  # Qwen2.5-Coder 0.5B under 7B
+        _gpu(width=1536, teacher_width=3584, vocabulary=151936),  # Qwen2.5-Coder 1.5B under 7B
+        _gpu(width=2304, teacher_width=3584, vocabulary=256000),  # Gemma-2 2B under 9B
+        _gpu(width=3072, teacher_width=6144, vocabulary=49152),  # StarCoder2 3B under 15B
+        _gpu(width=2048, teacher_width=4096, vocabulary=32256),  # DeepSeek-Coder 1.3B under 6.7B
+        _gpu(width=768, teacher_width=768, vocabulary=50265),  # CodeBERT's masked language model
+    ),
+    "gpu_smoke": (_gpu(tokens=1024, width=256, teacher_width=512, vocabulary=32000),),
 }
 
 
@@ -78,14 +102,15 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     Both models see one latent meaning of each row and token; the student sees it through noise. The last column of the
     hidden states is 1 and carries the prior, as a head with a bias would.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.device(case.device)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     rank = min(32, case.width - 1, case.teacher_width - 1)
     row_meaning, token_meaning = normal(case.tokens, rank), normal(case.vocabulary, rank) * (2.5 / rank**0.5)
-    ranks = torch.randperm(case.vocabulary, generator=generator) + 1
+    ranks = torch.randperm(case.vocabulary, generator=generator, device=device) + 1
     prior = (-ranks.float().log()).unsqueeze(1)
 
     def model(width: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -93,13 +118,13 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         hidden = row_meaning @ into_width + noise * normal(case.tokens, width - 1)
         weight = token_meaning @ into_width + noise / width**0.5 * normal(case.vocabulary, width - 1)
         dtype = getattr(torch, case.dtype)
-        hidden = torch.cat([hidden, torch.ones(case.tokens, 1)], dim=1).to(dtype)
+        hidden = torch.cat([hidden, hidden.new_ones(case.tokens, 1)], dim=1).to(dtype)
         return hidden.contiguous(), torch.cat([weight, prior], dim=1).to(dtype).contiguous()
 
     student_hidden, student_weight = model(case.width, noise=0.2)
     teacher_hidden, teacher_weight = model(case.teacher_width, noise=0.0)
-    labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
-    labels[torch.rand(case.tokens, generator=generator) < case.masked] = IGNORE_INDEX
+    labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator, device=device)
+    labels[torch.rand(case.tokens, generator=generator, device=device) < case.masked] = IGNORE_INDEX
     return Inputs(
         student_hidden.requires_grad_(),
         student_weight.requires_grad_(),

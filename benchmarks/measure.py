@@ -18,11 +18,18 @@ import torch
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def seconds_of(step: Callable[[], object]) -> float:
-    """Wall-clock seconds of one step."""
+def seconds_of(step: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock seconds of one step, from an idle device to an idle device."""
+    _wait(device)
     start = time.perf_counter()
     step()
+    _wait(device)
     return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _status_bytes(field: str) -> int:
@@ -30,12 +37,18 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_bytes_of(step: Callable[[], object]) -> int | None:
-    """How far one step raises this process's resident memory above what it holds before (inputs, code).
+def peak_bytes_of(step: Callable[[], object], device: str = "cpu") -> int | None:
+    """How far one step raises this process's memory above what it holds before (inputs, code).
 
-    The kernel keeps the high-water mark (VmHWM); writing 5 to clear_refs sets it back to what is resident now.
+    On a GPU that is what tensors hold, as the allocator counts it. On a CPU it is resident memory: the kernel keeps the high-water mark (VmHWM); writing 5 to clear_refs sets it back to what is resident now.
     None where the system has no such file: the cell of the table stays empty.
     """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     if not CLEAR_REFS.exists():
         return None
     gc.collect()
@@ -78,11 +91,17 @@ def _commit() -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Where and with what this runs. Taken before the first measurement, so that the load is the others' and not ours."""
     packages = ("torch", "triton", "transformers", "trl", "liger-kernel")
+    name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+    gpu: dict[str, Any] = {}
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        gpu = {"driver": _driver(), "cuda": torch.version.cuda, "hip": torch.version.hip}
     return {
-        "device": f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU",
+        "device": name,
+        **gpu,
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -91,3 +110,11 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

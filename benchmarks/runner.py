@@ -88,7 +88,7 @@ def run_case(
 ) -> list[Row]:
     """Measure one case: at most `rounds` rounds, stopping after `seconds` when MINIMUM_ROUNDS are done.
 
-    Set-up and warm-up run one contender after the other. Then every round times each contender once, in an order drawn
+    Warm-up runs one contender after the other. Then every round times each contender once, in an order drawn
     anew each time, so that a slow spell of the machine falls on all of them. Memory and error come last, untimed.
     """
     end = time.monotonic() + seconds
@@ -103,10 +103,11 @@ def run_case(
                 raise RuntimeError(f"The fp64 truth of '{case.name}' failed: {found['cannot_run']}")
         workers: list[Worker] = []
         try:
-            for name in contenders:
-                say(f"warm-up of {name}")
-                workers.append(Worker(name, case, folder))
-                workers[-1].answer()
+            workers += [Worker(name, case, folder) for name in contenders]
+            for worker in workers:
+                say(f"warm-up of {worker.row.contender}")
+                if "ready" in worker.answer():
+                    worker.order("warm up")
             running = [worker for worker in workers if worker.row.cannot_run is None]
             shuffled = random.Random(0)
             for number in range(rounds):

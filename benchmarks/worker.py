@@ -29,7 +29,7 @@ def write_truth(case: Case, inputs: Inputs, path: Path) -> None:
     hidden = inputs.student_hidden.detach().double().requires_grad_()
     weight = inputs.student_weight.detach().double().requires_grad_()
     teacher_hidden, teacher_weight = inputs.teacher_hidden.double(), inputs.teacher_weight.double()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=case.device)
     for start in range(0, case.tokens, TRUTH_ROWS):
         rows = slice(start, start + TRUTH_ROWS)
         loss = linear_kd_loss(
@@ -57,7 +57,7 @@ def relative_error(actual: Tensor | None, truth: Tensor) -> float:
 
 def errors(step: Step, inputs: Inputs, truth_path: Path) -> dict[str, float]:
     """Relative errors of the loss and of both gradients against fp64."""
-    truth = torch.load(truth_path, weights_only=True)
+    truth = torch.load(truth_path, weights_only=True, map_location=inputs.labels.device)
     inputs.clear_gradients()
     loss = step()
     return {
@@ -81,17 +81,25 @@ def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None
         inputs.clear_gradients()
         step()
 
-    for _ in range(WARM_UP_STEPS):
-        fresh_step()
     answer({"ready": True})
     for order in sys.stdin:
-        inputs.clear_gradients()
-        if order.strip() == "time":
-            answer({"seconds": seconds_of(step)})
+        if order.strip() == "warm up":
+            for _ in range(WARM_UP_STEPS):
+                fresh_step()
+            answer({})
+        elif order.strip() == "time":
+            if case.device == "cuda":  # its memory went back to the others after the last order
+                fresh_step()
+            inputs.clear_gradients()
+            answer({"seconds": seconds_of(step, case.device)})
         elif order.strip() == "memory":
-            answer({"peak_bytes": peak_bytes_of(step)})
+            inputs.clear_gradients()
+            answer({"peak_bytes": peak_bytes_of(step, case.device)})
         elif order.strip() == "error":
             answer({} if job["contender"] in YARDSTICKS else errors(step, inputs, truth_path))
+        if case.device == "cuda":
+            inputs.clear_gradients()
+            torch.cuda.empty_cache()
 
 
 def main() -> None:

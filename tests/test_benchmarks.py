@@ -93,7 +93,10 @@ def test_the_command_prints_a_table_and_writes_csv_and_json(tmp_path: Path) -> N
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json"}
 
 
-def test_an_unknown_divergence_is_refused() -> None:
+def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import main
 
     assert main(["--divergence", "no_such"]) == 2
+    if not torch.cuda.is_available():
+        assert main(["--suite", "gpu"]) == 2
+        assert "Suite 'gpu' needs a CUDA or ROCm GPU, and torch finds none" in capsys.readouterr().err
