@@ -1,4 +1,5 @@
-"""Compile the Triton kernels without a GPU and count what came out: registers, spills, widths of loads and stores.
+"""Compile the Triton kernels without a GPU and count what came out: registers, spills, widths of loads
+and stores, and in the loops over full tiles instructions and bytes moved per column.
 
     python -m tests.support.compiled sm_90 gfx942      # a table; needs TRITON_INTERPRET unset
 
@@ -13,9 +14,21 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+if TYPE_CHECKING:
+    from kdkernels._triton.flags import RowFlags
+
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "alpha_beta",
+    "decoupled",
+)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -27,13 +40,17 @@ class Variant:
     kernel: str  # "kd_rows" or "mse_rows"
     dtypes: dict[str, str]  # of the pointers that vary, by the name in the kernel without _ptr
     flags: dict[str, Any]
-    aligned: tuple[str, ...] = ("stride", "V", "D")  # integers, by start of name, known to be multiples of 16
+    aligned: bool = True  # sizes known to be multiples of 16
+    padded: bool = False  # strides known to be multiples of 16, sizes not
     wide: bool = True  # whether logits have to be read 128 bits at a time
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a compiled kernel needs. Bytes of shared memory and spills; loads and stores of global memory by bits."""
+    """What a compiled kernel needs. Bytes of shared memory and spills; loads and stores of global memory by bits.
+
+    The last two are of the loops over full tiles, summed over the passes, for each column (NVIDIA only).
+    """
 
     variant: str
     architecture: str
@@ -43,75 +60,103 @@ class Counts:
     instructions: int
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
+    instructions_per_column: float = 0.0
+    bytes_per_column: float = 0.0
+
+
+def _flags(divergence: str, **rest: Any) -> "RowFlags":
+    from kdkernels._triton.flags import RowFlags
+    from kdkernels._triton.formulas import MIXTURES
+
+    plain: dict[str, Any] = {
+        "mixture": divergence in MIXTURES,
+        "has_labels": True,
+        "has_ce": True,
+        "ce_sum": "own" if divergence == "decoupled" else "at_one",
+        "has_row_weight": True,
+        "write_grad": True,
+    }
+    return RowFlags(divergence, **plain | rest)
 
 
 def _kd(name: str, divergence: str, student: str, teacher: str, grad: str, **rest: Any) -> Variant:
-    flags = {
-        "DIVERGENCE": divergence,
-        "HAS_LABELS": True,
-        "CE_AT_ONE": True,
-        "HAS_STUDENT_BIAS": False,
-        "HAS_TEACHER_BIAS": False,
-        "HAS_ROW_WEIGHT": True,
-        "WRITE_GRAD": True,
-        "ALIASED": False,
-    }
-    options = {key: rest.pop(key) for key in ("aligned", "wide") if key in rest}
+    options = {key: rest.pop(key) for key in ("aligned", "padded", "wide") if key in rest}
     dtypes = {"student": student, "teacher": teacher, "grad": grad}
-    return Variant(f"{divergence} {name}", "kd_rows", dtypes, flags | rest, **options)
+    return Variant(
+        f"{divergence} {name}", "kd_rows", dtypes, {"FLAGS": _flags(divergence, **rest)}, **options
+    )
 
 
 def main_variants() -> list[Variant]:
     """What most steps run, compiled for every architecture."""
     name = "fp32 > bf16 over it, CE"
-    variants = [_kd(name, divergence, "fp32", "fp32", "bf16", ALIASED=True) for divergence in DIVERGENCES]
-    return [*variants, _kd("bf16, CE", "forward_kl", "bf16", "bf16", "bf16"), _mse("fp32")]
+    variants = [_kd(name, divergence, "fp32", "fp32", "bf16", aliased=True) for divergence in DIVERGENCES]
+    return [*variants, _mse("fp32")]
 
 
 def other_variants() -> list[Variant]:
-    """With the main ones: every flag on and off in every divergence, every pair of dtypes, and rows not aligned."""
-    biases = {"HAS_STUDENT_BIAS": True, "HAS_TEACHER_BIAS": True}
-    plain = {"HAS_LABELS": False, "CE_AT_ONE": False, "HAS_ROW_WEIGHT": False}
+    """With the main ones: every divergence from half logits and with all biases, every flag, rows not aligned."""
+    biases = {"has_student_bias": True, "has_teacher_bias": True}
     # Odd V: rows that start anywhere, as stored logits do; and rows padded to a multiple of 16, as our own buffers are.
-    ragged, padded = {"aligned": (), "wide": False}, {"aligned": ("stride",), "wide": False}
+    ragged = {"aligned": False, "wide": False}
+    padded = {"aligned": False, "padded": True, "wide": False}
     variants = []
     for divergence in DIVERGENCES:
         variants += [
-            _kd("fp32 in place", divergence, "fp32", "fp32", "fp32", **plain),
-            _kd("fp32 in place, padded, CE", divergence, "fp32", "fp32", "fp32", **padded),
-            _kd("fp32 values, CE", divergence, "fp32", "fp32", "fp32", WRITE_GRAD=False),
-            _kd("fp32, ragged, CE", divergence, "fp32", "fp32", "fp32", **ragged),
-            _kd("fp32 > fp16 over it, biases", divergence, "fp32", "fp32", "fp16", ALIASED=True, **biases),
+            _kd("bf16, CE", divergence, "bf16", "bf16", "bf16"),
             _kd(
                 "fp32 > bf16 over it, padded, biases",
                 divergence,
                 "fp32",
                 "fp32",
                 "bf16",
-                ALIASED=True,
+                aliased=True,
                 **biases,
                 **padded,
             ),
-            _kd("bf16, CE at T=1, biases", divergence, "bf16", "bf16", "bf16", CE_AT_ONE=False, **biases),
+        ]
+    plain = {"has_labels": False, "has_ce": False, "ce_sum": "shared", "has_row_weight": False}
+    softcaps = {"student_transform": "softcap", "teacher_transform": "softcap"}
+    stats = {"has_smoothing": True, "has_stats": True, "ce_sum": "own"}
+    over: Any = ("fp32", "fp32", "bf16")
+    for divergence in ("forward_kl", "jsd", "alpha_beta"):
+        variants += [
+            _kd("fp32 > bf16, softcaps", divergence, *over, aliased=True, **softcaps),
+            _kd("fp32 > bf16, smoothing, stats", divergence, *over, aliased=True, **stats),
+        ]
+    for divergence in ("forward_kl", "jsd"):
+        prefix = {"vocab_map": "prefix", "ce_sum": "own"}
+        index = {"vocab_map": "index", "wide": False}
+        variants += [
+            _kd("fp32 in place", divergence, "fp32", "fp32", "fp32", **plain),
+            _kd("fp32 values, CE", divergence, "fp32", "fp32", "fp32", write_grad=False),
             _kd("bf16, ragged, biases", divergence, "bf16", "bf16", "bf16", **biases, **ragged),
+            _kd("fp32 > bf16, prefix", divergence, *over, aliased=True, **prefix),
+            _kd(
+                "fp32 > bf16, index map, stats, softcaps",
+                divergence,
+                *over,
+                aliased=True,
+                **index,
+                **stats,
+                **softcaps,
+            ),
         ]
     return [
         *variants,
-        _kd("bf16, CE", "reverse_kl", "bf16", "bf16", "bf16"),
-        _kd("bf16, CE", "jsd", "bf16", "bf16", "bf16"),
         _kd("fp32 and bf16", "forward_kl", "fp32", "bf16", "fp32"),
+        _kd("fp32, ragged, CE", "reverse_kl", "fp32", "fp32", "fp32", **ragged),
         _mse("fp32", HAS_BIAS=True, SCALE_IN_MEMORY=True),
         _mse("fp32", WRITE_GRAD=False, HAS_ROW_WEIGHT=False),
-        _mse("fp32", aligned=(), wide=False, HAS_BIAS=True),
+        _mse("fp32", aligned=False, wide=False, HAS_BIAS=True),
     ]
 
 
 def _mse(prediction: str, target: str = "bf16", **rest: Any) -> Variant:
     flags = {"HAS_BIAS": False, "HAS_ROW_WEIGHT": True, "SCALE_IN_MEMORY": False, "WRITE_GRAD": True}
     options = {key: rest.pop(key) for key in ("aligned", "wide") if key in rest}
-    words = [key.lower() for key, value in rest.items() if value is True] + ["ragged"] * (
-        options.get("aligned") == ()
-    )
+    words = [key.lower() for key, value in rest.items() if value is True]
+    words += ["ragged"] if options.get("aligned") is False else []
     words += [f"no {key.lower()}" for key, value in rest.items() if value is False]
     name = f"mse {prediction} and {target} {', '.join(words)}".strip()
     return Variant(name, "mse_rows", {"prediction": prediction, "target": target}, flags | rest, **options)
@@ -126,23 +171,26 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from kdkernels._triton import projection, rows
     from kdkernels._triton.configs import launch_options, row_config
 
-    kernel: Any = rows._kd_rows_kernel if variant.kernel == "kd_rows" else projection._mse_rows_kernel
+    kernels: dict[str, Any] = {"kd_rows": rows._kd_rows_kernel, "mse_rows": projection._mse_rows_kernel}
+    kernel = kernels[variant.kernel]
     config = row_config(architecture)
     constants = variant.flags | {"BLOCK": config.block, "WIDTH": config.width}
-    fixed = {"labels": "i64", "row_weight": "fp32", "kd": "fp32", "ce": "fp32", "squares": "fp32"}
+    fixed = {"labels": "i64", "map": "i32"}
     # A bias has the dtype of its head, which in the linear loss is the dtype that the gradient is written in.
     biases = dict.fromkeys(("student_bias", "teacher_bias", "bias"), variant.dtypes.get("grad", "fp32"))
     pointers = fixed | biases | variant.dtypes
-    signature, attributes = {}, {}
+    signature, attributes, sizes = {}, {}, []
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr") or (name == "scale" and variant.flags["SCALE_IN_MEMORY"]):
             signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'fp32')}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif name.startswith("stride") or name in ("V", "D"):
+        elif name.startswith("stride") or name in ("R", "V", "V_teacher", "shared", "D"):
             signature[name] = "i32"
-            if name.startswith(variant.aligned):
+            known = variant.aligned or (variant.padded and name.startswith("stride"))
+            sizes.append(16 if known else 1)
+            if known:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -152,10 +200,8 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    sizes = [
-        16 if name.startswith(variant.aligned) else 1 for name, kind in signature.items() if kind == "i32"
-    ]
-    return triton.compile(source, target=target, options=launch_options(config, *sizes))
+    lean = variant.flags["FLAGS"].is_lean if "FLAGS" in variant.flags else True
+    return triton.compile(source, target=target, options=launch_options(config, *sizes, lean=lean))
 
 
 def _cuobjdump(cubin: Path, option: str) -> str:
@@ -165,21 +211,57 @@ def _cuobjdump(cubin: Path, option: str) -> str:
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
+def _instructions(code: str) -> list[tuple[int, str, str, str]]:
+    """(address, predicate, opcode, operands) of every instruction of a disassembly."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?\w+)?\s*([A-Z][\w.]*)([^;]*);", code)
+    return [(int(address, 16), predicate, opcode, rest) for address, predicate, opcode, rest in found]
+
+
+def _bits(opcode: str) -> int:
+    bits = re.search(r"\.(256|128|64|U16|S16|U8|S8)\b", opcode)
+    return int(bits[1].strip("US")) if bits else 32
+
+
+def _full_tiles(code: str) -> tuple[int, float]:
+    """Instructions and bytes of global memory of one turn of each loop whose loads ask no mask, summed.
+
+    Tails are masked, and the loop that writes zeros over a row that does not count loads nothing.
+    """
+    instructions = _instructions(code)
+    total, moved = 0, 0.0
+    for address, _, opcode, operands in instructions:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if not opcode.startswith("BRA") or target is None or int(target[1], 16) >= address:
+            continue
+        body = [part for part in instructions if int(target[1], 16) <= part[0] <= address]
+        loads = [part for part in body if part[2].startswith("LDG")]
+        if loads and not any(predicate for _, predicate, _, _ in loads):
+            total += len(body)
+            stores = [part for part in body if part[2].startswith("STG")]
+            moved += sum(_bits(opcode) / 8 for _, _, opcode, _ in loads + stores)
+    return total, moved
+
+
 def count(variant: Variant, architecture: str) -> Counts:
     """Compile and count."""
     compiled = compile_variant(variant, architecture)
+    from kdkernels._triton.configs import row_config
+
     widths: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    per_column = (0.0, 0.0)
     if architecture.startswith("sm_"):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             code, usage = _cuobjdump(cubin, "--dump-sass"), _cuobjdump(cubin, "-res-usage")
-        opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)
+        opcodes = [opcode for _, _, opcode, _ in _instructions(code)]
         for opcode in opcodes:
             kind = {"LDG": "load", "STG": "store"}.get(opcode.split(".")[0])
             if kind is not None:
-                bits = re.search(r"\.(256|128|64|U16|S16|U8|S8)\b", opcode)
-                widths[kind][int(bits[1].strip("US")) if bits else 32] += 1
+                widths[kind][_bits(opcode)] += 1
+        config = row_config(architecture)
+        columns = config.block // (32 * config.num_warps)
+        per_column = tuple(number / columns for number in _full_tiles(code))
         resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
         # A spill shows as a stack frame and as instructions on local memory; each instruction counts at least a word.
         on_stack = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
@@ -209,20 +291,24 @@ def count(variant: Variant, architecture: str) -> Counts:
         registers = int(numbers["vgpr_count"])
     loads, stores = (dict(sorted(widths[kind].items(), reverse=True)) for kind in ("load", "store"))
     shared = int(compiled.metadata.shared)
-    return Counts(variant.name, architecture, registers, shared, spills, instructions, loads, stores)
+    return Counts(
+        variant.name, architecture, registers, shared, spills, instructions, loads, stores, *per_column
+    )
 
 
 def table(counts: list[Counts]) -> str:
     """The counts as lines of a Markdown table."""
-    lines = ["| variant | arch | registers | shared B | spill B | instructions | loads | stores |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | arch | registers | shared B | spill B | instr | instr/column | B/column | loads | stores |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for row in counts:
         loads, stores = (
             " ".join(f"{n}x{bits}" for bits, n in widths.items()) for widths in (row.loads, row.stores)
         )
         lines.append(
             f"| {row.variant} | {row.architecture} | {row.registers} | {row.shared} | {row.spills} | "
-            f"{row.instructions} | {loads} | {stores} |"
+            f"{row.instructions} | {row.instructions_per_column:.0f} | {row.bytes_per_column:g} | {loads} | {stores} |"
         )
     return "\n".join(lines)
 

@@ -18,18 +18,19 @@ class RowConfig:
 
     block: columns of a tile. width: neighbouring columns of a tile that are reduced first; 8 of them are one 128-bit
     load of halves or two of fp32, all in one thread. num_warps: warps of a program. All powers of two, width < block.
-    ragged_registers: registers a thread may have when the sizes of a row are not multiples of 16; None leaves the choice
-    to the compiler. NVIDIA's aims at 64, and around the narrow loads of a ragged tail it then spills a word now and then.
+    registers: how many a thread may have where the code is not lean or the sizes of a row are not multiples of 16; None
+    leaves the choice to the compiler. NVIDIA's aims at 64 or 80, and around the narrow loads of a ragged tail, or with a
+    dozen numbers of the row to keep, it then spills a word now and then.
     """
 
     block: int
     width: int
     num_warps: int
-    ragged_registers: int | None = None
+    registers: int | None = None
 
 
 # 8 columns of each side a thread in every row of the table: 16 need twice the registers and halve the warps in flight.
-_NVIDIA = RowConfig(block=2048, width=8, num_warps=8, ragged_registers=128)
+_NVIDIA = RowConfig(block=2048, width=8, num_warps=8, registers=128)
 _AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
 
 # A chunk of two fp32 logit buffers: the default budget in bytes, and the rows below which the heads are read too often.
@@ -43,12 +44,12 @@ def row_config(architecture: str) -> RowConfig:
     return _AMD if architecture.startswith("gfx") else _NVIDIA
 
 
-def launch_options(config: RowConfig, *sizes: int) -> dict[str, int | bool]:
-    """Options of a launch over rows of these sizes and strides."""
+def launch_options(config: RowConfig, *sizes: int, lean: bool = True) -> dict[str, int | bool]:
+    """Options of a launch over rows of these sizes and strides; lean code is known not to spill when left alone."""
     # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it.
     options: dict[str, int | bool] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    if config.ragged_registers is not None and any(size % 16 for size in sizes):
-        options["maxnreg"] = config.ragged_registers
+    if config.registers is not None and (not lean or any(size % 16 for size in sizes)):
+        options["maxnreg"] = config.registers
     return options
 
 
