@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("kdtrain.commands.train", "train one student as a recipe says"),
     "cache": ("kdtrain.commands.cache", "store the teacher's outputs that a recipe needs"),
     "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again"),
+    "doctor": ("kdtrain.commands.doctor", "what can be told about a recipe before any training"),
     "study": ("kdtrain.commands.study", "a grid of methods, students, tasks and seeds: table, figure, costs"),
 }
 """Name, module and one line of help; a module is imported only when its command runs."""

@@ -66,12 +66,18 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe:
     Raises:
         KdtrainError: no such file, an unknown key, or a section that is none.
     """
-    content = read_recipe(path, overrides)
+    return study_from_dict(read_recipe(path, overrides))
+
+
+def study_from_dict(content: dict[str, Any]) -> StudyRecipe:
+    """A study from plain dicts, every key checked."""
+    content = dict(content)
     task = content.pop("task", "study")
     if task != "study":
         raise KdtrainError(f"kdtrain study reads recipes of task study, got task: {task}")
-    if "tasks" not in content or "students" not in content or "methods" not in content:
-        raise KdtrainError(f"{path} is no study: it needs tasks, students and methods")
+    missing = [name for name in ("tasks", "students", "methods") if name not in content]
+    if missing:
+        raise KdtrainError(f"a study needs tasks, students and methods; {missing[0]} is missing")
     return build(StudyRecipe, content)
 
 

@@ -1,0 +1,72 @@
+"""kdtrain doctor RECIPE."""
+
+import argparse
+import importlib
+from typing import Any
+
+from kdtrain.doctor import Finding, wrong
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe.files import read_recipe
+
+EXAMINERS = {
+    "classification": "kdtrain.commands.doctor:examine_classification",
+    "study": "kdtrain.commands.doctor:examine_study",
+}
+"""By a recipe's `task`: the function from its content to its findings."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One recipe of any task; everything behind it overrides fields."""
+    parser.add_argument("recipe", help="YAML file of a run or a study; any field can follow, as in --seed 1")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print what was found; code 1 when something is wrong."""
+    content = read_recipe(arguments.recipe, arguments.overrides)
+    task = content.get("task", "study" if "tasks" in content else "classification")
+    if task not in EXAMINERS:
+        raise KdtrainError(f"kdtrain doctor knows the tasks {', '.join(EXAMINERS)}, got task: {task}")
+    module, _, function = EXAMINERS[task].partition(":")
+    findings: list[Finding] = getattr(importlib.import_module(module), function)(content)
+    for finding in findings:
+        print(finding.line())
+    count = sum(finding.level == "wrong" for finding in findings)
+    print(f"{count} wrong, {sum(finding.level == 'suspicious' for finding in findings)} suspicious")
+    return 1 if count else 0
+
+
+def examine_classification(content: dict[str, Any]) -> list[Finding]:
+    """The findings of one run."""
+    from kdtrain.recipe import recipe_from_dict
+
+    recipe = recipe_from_dict(content)
+    from kdtrain.doctor.classification import examine_recipe
+
+    return examine_recipe(recipe)
+
+
+def examine_study(content: dict[str, Any]) -> list[Finding]:
+    """The findings of every task and method with the first student and seed, each said once."""
+    from kdtrain.study.plan import study_from_dict, unfold
+
+    study = study_from_dict(content)
+    from kdtrain.doctor.classification import examine_recipe
+
+    findings: dict[Finding, str] = {}
+    seen = set()
+    for cell in unfold(study):
+        place = f"{cell.task}, {cell.method}"
+        if place in seen:
+            continue
+        seen.add(place)
+        build = study.tasks[cell.task].get("build")
+        try:
+            if build is not None:
+                from kdtrain.study.shared import make_data
+
+                make_data(study.tasks[cell.task], cell)
+            for finding in examine_recipe(cell.recipe):
+                findings.setdefault(finding, place)
+        except KdtrainError as error:
+            findings.setdefault(wrong(str(error)), place)
+    return [Finding(finding.level, f"({place}) {finding.text}") for finding, place in findings.items()]

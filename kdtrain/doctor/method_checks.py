@@ -1,0 +1,163 @@
+"""Checks of a classification run: student, method and training."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.cache_build import teacher_outputs
+from kdtrain.data.pairs import PairRows
+from kdtrain.doctor import Finding, note, suspicious, wrong
+from kdtrain.doctor.subject import CPU, Subject
+from kdtrain.files import human_bytes
+from kdtrain.models import build_student, parameter_count, shape_of
+from kdtrain.objective import Batch, DistillationModel, Method
+from kdtrain.prepare import check_length
+
+
+def what_is_trained(subject: Subject) -> Iterator[Finding]:
+    """Sizes, steps: what the run will be."""
+    recipe, data = subject.recipe, subject.data
+    torch.manual_seed(recipe.seed)
+    student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
+    check_length(recipe, student)
+    rows = len(data.train) + (
+        len(data.unlabelled) if subject.method.needs_teacher and recipe.data.use_unlabelled else 0
+    )
+    training = recipe.training
+    steps = -(-rows // training.batch_size) * training.epochs
+    steps = min(steps, training.max_steps or steps)
+    yield note(
+        f"{data.name}: {rows:,} rows to train on, {steps:,} steps of {training.batch_size}; student of "
+        f"{parameter_count(student):,} parameters, about {human_bytes(16 * parameter_count(student))} for weights, "
+        "gradients and optimizer"
+    )
+
+
+def loss_ignores_padding(subject: Subject) -> Iterator[Finding]:
+    """The loss of one batch with 0 and with 7 more columns of padding, dropout off."""
+    recipe, data, method = subject.recipe, subject.data, subject.method
+    torch.manual_seed(recipe.seed)
+    student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
+    model = DistillationModel(student, method).eval()
+    rows, index = (
+        subject.student_rows(recipe.student.max_length - 7),
+        torch.arange(min(4, len(subject.sample))),
+    )
+    input_ids, mask = rows.batch(index)
+    batch = Batch(input_ids, mask, subject.sample.labels[index])
+    if subject.teacher is not None and method.needs_teacher:
+        batch = replace(batch, **teacher_part(subject, method, index))
+    pad = (rows.texts if isinstance(rows, PairRows) else rows).pad_id
+    wider = replace(
+        batch,
+        input_ids=torch.nn.functional.pad(input_ids, (0, 7), value=pad),
+        attention_mask=torch.nn.functional.pad(mask, (0, 7)),
+    )
+    with torch.no_grad():
+        first, second = (float(model(one, len(index))[0]) for one in (batch, wider))
+    if not abs(first - second) <= 1e-3 * (1 + abs(first)):
+        yield wrong(
+            f"the loss is {first:.6g}, and {second:.6g} with 7 more columns of padding: the student reads padding"
+        )
+
+
+def teacher_part(subject: Subject, method: Method, index: Tensor) -> dict[str, Any]:
+    """The fields of a batch that come from the teacher."""
+    teacher = subject.teacher
+    assert teacher is not None
+    sequences = method.whole_sequences
+    outputs = teacher_outputs(
+        teacher, subject.teacher_rows(), index, method.teacher_layers, CPU, sequences=sequences
+    )
+    fields: dict[str, Any] = {"teacher_logits": outputs.logits}
+    if outputs.states is not None and outputs.lengths is not None:
+        parts = outputs.states.split(outputs.lengths.flatten().tolist())
+        fields["teacher_states"] = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(
+            1, 2
+        )
+        width = fields["teacher_states"].shape[2]
+        fields["teacher_mask"] = torch.arange(width) < outputs.lengths.flatten()[:, None]
+    elif outputs.states is not None:
+        fields["teacher_states"] = outputs.states.flatten(0, 1)
+    return fields
+
+
+def correlation_has_a_gradient(subject: Subject) -> Iterator[Finding]:
+    """DIST's inter-class term with two classes."""
+    if (
+        subject.recipe.method.name == "dist"
+        and len(subject.data.classes) == 2
+        and subject.recipe.method.inter_weight
+    ):
+        yield suspicious(
+            "method dist: with two classes the correlation across classes is always +1 or -1 and has no gradient, so "
+            "only the correlation across the batch teaches; set method.inter_weight to 0 to say so"
+        )
+
+
+def batch_is_large_enough(subject: Subject) -> Iterator[Finding]:
+    """DIST's correlation over a batch of few rows."""
+    if subject.recipe.method.name == "dist" and subject.recipe.training.batch_size < 8:
+        yield suspicious(
+            f"method dist correlates over the rows of a batch, and training.batch_size is {subject.recipe.training.batch_size}; "
+            "take 16 or more"
+        )
+
+
+def gradient_is_clipped(subject: Subject) -> Iterator[Finding]:
+    """A clip that never clips."""
+    norm = subject.recipe.training.clip_norm
+    if norm == float("inf") or norm > 1e4:
+        yield suspicious(f"training.clip_norm is {norm:g}: the gradient is never clipped; 1.0 is usual")
+
+
+def soft_labels_weigh_something(subject: Subject) -> Iterator[Finding]:
+    """Temperature and weights against each other."""
+    method = subject.recipe.method
+    if method.name in ("kd", "kd_features", "pkd", "ckd"):
+        if method.kd_weight * method.temperature**2 < 0.01 * method.ce_weight:
+            yield suspicious(
+                f"method.kd_weight * temperature^2 is {method.kd_weight * method.temperature**2:.3g} beside "
+                f"method.ce_weight {method.ce_weight:g}: the teacher hardly counts"
+            )
+        if method.kd_weight == 0 and method.ce_weight == 0:
+            yield suspicious("method.kd_weight and method.ce_weight are both 0: nothing teaches the classes")
+
+
+def layers_meet(subject: Subject) -> Iterator[Finding]:
+    """Which layers are compared."""
+    method, teacher = subject.method, subject.teacher
+    if not method.student_layers or teacher is None:
+        return
+    pairs = list(zip(method.student_layers, method.teacher_layers, strict=True))
+    layers = shape_of(teacher.model.config).layers
+    own = subject.recipe.student.layers
+    if not subject.recipe.method.layer_map and subject.recipe.student.path is None and layers % own:
+        yield suspicious(
+            f"the teacher's {layers} layers are no multiple of the student's {own}: layers are paired as {pairs}; "
+            "name method.layer_map if you mean others"
+        )
+    elif own == 1 and subject.recipe.method.name == "pkd":
+        yield note(
+            "method pkd leaves the topmost pair out, and a student of one layer has no other: it is kept"
+        )
+    else:
+        yield note(f"layers compared, student and teacher: {pairs}")
+
+
+def tokens_meet(subject: Subject) -> Iterator[Finding]:
+    """CKD compares the i-th token of one tokenizer with the i-th of another."""
+    if not subject.method.whole_sequences or subject.teacher is None:
+        return
+    ours, theirs = subject.student_rows(1 << 20), subject.teacher_rows(1 << 20)
+    if isinstance(ours, PairRows) or isinstance(theirs, PairRows):
+        return
+    ratio = float((ours.lengths / theirs.lengths).median())
+    if not 0.8 < ratio < 1.25:
+        yield suspicious(
+            f"method ckd compares tokens place by place, and the student needs {ratio:.2f} times the teacher's tokens for a row: "
+            "token 100 of one is not token 100 of the other; take student.vocab_size nearer to the teacher's vocabulary"
+        )

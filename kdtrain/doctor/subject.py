@@ -1,0 +1,100 @@
+"""What the checks of a classification run look at: a recipe, and all it names, opened when first asked for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kdtrain.cache_build import teacher_outputs
+from kdtrain.data.classification import ClassificationData
+from kdtrain.data.pairs import Rows, tokenize_split
+from kdtrain.data.rows import TextRows
+from kdtrain.materials import Materials
+from kdtrain.models import load_tokenizer
+from kdtrain.objective import Method
+from kdtrain.prepare import build_method
+from kdtrain.recipe import Recipe
+from kdtrain.teachers import Teacher
+from kdtrain.tokenizers import train_tokenizer
+
+SAMPLE = 200
+"""Rows that a check looks at where looking costs a model's time."""
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Subject:
+    """A recipe with everything it names, opened when a check first asks for it."""
+
+    recipe: Recipe
+
+    @cached_property
+    def materials(self) -> Materials:
+        """Data and teacher, loaded once."""
+        return Materials()
+
+    @property
+    def data(self) -> ClassificationData:
+        """The data set."""
+        return self.materials.data(self.recipe)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, if the recipe names one."""
+        return self.materials.teacher(self.recipe)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method, told both shapes."""
+        return build_method(self.recipe, self.teacher)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer, or one like it, trained on a part of the rows."""
+        given = self.recipe.student.tokenizer or self.recipe.student.path
+        if given is not None:
+            return load_tokenizer(
+                given, "student.tokenizer" if self.recipe.student.tokenizer else "student.path"
+            )
+        return train_tokenizer(
+            self.data.train.all_texts()[: 10 * SAMPLE],
+            vocab_size=self.recipe.student.vocab_size,
+            max_length=self.recipe.student.max_length,
+            focus=self.data.focus,
+        )
+
+    @cached_property
+    def sample(self) -> TextRows:
+        """Some validation rows, spread evenly."""
+        count = len(self.data.valid)
+        return self.data.valid.select(torch.linspace(0, count - 1, min(SAMPLE, count)).long().tolist())
+
+    def student_rows(self, limit: int | None = None) -> Rows:
+        """The sample in the student's tokens."""
+        return tokenize_split(
+            self.sample, self.tokenizer, limit or self.recipe.student.max_length, self.data.focus
+        )
+
+    def teacher_rows(self, limit: int | None = None) -> Rows:
+        """The sample in the teacher's tokens."""
+        assert self.teacher is not None
+        return tokenize_split(
+            self.sample,
+            self.teacher.tokenizer,
+            limit or self.teacher.max_length,
+            self.data.focus,
+            self.teacher.insert,
+        )
+
+    @cached_property
+    def teacher_logits(self) -> Tensor:
+        """What the teacher says of the sample."""
+        assert self.teacher is not None
+        rows = self.teacher_rows()
+        parts = [
+            teacher_outputs(self.teacher, rows, index[None], (), CPU).logits
+            for index in torch.arange(len(rows))
+        ]
+        return torch.cat(parts)
