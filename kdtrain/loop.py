@@ -20,7 +20,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import append_line, write_atomic
 from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
-from kdtrain.sharding import load_state, whole_state
+from kdtrain.sharding import joined, load_state, whole_state
 from kdtrain.task import Evaluate, Objective, RunRecipe, TrainingData
 
 SMALLER_IS_BETTER = ("loss", "divergence")
@@ -133,7 +133,7 @@ def train(
                 sums[:-2] += terms * (share / (divisor * accelerator.num_processes))
                 sums[-2] += loss.detach() * (share / accelerator.num_processes)
             norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
-            sums[-1] += 0.0 if norm is None else norm  # None under DeepSpeed, which clips for itself
+            sums[-1] += 0.0 if norm is None else joined(norm)  # None under DeepSpeed, which clips for itself
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.cache import Identity, TeacherCache
@@ -37,9 +38,16 @@ def start_accelerator(recipe: RunRecipe) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = recipe.training.precision
     try:
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
         raise KdtrainError(f"training.precision {precision} does not work on this machine: {error}") from None
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
+        "ACCELERATE_USE_FSDP"
+    ):
+        # Accelerate takes FSDP from its configuration on every device but the CPU, where it would run DDP in silence.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    return accelerator
 
 
 def claim_folder(

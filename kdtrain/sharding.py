@@ -45,6 +45,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict({**state, "state": cut})
 
 
+def joined(value: Tensor) -> Tensor:
+    """A tensor whole, on every process. All processes take part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def repeated_names(model: nn.Module) -> set[str]:
     """The further names of parameters and buffers that a model holds under several."""
     first = {
@@ -58,7 +63,7 @@ def repeated_names(model: nn.Module) -> set[str]:
 def _whole(value: Tensor) -> Tensor:
     if not isinstance(value, DTensor):
         return value
-    whole = value.full_tensor()
+    whole = joined(value)
     return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)
 
 

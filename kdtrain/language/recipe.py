@@ -48,7 +48,7 @@ class LanguageStudentRecipe:
     tokenizer: str | None = option(
         None, "folder or hub id of the tokenizer of a new student; by default the teacher's"
     )
-    architecture: Literal["llama", "qwen2"] = option("qwen2", "family of a new student")
+    architecture: Literal["llama", "qwen3"] = option("llama", "family of a new student")
     hidden_size: int = option(256, "width D")
     layers: int = option(4, "decoder layers")
     heads: int = option(4, "attention heads; also of keys and values")

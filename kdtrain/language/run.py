@@ -16,7 +16,12 @@ from kdtrain.language.heads import check_model
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows, pack
 from kdtrain.language.recipe import LanguageRecipe
-from kdtrain.language.student import build_language_student, student_tokenizer
+from kdtrain.language.student import (
+    SAMPLE_CODE,
+    build_language_student,
+    check_tokenizer_survives,
+    student_tokenizer,
+)
 from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
 from kdtrain.language.vocabulary import match_vocabularies
 from kdtrain.loop import describe_training, train
@@ -26,9 +31,6 @@ from kdtrain.prepare import start_accelerator
 from kdtrain.progress import say
 from kdtrain.sharding import whole_state
 from kdtrain.summary import Summary, installed_versions
-
-SAMPLE_CODE = ("def f(x):\n    return x + 1\n", "class A:\n\tpass", "# naïve café 你好\n", "a  b\n\n\n  c")
-"""What both tokenizers must cut alike."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
         )
     torch.manual_seed(recipe.seed)
     student = build_language_student(recipe, tokenizer, teacher)
+    check_tokenizer_survives(student, tokenizer)
     check_model(student, "student", packing=recipe.data.packing)
     vocab_map = None
     if teacher is not None:

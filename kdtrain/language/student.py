@@ -1,12 +1,14 @@
 """Student language models: started from a checkpoint, or new in the shape that the recipe gives."""
 
+import tempfile
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
+    Qwen3Config,
 )
 
 from kdtrain.errors import KdtrainError
@@ -14,7 +16,10 @@ from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.teacher import LanguageTeacher, load_causal
 from kdtrain.models import load_tokenizer, special_ids
 
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+
+SAMPLE_CODE = ("def f(x):\n    return x + 1\n", "class A:\n\tpass", "# naïve café 你好\n", "a  b\n\n\n  c")
+"""Texts that tokenizers must cut alike."""
 
 
 def student_tokenizer(recipe: LanguageRecipe) -> PreTrainedTokenizerBase:
@@ -57,6 +62,7 @@ def build_language_student(
                 num_hidden_layers=given.layers,
                 num_attention_heads=given.heads,
                 num_key_value_heads=given.heads,
+                head_dim=given.hidden_size // given.heads,
                 max_position_embeddings=recipe.data.max_length,
                 tie_word_embeddings=given.tie_embeddings,
                 **special_ids(tokenizer),
@@ -69,5 +75,28 @@ def build_language_student(
             f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
         )
     if recipe.training.checkpointing:
-        model.gradient_checkpointing_enable()
+        # Older releases of transformers 5 only have gradient_checkpointing_enable.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     return model
+
+
+def check_tokenizer_survives(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save and load the tokenizer beside the student's configuration, as its users will find it.
+
+    For some families transformers builds the family's own rules around the stored vocabulary, whatever was saved.
+
+    Raises:
+        KdtrainError: the loaded tokenizer cuts text otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        student.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded = load_tokenizer(folder, "student.tokenizer")
+    for text in SAMPLE_CODE:
+        if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise KdtrainError(
+                f"a student of the family {student.config.model_type} would be loaded with a {type(loaded).__name__}, which cuts "
+                f"{text[:20]!r} otherwise than the tokenizer of this run; choose another student.architecture or a "
+                "tokenizer made for this family"
+            )

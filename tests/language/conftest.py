@@ -1,6 +1,9 @@
 """Tiny language models of every family, a tokenizer and documents, all made here."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,15 @@ from transformers import (
     Starcoder2Config,
 )
 
+from kdtrain.language.recipe import (
+    LanguageDataRecipe,
+    LanguageMethodRecipe,
+    LanguageRecipe,
+    LanguageStudentRecipe,
+    LanguageTeacherRecipe,
+    LanguageTrainingRecipe,
+)
+from kdtrain.language.run import run_language
 from kdtrain.tokenizers import train_tokenizer
 
 VOCABULARY = 300
@@ -90,3 +102,42 @@ def tokenizer(sources: list[str]) -> PreTrainedTokenizerFast:
     made = train_tokenizer(sources, vocab_size=VOCABULARY, max_length=1 << 20)
     made.backend_tokenizer.post_processor = None
     return made
+
+
+@pytest.fixture(scope="session")
+def language_recipe(
+    tmp_path_factory: pytest.TempPathFactory, sources: list[str], tokenizer: PreTrainedTokenizerFast
+) -> LanguageRecipe:
+    """A run of a second or two on labels only, with a new student and its own tokenizer; tests replace its parts."""
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "code.jsonl").write_text("".join(json.dumps({"text": source}) + "\n" for source in sources))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return LanguageRecipe(
+        data=LanguageDataRecipe(train=str(folder / "code.jsonl"), max_length=64, held_out=0.2),
+        student=LanguageStudentRecipe(
+            tokenizer=str(folder / "tokenizer"), hidden_size=32, layers=2, heads=2, intermediate_size=64
+        ),
+        method=LanguageMethodRecipe(name="ft"),
+        training=LanguageTrainingRecipe(
+            epochs=20, max_steps=24, batch_size=7, learning_rate=1e-2, evaluate_every=8, log_every=4
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def language_teacher(language_recipe: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of that run, which serves as a teacher."""
+    folder = tmp_path_factory.mktemp("language_teacher")
+    run_language(replace(language_recipe, output=str(folder / "run")))
+    return folder / "run" / "student"
+
+
+@pytest.fixture(scope="session")
+def language_distillation(language_recipe: LanguageRecipe, language_teacher: Path) -> LanguageRecipe:
+    """Distillation of distribution and hidden states into a narrower student with the teacher's tokenizer."""
+    return replace(
+        language_recipe,
+        student=replace(language_recipe.student, tokenizer=None, hidden_size=16),
+        teacher=LanguageTeacherRecipe(path=str(language_teacher)),
+        method=LanguageMethodRecipe(name="kd_features"),
+    )

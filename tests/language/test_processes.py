@@ -1,0 +1,116 @@
+"""Two gloo processes, replicated (DDP) and sharded (FSDP2), take the same steps as one, and survive kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.run import run_language
+from kdtrain.plots import read_metrics
+from kdtrain.recipe import save_recipe
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+MEASURED = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock or the machine decides."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(folder)]
+
+
+def launch(recipe: Path, options: dict[str, str]) -> "subprocess.Popen[str]":
+    """torchrun with two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*command, "-m", "kdtrain", "train", str(recipe)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", **options},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    """Its remarks, once it has ended well."""
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+def workers(agent: int) -> list[int]:
+    """The processes that torchrun started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == agent:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(
+    language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
+) -> None:
+    """Odd batches, accumulation, a tied head, hidden states: the same losses and the same student."""
+    training = replace(
+        language_distillation.training, max_steps=4, evaluate_every=4, log_every=1, accumulation=2
+    )
+    recipe = replace(language_distillation, training=training)
+    run_language(replace(recipe, output=str(tmp_path / "one")))
+    save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    finish(launch(tmp_path / "recipe.yaml", options))
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["training"]["processes"] == 2
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
+    before, after = (load_file(tmp_path / name / "student/model.safetensors") for name in ("one", "two"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [FSDP2], ids=["fsdp2"])
+def test_killed_processes_resume_bit_for_bit(
+    language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
+) -> None:
+    """Both workers killed with -9 behind a checkpoint; started again, they end with the bytes of a run left alone."""
+    training = replace(language_distillation.training, max_steps=9, evaluate_every=3, log_every=1)
+    recipe = replace(language_distillation, training=training)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        save_recipe(replace(recipe, output=str(folder)), tmp_path / f"{folder.name}.yaml")
+    finish(launch(tmp_path / "whole.yaml", options))
+
+    process = launch(tmp_path / "killed.yaml", options)
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    victims = workers(process.pid)
+    assert len(victims) == 2
+    process.send_signal(signal.SIGKILL)
+    for worker in victims:
+        os.kill(worker, signal.SIGKILL)
+    process.communicate()
+    reached = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
+    assert 0 < reached < 9, "the run was over before it could be killed"
+
+    assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", options))
+    assert lines(killed) == lines(whole)
+    for name in ("student/model.safetensors", "projection.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

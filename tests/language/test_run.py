@@ -1,0 +1,96 @@
+"""A language-model run end to end: it learns, leaves what it promises, and does not repeat itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+
+from kdtrain.cli import main
+from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, load_language_recipe
+from kdtrain.language.run import LanguageSummary, run_language
+from kdtrain.plots import read_metrics
+from kdtrain.recipe import load_recipe, save_recipe
+from kdtrain.tokenizers import train_tokenizer
+
+
+def test_teacher_learns_and_loads_plainly(language_teacher: Path, sources: list[str]) -> None:
+    folder = language_teacher.parent
+    summary = LanguageSummary.load(folder)
+    losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json", "checkpoints"):
+        assert (folder / name).exists(), name
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".tmp", ".old")]
+    model = AutoModelForCausalLM.from_pretrained(language_teacher).eval()
+    tokenizer = AutoTokenizer.from_pretrained(language_teacher)
+    ids = tokenizer(sources[12], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert float(loss) < 1.5 * summary.test["loss"]
+    assert summary.test["loss"] == min(
+        line["valid/loss"] for line in read_metrics(folder) if "valid/loss" in line
+    )
+
+
+def test_distilled_student_comes_nearer_to_its_teacher(
+    language_distillation: LanguageRecipe, tmp_path: Path
+) -> None:
+    recipe = replace(language_distillation, output=str(tmp_path / "run"))
+    recipe = replace(recipe, training=replace(recipe.training, precision="bf16", checkpointing=True))
+    summary = run_language(recipe)
+    found = [
+        line["valid/divergence"] for line in read_metrics(tmp_path / "run") if "valid/divergence" in line
+    ]
+    assert found[-1] < 0.7 * found[0] and 0 < summary.test["agreement"] <= 1
+    student = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert not [name for name in student if "projection" in name or "teacher" in name]
+    assert set(load_file(tmp_path / "run" / "projection.safetensors")) == {
+        "projections.0.weight",
+        "projections.0.bias",
+    }
+
+
+def test_command_line_and_finished_runs(
+    language_recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(
+        language_recipe,
+        output=str(tmp_path / "run"),
+        training=replace(language_recipe.training, max_steps=2, evaluate_every=2),
+    )
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_language_recipe(tmp_path / "recipe.yaml") == recipe
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert "already done: run: held-out loss" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--training.learning_rate", "0.1"]) == 2
+    assert "holds another run (training.learning_rate: 0.01 there, 0.1 here)" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--data.maxlength", "0.1"]) == 2
+    assert "unknown recipe key data.maxlength; did you mean data.max_length?" in capsys.readouterr().err
+    with pytest.raises(KdtrainError, match=r"reads recipes of task classification, got task: code_lm"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_what_does_not_fit_is_told(
+    language_distillation: LanguageRecipe, sources: list[str], tmp_path: Path
+) -> None:
+    recipe = replace(language_distillation, output=str(tmp_path / "run"))
+    other: PreTrainedTokenizerFast = train_tokenizer(sources[:3], vocab_size=300, max_length=64)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(KdtrainError, match=r"the tokenizers of student and teacher differ: id \d+ is"):
+        run_language(replace(recipe, student=replace(recipe.student, tokenizer=str(tmp_path / "other"))))
+    with pytest.raises(KdtrainError, match=r"method kd needs a teacher; set teacher.path"):
+        replace(recipe, method=LanguageMethodRecipe(), teacher=replace(recipe.teacher, path=None))
+    with pytest.raises(KdtrainError, match=r"teacher.path: there is no folder /nowhere"):
+        run_language(replace(recipe, teacher=replace(recipe.teacher, path="/nowhere")))
+    model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=300, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=16))  # fmt: skip
+    model.save_pretrained(tmp_path / "qwen2")
+    student = replace(recipe.student, path=str(tmp_path / "qwen2"), tokenizer=recipe.teacher.path)
+    with pytest.raises(KdtrainError, match=r"family qwen2 would be loaded with a Qwen2Tokenizer, which cuts"):
+        run_language(replace(recipe, student=student))
+    assert not (tmp_path / "run").exists(), "nothing was begun"
