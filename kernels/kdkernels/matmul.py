@@ -25,6 +25,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def logit_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """(rows, V) for logits of the head `like`; on GPUs rows start at multiples of 16 elements.
+
+    The products take such rows as they are, in float32 and as their half alias, and Triton reads them 128 bits at a
+    time only when it knows the stride to be a multiple of 16.
+    """
+    width = -(-vocabulary // 16) * 16 if like.device.type == "cuda" else vocabulary
+    return torch.empty((rows, width), dtype=wide_dtype(like.dtype), device=like.device)
+
+
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (R, V) = hidden (R, D) @ weight (V, D).T in float32 (float64 for float64)."""
     if has_half_products(weight):

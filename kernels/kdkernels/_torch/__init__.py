@@ -4,6 +4,7 @@ from . import windows
 from .features import direction_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import chunk_rows, kd_rows, mse_rows
+from .softmax import row_statistics, softmax_gradient
 
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
@@ -12,5 +13,7 @@ __all__ = [
     "kd_rows",
     "mse_rows",
     "relation_rows",
+    "row_statistics",
+    "softmax_gradient",
     "windows",
 ]

@@ -1,0 +1,253 @@
+"""Teachers that are a few numbers per token: the kept entries of a top k, or the cross-term of a frozen head.
+
+Of a row of student logits such a loss needs its log-sum-exps, and its gradient is a multiple of the row's softmax except
+at a few entries. So a back end supplies just that (`row_statistics`, `softmax_gradient`), and all that has the size
+of K is done here, once for all of them.
+
+A top k is two distributions over K + 1 categories, the kept entries and all the others together. The kept logits are
+lifted out of the row first: what is left of the row is then the last category, and is never computed as 1 - sum.
+The divergence of K + 1 categories and its derivatives are those of the reference, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .options import LogitTransform, RowTerms
+from .reference import divergence
+from .teachers import Tail
+
+
+def transform_(
+    logits: Tensor, bias: Tensor | None, transform: LogitTransform, derivative: bool
+) -> Tensor | None:
+    """Bias, scale and softcap in place; the softcap's part of the derivative, where it is wanted."""
+    if bias is not None:
+        logits.add_(bias)
+    if transform.softcap is None:
+        if transform.scale != 1.0:
+            logits.mul_(transform.scale)
+        return None
+    logits.mul_(transform.scale / transform.softcap).tanh_()
+    chain = torch.addcmul(logits.new_ones(()), logits, logits, value=-1.0) if derivative else None
+    logits.mul_(transform.softcap)
+    return chain
+
+
+@dataclass
+class _Rows:
+    """A chunk of student logits, transformed, and what the cross entropy needs of it before entries are lifted out."""
+
+    backend: Backend
+    logits: Tensor  # (R, V), overwritten
+    terms: RowTerms
+    labels: Tensor | None  # (R, 1), only with a cross entropy
+    label_logit: Tensor | None  # (R, 1)
+    total: Tensor | None  # (R,) sum of the logits, for label smoothing
+    chain: Tensor | None
+    dead: Tensor | None  # (R, 1)
+    row_weight: Tensor | None
+
+    @staticmethod
+    def make(
+        backend: Backend,
+        logits: Tensor,
+        terms: RowTerms,
+        labels: Tensor | None,
+        bias: Tensor | None,
+        row_weight: Tensor | None,
+        derivative: bool,
+    ) -> _Rows:
+        chain = transform_(logits, bias, terms.student_transform, derivative)
+        dead = None if row_weight is None else (row_weight == 0).unsqueeze(1)
+        label_logit = total = None
+        labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
+        if labels is not None:
+            labels = labels if dead is None else labels.masked_fill(dead, 0)
+            label_logit = _alive(logits.gather(1, labels).to(_wide(logits)), dead)
+            if terms.label_smoothing != 0.0:
+                total = _alive(logits.sum(1, keepdim=True, dtype=_wide(logits)), dead).squeeze(1)
+        return _Rows(backend, logits, terms, labels, label_logit, total, chain, dead, row_weight)
+
+    def cross_entropy(self, log_sum: Tensor) -> Tensor:
+        """(R,) from the log-sum-exp at temperature 1."""
+        if self.label_logit is None:
+            return torch.zeros_like(log_sum)
+        smoothing = self.terms.label_smoothing
+        value = log_sum - (1.0 - smoothing) * self.label_logit.squeeze(1)
+        if self.total is not None:
+            value = value - self.total * (smoothing / self.logits.shape[1])
+        return value if self.dead is None else value.masked_fill(self.dead.squeeze(1), 0.0)
+
+    def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(R,) of the divergence, of the cross entropy's softmax, and the constant of its smoothing."""
+        terms = self.terms
+        unit = self.row_weight
+        if unit is None:
+            unit = torch.ones(self.logits.shape[0], dtype=_wide(self.logits), device=self.logits.device)
+        scaled = unit.to(_wide(self.logits)) * terms.student_transform.scale
+        if self.labels is None:
+            return scaled * terms.kd_scale, None, None
+        of_ce = scaled * terms.ce_weight
+        smoothing = terms.label_smoothing
+        constant = None if smoothing == 0.0 else of_ce * (-smoothing / self.logits.shape[1])
+        return scaled * terms.kd_scale, of_ce, constant
+
+    def finish(self, grad: Tensor, entries: Tensor | None) -> None:
+        """Put the label's entry (R, 1) into the gradient and go back through the softcap."""
+        if entries is not None and self.labels is not None:
+            grad.scatter_(1, self.labels, entries.to(grad.dtype))
+        if self.chain is not None:
+            grad.mul_(self.chain)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _alive(tensor: Tensor, dead: Tensor | None) -> Tensor:
+    return tensor if dead is None else tensor.masked_fill(dead, 0.0)
+
+
+def _softmax_entries(logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
+    """(R, K) factor * exp(logits - log_sum), with (R,) factor and log_sum."""
+    return factor.unsqueeze(1) * (logits - log_sum.unsqueeze(1)).exp()
+
+
+def top_k_rows(
+    backend: Backend,
+    logits: Tensor,  # (R, V) of the student before bias and transform, overwritten
+    logprobs: Tensor,  # (R, K)
+    indices: Tensor,  # (R, K)
+    tail: Tail,
+    labels: Tensor | None,  # (R,)
+    terms: RowTerms,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    grad: Tensor | None = None,  # (R, V), may lie over the logits
+) -> tuple[Tensor, Tensor]:
+    """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
+    wide = _wide(logits)
+    kept = logprobs > -math.inf
+    raw = logits.gather(1, indices)
+    logits.scatter_(1, indices, raw.masked_fill(kept, -math.inf))
+    student = _alive(raw.to(wide), rows.dead).masked_fill(~kept, -math.inf)
+    teacher = _alive(logprobs.double(), rows.dead)
+
+    # Tempered before the others are put together, or after: that is the difference of the two tails.
+    bucket = tail == "bucket"
+    temperature = 1.0 if bucket else terms.temperature
+    others = backend.row_statistics(
+        logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
+    )
+    kd, of_kept, of_others = _categories(student, others[0], teacher, bucket, terms)
+    log_sum = torch.logaddexp(others[1], student.logsumexp(1))
+    ce = rows.cross_entropy(log_sum)
+    kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
+    if grad is None:
+        return kd.to(wide), ce
+
+    of_kd, of_ce, constant = rows.factors()
+    nothing = others[0] == -math.inf
+    factor = (of_kd * of_others).masked_fill(nothing, 0.0)
+    statistics = torch.stack((others[0].masked_fill(nothing, 0.0), log_sum))
+    backend.softmax_gradient(logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad)
+
+    entries = of_kd.unsqueeze(1) * of_kept
+    if of_ce is not None:
+        entries = entries + _softmax_entries(student, log_sum, of_ce)
+    if constant is not None:
+        entries = entries + constant.unsqueeze(1)
+    # An entry that was not kept belongs to the others, which are written already.
+    entries = torch.where(kept, entries.to(grad.dtype), grad.gather(1, indices))
+    own = None
+    if rows.labels is not None and rows.label_logit is not None and of_ce is not None:
+        among = (indices == rows.labels) & kept
+        own = _softmax_entries(rows.label_logit / temperature, statistics[0], factor)
+        own = torch.where(
+            among.any(1, keepdim=True),
+            (of_kd.unsqueeze(1) * of_kept).masked_fill(~among, 0.0).sum(1, True),
+            own,
+        )
+        own = (
+            own
+            + _softmax_entries(rows.label_logit, log_sum, of_ce)
+            - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
+        )
+        own = own if constant is None else own + constant.unsqueeze(1)
+    grad.scatter_(1, indices, entries)
+    rows.finish(grad, own)
+    return kd.to(wide), ce
+
+
+def _categories(
+    student: Tensor,  # (R, K) kept logits
+    others: Tensor,  # (R,) log-sum-exp of the others
+    teacher: Tensor,  # (R, K) log-probabilities in float64
+    bucket: bool,
+    terms: RowTerms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of the K + 1 categories (R,), and its derivatives for the kept logits and for `others`."""
+    if bucket:
+        rest = (1.0 - teacher.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
+        log_p_t = (torch.cat((teacher, rest), 1) / terms.temperature).log_softmax(1)
+    else:
+        log_p_t = (teacher / terms.temperature).log_softmax(1)
+        log_p_t = torch.cat((log_p_t, torch.full_like(log_p_t[:, :1], -math.inf)), 1)
+    with torch.enable_grad():
+        leaves = [tensor.detach().double().requires_grad_() for tensor in (student, others.unsqueeze(1))]
+        # The others' log-sum-exp is tempered already where tempering came first.
+        parts = leaves[0] / terms.temperature, leaves[1] / (terms.temperature if bucket else 1.0)
+        kd = divergence(torch.cat(parts, 1).log_softmax(1), log_p_t, terms.divergence)
+        of_kept, of_others = torch.autograd.grad(kd.sum(), leaves)
+    # The log-sum-exp of logits / T has the derivative softmax / T.
+    of_others = of_others.squeeze(1) / (1.0 if bucket else terms.temperature)
+    return kd.detach(), of_kept.to(student.dtype), of_others.to(student.dtype)
+
+
+def cross_term_rows(
+    backend: Backend,
+    logits: Tensor,  # (R, V) of the student before bias and scale, overwritten
+    mean: Tensor,  # (R,) <p_t, logits> before the scale
+    entropy: Tensor,  # (R,)
+    labels: Tensor | None,  # (R,)
+    terms: RowTerms,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    grad: Tensor | None = None,  # (R, V), may lie over the logits; without the part of the cross-term
+) -> tuple[Tensor, Tensor]:
+    """Divergence and cross entropy (R,); into `grad` what of their gradient goes through the logits' own softmax."""
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
+    temperature = terms.temperature
+    statistics = backend.row_statistics(
+        logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
+    )
+    # In float64: the two are as large as logits are, and what is left of them is not.
+    kd = (
+        statistics[0].double()
+        - mean.double() * (terms.student_transform.scale / temperature)
+        - entropy.double()
+    )
+    kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
+    ce = rows.cross_entropy(statistics[1])
+    if grad is not None:
+        of_kd, of_ce, constant = rows.factors()
+        factor, own = of_kd / temperature, None
+        backend.softmax_gradient(
+            logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad
+        )
+        if rows.label_logit is not None and of_ce is not None:
+            own = _softmax_entries(rows.label_logit / temperature, statistics[0], factor)
+            own = own + _softmax_entries(rows.label_logit, statistics[1], of_ce)
+            own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
+            own = own if constant is None else own + constant.unsqueeze(1)
+        rows.finish(grad, own)
+    return kd.to(_wide(logits)), ce
