@@ -5,6 +5,7 @@ from .directions import direction_rows
 from .projection import mse_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import kd_rows
+from .sparse import row_statistics, softmax_gradient
 
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
@@ -13,4 +14,6 @@ __all__ = [
     "kd_rows",
     "mse_rows",
     "relation_rows",
+    "row_statistics",
+    "softmax_gradient",
 ]

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import RowTerms
+from .aliasing import lies_over
 from .configs import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .flags import row_flags, transform_numbers
 from .formulas import kernel_divergence
@@ -292,19 +293,3 @@ def kd_rows(
             ),
         )
     return kd, ce
-
-
-def lies_over(written: Tensor, read: Tensor) -> bool:
-    """Whether `written` holds narrower numbers in the rows of `read`."""
-    if written.data_ptr() != read.data_ptr() or written.element_size() >= read.element_size():
-        return False
-    strides = (
-        written.stride(0) * written.element_size(),
-        read.stride(0) * read.element_size(),
-    )
-    if strides[0] != strides[1]:
-        raise ValueError(
-            f"grad shares memory with student_logits, so its rows must start where theirs do; got row strides of "
-            f"{strides[0]} and {strides[1]} bytes"
-        )
-    return True
