@@ -46,7 +46,8 @@ class Solver(Protocol):
     ) -> tuple[Tensor, Tensors]:
         """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one.
 
-        Values may be (1 + S, N): then S numbers per row follow that are only passed on, without a gradient.
+        Values may be (1 + S, N): then S numbers per row follow that are only passed on, without a gradient. Such a
+        solver says S as its attribute `passed_on`.
         """
         ...
 
@@ -115,6 +116,54 @@ def _loss_and_rest(
     return reduce_rows(values, weight, denominator, reduction), rest
 
 
+def loss_and_gradients(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensors, Tensor | None]:
+    """The loss, what is passed on, the gradients for an upstream gradient of 1, and a factor that they still lack, if any."""
+    if not any(needs):
+        values, gradients = solver.solve(tensors, weight, needs)
+        return *_loss_and_rest(values, weight, denominator, reduction), gradients, None
+    row_weight = _row_weight(tensors, weight, denominator.new_ones(()), denominator, reduction)
+    row_weight, factor = _boost(row_weight, solver.half_bound)
+    values, gradients = solver.solve(tensors, row_weight, needs)
+    return *_loss_and_rest(values, weight, denominator, reduction), gradients, factor
+
+
+def gradients_for(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    upstream: Tensor,
+    needs: tuple[bool, ...],
+) -> Tensors:
+    """The gradients for any upstream gradient, 0-D or one per row, each in the dtype of its tensor."""
+    row_weight = _row_weight(tensors, weight, upstream, denominator, reduction)
+    row_weight, factor = _boost(row_weight, solver.half_bound)
+    _, gradients = solver.solve(tensors, row_weight, needs)
+    return _finish(gradients, factor, _dtypes(tensors))
+
+
+def _row_weight(
+    tensors: Tensors, weight: Tensor | None, upstream: Tensor, denominator: Tensor, reduction: Reduction
+) -> Tensor:
+    """(N,) what multiplies the gradient of each row."""
+    first = tensors[0]
+    assert first is not None
+    factor = upstream / denominator if reduction == "mean" else upstream
+    row_weight = factor.expand(first.shape[0]).contiguous()
+    if weight is None:
+        return row_weight
+    # An upstream gradient may be infinite or NaN in rows that do not count.
+    return (row_weight * weight).masked_fill_(weight == 0, 0.0)
+
+
 class GradientInForward(Function):
     """A mean or sum whose gradient is computed together with its value."""
 
@@ -128,17 +177,12 @@ class GradientInForward(Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         needs = tuple(ctx.needs_input_grad[4:])
-        first = tensors[0]
-        assert first is not None
-        row_weight = denominator.new_ones(first.shape[0]) if weight is None else weight
-        if reduction == "mean":
-            row_weight = row_weight / denominator
-        row_weight, ctx.factor = _boost(row_weight, solver.half_bound)
-        values, ctx.gradients = solver.solve(tensors, row_weight, needs)
-        ctx.solver, ctx.dtypes = solver, _dtypes(tensors)
+        loss, rest, ctx.gradients, ctx.factor = loss_and_gradients(
+            solver, tensors, weight, denominator, reduction, needs
+        )
+        ctx.solver, ctx.reduction, ctx.dtypes = solver, reduction, _dtypes(tensors)
         # Read again only by a second backward and by a second derivative.
-        ctx.save_for_backward(row_weight, *tensors)
-        loss, rest = _loss_and_rest(values, weight, denominator, reduction)
+        ctx.save_for_backward(weight, denominator, *tensors)
         if rest is not None:
             ctx.mark_non_differentiable(rest)
         return loss, rest
@@ -147,15 +191,19 @@ class GradientInForward(Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         gradients, inputs = ctx.gradients, ()
         if gradients is None or torch.is_grad_enabled():
-            row_weight, *inputs = ctx.saved_tensors
+            inputs = tuple(ctx.saved_tensors[2:])
         with torch.no_grad():
             if gradients is None:
-                _, gradients = ctx.solver.solve(tuple(inputs), row_weight, tuple(ctx.needs_input_grad[4:]))
+                weight, denominator, *_ = ctx.saved_tensors
+                needs = tuple(ctx.needs_input_grad[4:])
+                gradients = loss_and_gradients(ctx.solver, inputs, weight, denominator, ctx.reduction, needs)[
+                    2
+                ]
             # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
             ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
             scaled = _finish(gradients, factor, ctx.dtypes)
-        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], tuple(inputs))
+        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
 
 
 class RecomputeInBackward(Function):
@@ -181,17 +229,12 @@ class RecomputeInBackward(Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         weight, denominator, *tensors = ctx.saved_tensors
+        inputs, needs = tuple(tensors), tuple(ctx.needs_input_grad[4:])
         with torch.no_grad():
-            factor = upstream[0] / denominator if ctx.reduction == "mean" else upstream[0]
-            row_weight = factor.expand(tensors[0].shape[0]).contiguous()
-            if weight is not None:
-                # An upstream gradient may be infinite or NaN in rows that do not count.
-                row_weight = (row_weight * weight).masked_fill_(weight == 0, 0.0)
-            row_weight, factor = _boost(row_weight, ctx.solver.half_bound)
-            _, gradients = ctx.solver.solve(tuple(tensors), row_weight, tuple(ctx.needs_input_grad[4:]))
-            scaled = _finish(gradients, factor, _dtypes(tuple(tensors)))
-        inputs = tuple(tensors)
-        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+            gradients = gradients_for(
+                ctx.solver, inputs, weight, denominator, ctx.reduction, upstream[0], needs
+            )
+        return None, None, None, None, *_without_second_derivative(gradients, upstream[0], inputs)
 
 
 def row_loss_and_rest(
@@ -204,6 +247,12 @@ def row_loss_and_rest(
     gradient_in_forward: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
+    if torch.compiler.is_compiling():
+        from .traced import (
+            row_loss as traced_row_loss,
+        )  # imports the compiler, which eager users do not wait for
+
+        return traced_row_loss(solver, tensors, weight, denominator, reduction, gradient_in_forward)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
         return _loss_and_rest(values, weight, denominator, reduction)

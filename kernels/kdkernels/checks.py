@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .compiling import values_can_be_read
 from .counting import refuse_labels
 from .options import Impl, Project, Reduction
 
@@ -172,7 +173,7 @@ def check_rows(
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be an int64 tensor of class ids, got {kind}")
         check_per_row("labels", labels, student_name, student)
-        if labels.device.type == "cpu":
+        if values_can_be_read(labels):
             refuse_labels(labels, labels != ignore_index, vocabulary)
     if token_weight is not None:
         check_tensor("token_weight", token_weight)

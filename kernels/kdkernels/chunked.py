@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .autograd import Tensors
 from .backends import Backend
+from .counting import compact_rows
 from .matmul import add_weight_gradient, has_half_products, head_logits, hidden_gradient, wide_dtype
 from .options import RowTerms
 
@@ -130,7 +131,7 @@ class TeacherSource:
 @dataclass(frozen=True)
 class LinearKD:
     """`linear_kd_loss`: tensors are student hidden, weight, bias; teacher source, weight, bias; labels; the weights of
-    `Decoupled`; the vocabulary's index map; the index of the counted rows."""
+    `Decoupled`; the vocabulary's index map."""
 
     terms: RowTerms
     backend: Backend
@@ -139,16 +140,23 @@ class LinearKD:
     half_bound: float | None
     shared: int | None = None  # both vocabularies share their first ids; without a map
     stats: bool = False
+    compact: bool = False  # gather the rows that count first, which makes the host wait once
+
+    @property
+    def passed_on(self) -> int:
+        """Numbers per row beside the loss: the divergence, the cross entropy and the five of `kd_rows`."""
+        return 7 if self.stats else 0
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradients of student hidden states, weight and bias."""
         hidden, head, bias, teacher_source, teacher_head, teacher_bias, labels, *rest = tensors
-        target, non_target, vocab_map, index = rest
+        target, non_target, vocab_map = rest
         assert hidden is not None and head is not None and teacher_source is not None
         rows, vocabulary = hidden.shape[0], head.shape[0]
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
+        index = compact_rows(weight, labels, vocabulary) if self.compact else None
         hidden = hidden if index is None else hidden.index_select(0, index)
         labels, weight = _take(labels, index), _take(weight, index)
         target, non_target = _take(target, index), _take(non_target, index)
@@ -203,7 +211,7 @@ class LinearKD:
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))
         d_hidden = None if d_hidden is None else _put(rows, index, d_hidden)
-        return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * 8)
+        return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * 7)
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,11 @@ class LogitKD:
     half_bound: float | None = None
     shared: int | None = None
     stats: bool = False
+
+    @property
+    def passed_on(self) -> int:
+        """Numbers per row beside the loss: the divergence, the cross entropy and the five of `kd_rows`."""
+        return 7 if self.stats else 0
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]

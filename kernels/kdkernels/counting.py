@@ -45,7 +45,7 @@ def count_rows(
     elif weight is not None:
         total = weight.sum()
     else:
-        total = torch.full((), float(rows), dtype=dtype, device=device)
+        total = torch.full((), rows, dtype=dtype, device=device)
     return Counted(weight, total.masked_fill(total == 0, 1.0))
 
 

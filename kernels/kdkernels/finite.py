@@ -40,6 +40,10 @@ def refuse_bad_rows(
     problem: Problem, loss: Tensor, source: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """Raise when the loss is not finite; `source` is student logits (N, V), or hidden states with `weight`."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "check_finite=True reads the loss back, which a compiled graph cannot; leave it at False there"
+        )
     if bool(torch.isfinite(loss).all()):
         return
     vocabulary = source.shape[1] if weight is None else weight.shape[0]

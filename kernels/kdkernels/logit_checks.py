@@ -17,9 +17,10 @@ from .checks import (
     check_tensor,
     shape_of,
 )
+from .compiling import values_can_be_read
 from .divergences import AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
 from .options import LogitTransform, RowTerms
-from .teachers import Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teachers import FullTeacher, Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 
 def check_label_smoothing(label_smoothing: object) -> None:
@@ -177,7 +178,7 @@ def _check_ids(teacher: TeacherTopK, vocabulary: int) -> None:
         raise ValueError(
             f"TeacherTopK keeps {indices.shape[-1]} entries of a vocabulary of {vocabulary}; keep at most all"
         )
-    if indices.device.type != "cpu" or indices.numel() == 0:
+    if not values_can_be_read(indices) or indices.numel() == 0:
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= vocabulary:
@@ -217,7 +218,7 @@ def _check_vocab_map(
             f"got {shape_of(vocab_map)}"
         )
     check_device("vocab_map", vocab_map, student, student_name)
-    if vocab_map.device.type == "cpu":
+    if values_can_be_read(vocab_map):
         used = vocab_map[vocab_map >= 0]
         if used.numel() == 0:
             raise ValueError("vocab_map shares no id; give at least one student id a teacher id")
@@ -319,3 +320,33 @@ def check_cross_term_head(
             "TeacherCrossTerm needs logits that are linear in the hidden states, but softcap is "
             f"{terms.student_transform.softcap}; use TeacherHead"
         )
+
+
+def check_full_teacher(teacher: Tensor | TeacherLogits | TeacherHead) -> FullTeacher:
+    """A teacher that has all of its logits."""
+    checked = check_teacher(teacher, same_dtype=True)
+    if isinstance(checked, TeacherLogits | TeacherHead):
+        return checked
+    raise ValueError(
+        f"a cross-term is an average over the whole vocabulary, got {type(checked).__name__}; "
+        "pass logits, TeacherLogits or TeacherHead"
+    )
+
+
+def check_averaged_head(
+    student_weight: object, student_bias: object, vocabulary: int, teacher_rows: Tensor
+) -> None:
+    """A student's head (V, D_s) and bias (V,) for a teacher of that vocabulary."""
+    weight = check_tensor("student_weight", student_weight)
+    if weight.dim() != 2 or weight.shape[0] != vocabulary:
+        raise ValueError(
+            f"student_weight must have shape ({vocabulary}, D_s), one row per entry of the teacher's vocabulary, "
+            f"got {shape_of(weight)}"
+        )
+    check_device("student_weight", weight, teacher_rows, "the teacher")
+    if student_bias is None:
+        return
+    bias = check_tensor("student_bias", student_bias)
+    if bias.shape != (vocabulary,):
+        raise ValueError(f"student_bias must have shape ({vocabulary},), got {shape_of(bias)}")
+    check_device("student_bias", bias, teacher_rows, "the teacher")

@@ -11,7 +11,7 @@ from . import checks, reference
 from .autograd import reduce_rows, row_loss_and_rest
 from .backends import load_backend
 from .chunked import LinearKD, LogitKD
-from .counting import compact_rows
+from .compiling import traceable
 from .divergences import Divergence
 from .finite import refuse_bad_rows
 from .logit_checks import check_cross_term_head
@@ -108,6 +108,7 @@ def kd_loss(
     return_stats: bool,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, KDStats]: ...
+@traceable
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -277,6 +278,7 @@ def linear_kd_loss(
     return_stats: bool,
     **options: Unpack[LinearLossOptions],
 ) -> tuple[Tensor, KDStats]: ...
+@traceable
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -403,7 +405,6 @@ def linear_kd_loss(
             values, statistics = _reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            index = None if static_shapes else compact_rows(counted.weight, problem.labels, vocabulary)
             solver = LinearKD(
                 problem.terms,
                 load_backend(problem.impl),
@@ -412,15 +413,11 @@ def linear_kd_loss(
                 _half_bound(problem.terms, cast or student_weight.dtype),
                 shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
                 stats=return_stats,
+                compact=not static_shapes and counted.weight is not None,
             )
             tensors = (
-                hidden,
-                student_weight,
-                student_bias,
-                *_teacher_tensors(problem),
-                *_row_tensors(problem),
-                index,
-            )
+                hidden, student_weight, student_bias, *_teacher_tensors(problem), *_row_tensors(problem)
+            )  # fmt: skip
             loss, statistics = row_loss_and_rest(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
             )
