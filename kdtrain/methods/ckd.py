@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kdkernels import contextual_relation_loss
@@ -19,7 +20,7 @@ class ContextualDistillation(LogitDistillation):
     WR compares distances and angles between neighbouring tokens of a layer, LTR those between the matched layers of a
     token; widths may differ, nothing is projected. Each row counts the same. A Transformer student also matches
     the embeddings; a BiGRU has none of its width. Tokens are compared place by place, up to the end of
-    the shorter of the two rows of tokens; padding is never read.
+    the shorter of the two rows of tokens; padding is neither read nor counted.
     """
 
     whole_sequences: ClassVar[bool] = True
@@ -42,16 +43,20 @@ class ContextualDistillation(LogitDistillation):
         """kd, ce and relation."""
         assert states is not None and batch.teacher_states is not None and batch.teacher_mask is not None
         length = min(states.shape[2], batch.teacher_states.shape[2])
-        student_mask = batch.attention_mask.reshape(len(states), -1)[:, :length].bool()
-        mask = student_mask & batch.teacher_mask[:, :length].bool()
+        ours = batch.attention_mask.reshape(len(states), -1)[:, :length].sum(dim=1)
+        lengths = torch.minimum(ours, batch.teacher_mask[:, :length].sum(dim=1))
         relation = logits.new_zeros(())
-        for row in range(len(states)):  # one call a row: a mean over the batch would depend on how it was cut
-            relation = relation + contextual_relation_loss(
-                states[row : row + 1, :, :length],
-                batch.teacher_states[row : row + 1, :, :length],
+        # The mean over rows of one length is the mean of their own means; over rows of several it would depend on
+        # how the batch was cut.
+        for length in lengths.unique().tolist():
+            rows = lengths == length
+            student, teacher = states[rows][:, :, :length], batch.teacher_states[rows][:, :, :length]
+            value = contextual_relation_loss(
+                student,
+                teacher,
                 window=self.recipe.window,
-                mask=mask[row : row + 1],
+                mask=student.new_ones((len(student), length), dtype=torch.bool),
                 layer_weight=self.recipe.layer_weight,
-                impl="reference",
             )
+            relation = relation + len(student) * value
         return {**super().terms(logits, None, batch), "relation": relation / batch.parts}
