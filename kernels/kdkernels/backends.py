@@ -125,26 +125,9 @@ class Backend(Protocol):
 
 
 # What a back end does not have yet: names of divergences, options and forms of a teacher.
-_ALL_NEW = frozenset(
-    {
-        "SkewKL",
-        "SkewReverseKL",
-        "TVD",
-        "AlphaBeta",
-        "Decoupled",
-        "label_smoothing",
-        "softcap",
-        "logit_scale",
-        "vocab_map",
-        "return_stats",
-        "TeacherTopK",
-        "TeacherCrossTerm",
-        "mode='low_memory'",
-    }
-)
 UNBUILT: dict[Impl, frozenset[str]] = {
     "torch": frozenset({"TeacherTopK", "TeacherCrossTerm", "mode='low_memory'"}),
-    "triton": _ALL_NEW,
+    "triton": frozenset({"mode='low_memory'"}),
     "reference": frozenset(),
 }
 
