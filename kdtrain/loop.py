@@ -213,9 +213,10 @@ def random_state(device: torch.device) -> Tensor:
 def set_random_state(state: Tensor) -> None:
     """The inverse of `random_state`."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
+    # Copies: torch 2.13 reads a view from the start of its storage, which is the state of another process.
+    torch.set_rng_state(state[:size].clone())
     if len(state) > size:
-        torch.cuda.set_rng_state(state[size:])
+        torch.cuda.set_rng_state(state[size:].clone())
 
 
 def keep_lines(path: Path, last_step: int) -> None:
