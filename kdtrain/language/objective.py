@@ -96,7 +96,7 @@ class LanguageObjective(Objective):
         self.held: list[LanguageTeacher] = (
             [] if teacher is None else [teacher]
         )  # a list hides it from nn.Module
-        self.names = ("token",)
+        self.names = ("ce",) if recipe.name == "ft" else ("kd", "ce")
         self.pairs: tuple[tuple[int, int], ...] = ()
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP2 shards
         if recipe.name == "kd_features":
@@ -105,7 +105,7 @@ class LanguageObjective(Objective):
             layers = [int(shape.num_hidden_layers) for shape in shapes]
             self.pairs = recipe.layer_map or ((layers[0], layers[1]),)
             check_pairs(self.pairs, layers[0], layers[1])
-            self.names = ("token", "feature")
+            self.names = ("kd", "ce", "feature")
             self.projections = nn.ModuleList(
                 nn.Linear(int(shapes[0].hidden_size), int(shapes[1].hidden_size)) for _ in self.pairs
             )
@@ -181,7 +181,7 @@ class LanguageObjective(Objective):
             return hidden.new_zeros(()), token_sums(self, hidden, self.teacher_head(batch)[0], batch.labels)
         teacher, teacher_layers = self.teacher_signal(batch)
         head, weights = head_of(self.student), self.weights
-        loss = linear_kd_loss(
+        loss, stats = linear_kd_loss(
             hidden,
             head.weight,
             silent_teacher(hidden, head.weight.shape[0]) if teacher is None else teacher,
@@ -196,13 +196,18 @@ class LanguageObjective(Objective):
             softcap=head.softcap,
             logit_scale=head.scale,
             vocab_map=None if teacher is None else self.vocab_map,
+            return_stats=True,
         )
-        sums = [loss.detach() * divisor]
+        token_weight = 1.0 if batch.token_weight is None else batch.token_weight
+        terms = {
+            "kd": weights.temperature**2 * (stats.kd * token_weight).sum(),
+            "ce": (stats.ce * token_weight).sum(),
+        }
         if self.pairs:
             feature = self.feature_loss(layers, teacher_layers, batch)
             loss = loss + self.recipe.feature_weight * feature / divisor
-            sums.append(feature.detach())
-        return loss, torch.stack(sums)
+            terms["feature"] = feature.detach()
+        return loss, torch.stack([terms[name] for name in self.names])
 
     def teacher_signal(self, batch: LanguageBatch) -> tuple[Teacher | None, list[Tensor]]:
         """What the loss learns from: the teacher's distribution in the form it comes in, and its mapped layers."""

@@ -23,6 +23,7 @@ LENGTHS = [9, 3, 14, 6, 2, 11, 5, 8]
 RECIPES = {
     "ft": LanguageMethodRecipe(name="ft"),
     "kd": LanguageMethodRecipe(name="kd", temperature=2.0, kd_weight=0.7, ce_weight=0.4),
+    "skew_kl": LanguageMethodRecipe(name="kd", divergence="skew_kl", ce_weight=0.2),
     "jsd": LanguageMethodRecipe(name="kd", divergence="jsd", beta=0.3, ce_weight=0.0),
     "kd_features": LanguageMethodRecipe(
         name="kd_features", layer_map=((1, 2), (2, 2)), feature_weight=0.3, ce_weight=0.4
@@ -61,6 +62,26 @@ def step(
     return total, torch.stack(terms).sum(0), [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_softcap_and_scale_are_the_models_own(family: str) -> None:
+    """A family whose head does more than a product, as student and as teacher, against the models' own logits."""
+    teacher = tiny(family, 1).requires_grad_(False)
+    recipe = LanguageMethodRecipe(ce_weight=0.5)
+    model = LanguageObjective(tiny(family), recipe, LanguageTeacher("teacher", teacher, None))  # type: ignore[arg-type]
+    data = rows(packing=True)
+    batch, divisor = data.batch(torch.arange(len(data)), CPU), data.count(torch.arange(len(data)))
+    loss, _ = model(batch, divisor)
+    options = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    counted = batch.labels != IGNORED
+    with torch.no_grad():
+        ours, theirs = (
+            m(**options).logits[counted].double().log_softmax(-1) for m in (model.student, teacher)
+        )
+    ce = -ours.gather(1, batch.labels[counted][:, None]).sum()
+    wanted = (0.5 * ce + (theirs.exp() * (theirs - ours)).sum()) / divisor
+    assert loss.item() == pytest.approx(float(wanted), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_pieces_padding_and_packing_do_not_change_the_step(name: str) -> None:
     model = objective(RECIPES[name])
@@ -90,7 +111,7 @@ def test_loss_is_what_the_recipe_says() -> None:
     model, data = objective(recipe), rows(packing=False)
     batch = data.batch(torch.arange(8), CPU)
     divisor = data.count(torch.arange(8))
-    loss, _ = model(batch, divisor)
+    loss, terms = model(batch, divisor)
     counted = batch.labels != IGNORED
     with torch.no_grad():
         options = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
@@ -105,10 +126,14 @@ def test_loss_is_what_the_recipe_says() -> None:
 
         _, layers = hidden_states(model.student, batch.input_ids, batch.position_ids, (1, 2))
         _, known = hidden_states(model.teacher.model, batch.input_ids, batch.position_ids, (2, 2))
-        feature = sum(
+        features = [
             (projection(a[counted]) - b[counted]).square().mean(-1).sum()
             for projection, a, b in zip(model.projections, layers, known, strict=True)
-        )
+        ]
+        feature = torch.stack(features).sum()
+    torch.testing.assert_close(
+        terms.double(), torch.stack([divergence, ce, feature / 2]), rtol=1e-5, atol=1e-5
+    )
     wanted = (0.4 * ce + 0.7 * divergence + 0.3 * feature / 2) / divisor
     assert loss.item() == pytest.approx(float(wanted), rel=1e-5)
 
