@@ -43,6 +43,19 @@ FOUNDATIONS = {
     "reference_sparse": {"options", "reference", "teachers"},
     "backends": {"options"},
     "autograd": {"options", "traced"},
+    "two_way": set[str](),
+    "tile_state": set[str](),
+    "tiles": {"divergences", "options", "tile_state", "two_way"},
+    "low_memory": {
+        "autograd",
+        "backends",
+        "counting",
+        "matmul",
+        "options",
+        "teacher_rows",
+        "tile_state",
+        "tiles",
+    },
     "sparse": {"backends", "options", "reference", "teachers"},
     "teacher_rows": {"autograd", "backends", "matmul", "options", "sparse", "teachers"},
     "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
@@ -50,7 +63,7 @@ FOUNDATIONS = {
     "pairs": {"windows"},
     "reference_contextual": {"matmul", "windows"},
     "window_blocks": {"autograd", "backends", "matmul", "options", "pairs", "windows"},
-    "_torch": {"_torch", "options", "divergences", "pairs", "windows"},
+    "_torch": {"_torch", "options", "divergences", "tile_state", "two_way", "pairs", "windows"},
     "_triton": {"_triton", "options", "divergences", "pairs", "windows"},
 }
 

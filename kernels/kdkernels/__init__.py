@@ -11,6 +11,7 @@ from .batch_relations import (
     similarity_preserving_loss,
 )
 from .contextual import contextual_relation_loss
+from .cross_term import teacher_cross_term
 from .divergences import (
     JSD,
     TVD,
@@ -65,4 +66,5 @@ __all__ = [
     "rkd_angle_loss",
     "rkd_distance_loss",
     "similarity_preserving_loss",
+    "teacher_cross_term",
 ]

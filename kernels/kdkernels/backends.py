@@ -43,6 +43,87 @@ class Backend(Protocol):
         ...
 
     @staticmethod
+    def row_statistics(
+        logits: Tensor,  # (R, V) floating, last axis contiguous; may hold -inf
+        *,
+        temperature: float,
+        at_one: bool,  # whether the second row is wanted; else it repeats the first
+        row_weight: Tensor | None = None,  # (R,) rows with 0 are not read and give 0
+    ) -> (
+        Tensor
+    ):  # (2, R) log-sum-exp of logits / temperature and of logits; -inf for a row of nothing but -inf
+        """Log-sum-exps of every row."""
+        ...
+
+    @staticmethod
+    def softmax_gradient(
+        logits: Tensor,  # (R, V) as above
+        statistics: Tensor,  # (2, R) finite
+        factor: Tensor,  # (R,)
+        factor_at_one: Tensor | None,  # (R,)
+        constant: Tensor | None,  # (R,)
+        *,
+        temperature: float,
+        grad: Tensor,  # (R, V), may lie over the logits as in `kd_rows`
+    ) -> None:
+        """grad = factor exp(logits / temperature - statistics[0]) + factor_at_one exp(logits - statistics[1]) + constant.
+
+        Rows whose two factors are 0 become exact zeros, whatever their logits hold.
+        """
+        ...
+
+    @staticmethod
+    def tile_statistics(
+        student_logits: Tensor,  # (R, C) columns offset to offset + C of the student's vocabulary
+        teacher_logits: Tensor | None,  # (R, C) the same ids; None where the teacher shares none of them
+        labels: Tensor | None,  # (R,) int64 ids of the whole vocabulary
+        terms: RowTerms,
+        state: Tensor,  # (SLOTS, R) of `tile_state`, added to; rows of weight 0 stay as they are
+        *,
+        offset: int,
+        student_bias: Tensor | None = None,  # (C,)
+        teacher_bias: Tensor | None = None,  # (C,)
+        row_weight: Tensor | None = None,  # (R,)
+    ) -> None:
+        """Merge a tile of the vocabulary into the normalisers of its rows."""
+        ...
+
+    @staticmethod
+    def tile_sums(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        terms: RowTerms,
+        state: Tensor,  # with final normalisers
+        *,
+        offset: int,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> None:
+        """Add a tile to the value of the divergence and to the mean that its gradient needs."""
+        ...
+
+    @staticmethod
+    def tile_gradient(
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        terms: RowTerms,
+        state: Tensor,  # with final normalisers, and sums where the divergence needs its mean
+        *,
+        offset: int,
+        vocabulary: int,  # V_s, for label smoothing
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        row_weight: Tensor | None = None,  # multiplies the gradient; rows with 0 give exact zeros
+        decoupled: tuple[Tensor, Tensor] | None = None,
+        grad: Tensor,  # (R, C), may lie over the logits as in `kd_rows`
+    ) -> None:
+        """The gradient of a tile's logits."""
+        ...
+
+    @staticmethod
     def mse_rows(
         prediction: Tensor,  # (R, D) fp32 or fp64, overwritten with the gradient when write_grad
         target: Tensor,  # (R, D)
@@ -67,33 +148,6 @@ class Backend(Protocol):
         grad_target: Tensor | None = None,  # (R, D) fp32 or fp64, receives the gradient of the target
     ) -> Tensor:  # (R,)
         """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""
-        ...
-
-    # Whether `relation_rows` finds the gradients from the same scores as the values, so that nothing is computed twice.
-    RELATION_GRADIENT_IN_FORWARD: bool
-
-    @staticmethod
-    def relation_rows(
-        student: tuple[
-            Tensor, Tensor
-        ],  # queries and keys (B, N, D_s); one tensor twice for relations to itself
-        teacher: tuple[Tensor, Tensor],  # likewise, (B, N, D_t)
-        mask: Tensor | None,  # (B, N) bool; tokens that do not count may hold anything
-        heads: tuple[int, int],  # of student and teacher; one is a multiple of the other
-        causal: bool,
-        *,
-        row_weight: Tensor | None = None,  # (B, N) multiplies the gradients only; 0 where the mask is False
-        needs: tuple[bool, bool] = (
-            False,
-            False,
-        ),  # of queries and keys; with one tensor, its gradient is the first
-        statistics: Tensor | None = None,  # what an earlier call without `needs` returned
-    ) -> tuple[
-        Tensor,  # (B, N) sums over heads of the divergences; 0 where the mask is False
-        tuple[Tensor | None, Tensor | None],  # gradients as needed, fp32 or fp64
-        Tensor | None,  # statistics of the rows that spare a later call their computation
-    ]:
-        """KL divergence of the relations of every token, and the gradients of the student's features."""
         ...
 
     # Whether `relation_rows` finds the gradients from the same scores as the values, so that nothing is computed twice.
@@ -126,7 +180,7 @@ class Backend(Protocol):
 
 # What a back end does not have yet: names of divergences, options and forms of a teacher.
 UNBUILT: dict[Impl, frozenset[str]] = {
-    "torch": frozenset({"TeacherTopK", "TeacherCrossTerm", "mode='low_memory'"}),
+    "torch": frozenset(),
     "triton": frozenset({"mode='low_memory'"}),
     "reference": frozenset(),
 }

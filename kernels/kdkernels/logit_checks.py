@@ -350,3 +350,17 @@ def check_averaged_head(
     if bias.shape != (vocabulary,):
         raise ValueError(f"student_bias must have shape ({vocabulary},), got {shape_of(bias)}")
     check_device("student_bias", bias, teacher_rows, "the teacher")
+
+
+def check_low_memory(teacher: object, vocab_map: object, return_stats: bool) -> None:
+    """What tiles of the vocabulary are not made for."""
+    unsupported = (
+        (isinstance(teacher, TeacherTopK | TeacherCrossTerm), type(teacher).__name__),
+        (isinstance(vocab_map, Tensor), "an index tensor as vocab_map"),
+        (return_stats, "return_stats=True"),
+    )
+    for present, name in unsupported:
+        if present:
+            raise NotImplementedError(
+                f"{name} is not supported yet with mode='low_memory'; use mode='fast', with a small chunk_bytes"
+            )

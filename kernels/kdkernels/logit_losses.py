@@ -15,11 +15,13 @@ from .compiling import traceable
 from .divergences import Divergence
 from .finite import refuse_bad_rows
 from .logit_checks import check_cross_term_head
+from .low_memory import LowMemoryKD
 from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
 from .prepare import Problem, autocast_dtype, autocast_off, check_options, flat, prepare
 from .reference_sparse import cross_term_row_terms, top_k_row_terms
 from .stats import KDStats, stats_from_rows
-from .teachers import Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teacher_rows import Form
+from .teachers import Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 # Logits of at most this many elements keep their gradient from the forward pass of `kd_loss`: 256 KiB in float32.
 SMALL_LOGITS = 1 << 16
@@ -33,12 +35,22 @@ def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
 
 
 def _teacher_tensors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Source (N, V) or (N, D_t), weight and bias."""
+    """The three tensors of `teacher_rows.Form`."""
     teacher = problem.teacher
     if isinstance(teacher, TeacherLogits):
         return teacher.logits, None, None
-    assert isinstance(teacher, TeacherHead)
-    return teacher.hidden, teacher.weight, teacher.bias
+    if isinstance(teacher, TeacherHead):
+        return teacher.hidden, teacher.weight, teacher.bias
+    if isinstance(teacher, TeacherTopK):
+        return teacher.logprobs, teacher.indices, None
+    return teacher.cross, teacher.bias, teacher.entropy
+
+
+def _teacher_form(problem: Problem) -> tuple[Form, Tail]:
+    """What these tensors are."""
+    if isinstance(problem.teacher, TeacherTopK):
+        return "top_k", problem.teacher.tail
+    return "cross_term" if isinstance(problem.teacher, TeacherCrossTerm) else "full", "renormalize"
 
 
 def _row_tensors(problem: Problem) -> tuple[Tensor | None, ...]:
@@ -238,6 +250,8 @@ def kd_loss(
                 problem.terms,
                 load_backend(problem.impl),
                 problem.autocast,
+                None,
+                *_teacher_form(problem),
                 shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
                 stats=return_stats,
             )
@@ -325,9 +339,10 @@ def linear_kd_loss(
         static_shapes: keep rows that do not count in the products instead of gathering the others first.
             Reading their number is the only time the host waits for the device. Default False.
         mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and multiplies four times;
-            "low_memory" holds a tile of the vocabulary at a time and repeats products.
-        chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens are worked
-            on at a time. Default: chosen by the back end.
+            "low_memory" holds a tile of the vocabulary at a time and makes its logits twice or three times. It takes
+            teachers with all their logits, and neither an index map nor return_stats.
+        chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
+            mode how many columns, are worked on at a time. Default: chosen by the back end; 64 MiB for low memory.
         vocab_group, logit_dtype: only None is supported yet.
 
     Returns:
@@ -405,16 +420,26 @@ def linear_kd_loss(
             values, statistics = _reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            solver = LinearKD(
-                problem.terms,
-                load_backend(problem.impl),
-                chunk_bytes,
-                cast,
-                _half_bound(problem.terms, cast or student_weight.dtype),
-                shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
-                stats=return_stats,
-                compact=not static_shapes and counted.weight is not None,
-            )
+            shared = problem.vocab_map if isinstance(problem.vocab_map, int) else None
+            half_bound = _half_bound(problem.terms, cast or student_weight.dtype)
+            compact = not static_shapes and counted.weight is not None
+            backend = load_backend(problem.impl)
+            if mode == "low_memory":
+                solver = LowMemoryKD(
+                    problem.terms, backend, chunk_bytes, cast, half_bound, shared=shared, compact=compact
+                )
+            else:
+                solver = LinearKD(
+                    problem.terms,
+                    backend,
+                    chunk_bytes,
+                    cast,
+                    half_bound,
+                    *_teacher_form(problem),
+                    shared=shared,
+                    stats=return_stats,
+                    compact=compact,
+                )
             tensors = (
                 hidden, student_weight, student_bias, *_teacher_tensors(problem), *_row_tensors(problem)
             )  # fmt: skip

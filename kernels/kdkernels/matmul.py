@@ -64,6 +64,14 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(grad, weight, out=out)
 
 
+def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """total (R, D) float32 or float64 += grad (R, C) @ weight (C, D)."""
+    if has_half_products(weight):
+        torch.addmm(total, grad, weight, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(grad, weight.to(total.dtype))
+
+
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
     """total (V, D) float32 or float64 += grad (R, V).T @ hidden (R, D); `first` writes instead of adding."""
     if has_half_products(hidden):

@@ -130,6 +130,8 @@ def prepare(
         raise NotImplementedError(
             f"return_stats is not supported yet with {type(teacher).__name__}; leave it at False"
         )
+    if mode == "low_memory":
+        logit_checks.check_low_memory(teacher, mapping, return_stats)
     impl = resolve_impl(impl, student.device, dtype)
     refuse_unbuilt(impl, _features(terms, teacher, mapping, return_stats, mode))
 

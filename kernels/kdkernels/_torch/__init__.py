@@ -5,6 +5,7 @@ from .features import direction_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import chunk_rows, kd_rows, mse_rows
 from .softmax import row_statistics, softmax_gradient
+from .tiles import tile_gradient, tile_statistics, tile_sums
 
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
@@ -15,5 +16,8 @@ __all__ = [
     "relation_rows",
     "row_statistics",
     "softmax_gradient",
+    "tile_gradient",
+    "tile_statistics",
+    "tile_sums",
     "windows",
 ]

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..divergences import ForwardKL
-from .blocks import Block, Sums, exponentiate, weighted_sum
+from .blocks import Block, Sums, weighted_sum
 
 
 class Arithmetic(Protocol):
-    """Sums and gradient of one divergence.
+    """Sums and gradient of one divergence, over blocks with all columns or some of them (`Block.whole`)."""
 
-    `accumulate` goes over a block that holds all columns or some of them; sums over parts of the columns add up when the
-    logs are normalised (exp_s and exp_t then have a sum of 1 over all parts).
-    """
+    needs_mean: (
+        bool  # the gradient needs <f>, so all columns have to be seen before the first entry is written
+    )
 
     def accumulate(self, block: Block) -> None:
         """Exponentials and sums of a block; leaves in its scratch what `write_gradient` needs.
@@ -29,6 +29,10 @@ class Arithmetic(Protocol):
         """D (N, 1) from the sums in float64, where they nearly cancel; `rounded` are the same as they were taken."""
         ...
 
+    def mean(self, sums: Sums) -> Tensor:
+        """<f> (R, 1), of parts of the columns the part's share; 0 where the gradient has none."""
+        ...
+
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         """out (R, V) = scale (R, 1) * dD/du_s + extra (R, 1) * p_s with u_s = logits / T; overwrites the scratch."""
         ...
@@ -37,6 +41,8 @@ class Arithmetic(Protocol):
 class ForwardKLArithmetic:
     """sum p_t (log p_t - log p_s); first is sum exp_t (log_t - log_s)."""
 
+    needs_mean = False
+
     def __init__(self, divergence: ForwardKL, dtype: torch.dtype) -> None:
         pass
 
@@ -44,12 +50,15 @@ class ForwardKLArithmetic:
         sums = block.sums
         # The ratio is not needed again, so it lies where the student's exponentials come to lie.
         torch.sub(block.log_t, block.log_s, out=block.exp_s)
-        exponentiate(block.log_t, block.exp_t, sums.exp_t)
+        block.exponentiate_teacher()
         weighted_sum(block.exp_t, block.exp_s, block.careful, block.exp_s, sums.first)
-        exponentiate(block.log_s, block.exp_s, sums.exp_s)
+        block.exponentiate_student()
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         return sums.first / sums.exp_t - (sums.exp_t / sums.exp_s).log()
+
+    def mean(self, sums: Sums) -> Tensor:
+        return torch.zeros_like(sums.first)
 
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         sums = block.sums

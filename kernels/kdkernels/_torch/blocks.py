@@ -58,9 +58,24 @@ class Block:
     careful: bool  # logs are shifted copies; entries of probability 0 may be infinite: make 0 * inf = 0
     labels: Tensor | None = None  # (R, 1) columns of this block
     absent: Tensor | None = None  # (R, 1) True where the label is no column of this block
-    whole: bool = (
-        True  # the block has all columns; else the sums are of more than its own when a gradient is written
-    )
+    mean: Tensor | None = None  # (R, 1), given for some of the columns: <f> over all of them
+
+    @property
+    def whole(self) -> bool:
+        """The block has all columns; else its logs are normalised, and its sums are to be added to those of other blocks."""
+        return self.mean is None
+
+    def exponentiate_student(self) -> None:
+        """exp_s and its sum, which stays 1 for a part of the columns."""
+        torch.exp(self.log_s, out=self.exp_s)
+        if self.whole:
+            torch.sum(self.exp_s, -1, keepdim=True, out=self.sums.exp_s)
+
+    def exponentiate_teacher(self) -> None:
+        """exp_t and its sum, which stays 1 for a part of the columns."""
+        torch.exp(self.log_t, out=self.exp_t)
+        if self.whole:
+            torch.sum(self.exp_t, -1, keepdim=True, out=self.sums.exp_t)
 
 
 def load(

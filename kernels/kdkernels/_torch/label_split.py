@@ -1,7 +1,6 @@
 """The decoupled divergence: the label's entry against the others, and the others among themselves.
 
-Sums are over the others only. What is left of 1 is never computed as 1 - p: with the label's log-probability kept as a
-logarithm, both parts have all their digits when the label has nearly everything.
+Sums are over the others only, and the label's log-probability is kept as a logarithm.
 """
 
 from __future__ import annotations
@@ -10,35 +9,18 @@ import torch
 from torch import Tensor
 
 from ..divergences import Decoupled
+from ..two_way import TwoWay
 from .blocks import Block, Sums, shift, weighted_sum
 
 
-class _TwoWay:
-    """Label against the others, (R, 1) in float64: log-probabilities and probabilities of both sides."""
-
-    def __init__(self, sums: Sums) -> None:
-        def split(label: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            label, log_rest = label.double(), rest.double().log()
-            total = torch.logaddexp(label, log_rest)
-            return label - total, log_rest - total, total
-
-        self.label_s, self.rest_s, self.total_s = split(sums.label_s, sums.exp_s)
-        self.label_t, self.rest_t, self.total_t = split(sums.label_t, sums.exp_t)
-
-    def divergence(self) -> Tensor:
-        """KL(teacher, student) of the two-way distributions."""
-        p, r = self.label_t.exp(), self.rest_t.exp()
-        label = (p * (self.label_t - self.label_s)).masked_fill(p == 0, 0.0)
-        return label + (r * (self.rest_t - self.rest_s)).masked_fill(r == 0, 0.0)
-
-    def gap(self) -> Tensor:
-        """p_t[label] - p_s[label], from whichever of the two entries is the smaller."""
-        p_s, p_t = self.label_s.exp(), self.label_t.exp()
-        return torch.where(p_s + p_t > 1.0, self.rest_s.exp() - self.rest_t.exp(), p_t - p_s)
+def _two_way(sums: Sums) -> TwoWay:
+    return TwoWay(sums.label_s, sums.exp_s, sums.label_t, sums.exp_t)
 
 
 class DecoupledArithmetic:
     """target * TKD + non_target * NCKD; exp_s, exp_t are sums over the others, first is sum exp_t (log_t - log_s)."""
+
+    needs_mean = False
 
     def __init__(self, divergence: Decoupled, dtype: torch.dtype) -> None:
         pass
@@ -56,7 +38,8 @@ class DecoupledArithmetic:
             if block.labels is not None and not block.careful:
                 kept = 0.0 if block.absent is None else exp.gather(1, block.labels).mul_(block.absent)
                 exp.scatter_(1, block.labels, kept)
-            torch.sum(exp, -1, keepdim=True, out=total)
+            if block.whole:
+                torch.sum(exp, -1, keepdim=True, out=total)
         weighted_sum(block.exp_t, block.ratio, block.careful, block.ratio, sums.first)
 
     def _split(self, block: Block, labels: Tensor) -> None:
@@ -74,13 +57,16 @@ class DecoupledArithmetic:
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         # Of a teacher that gives the others nothing, they have no distribution: that part is 0.
         others = sums.first / sums.exp_t - (sums.exp_t / sums.exp_s).log()
-        return sums.target * _TwoWay(sums).divergence() + sums.non_target * others.masked_fill(
+        return sums.target * _two_way(sums).divergence() + sums.non_target * others.masked_fill(
             sums.exp_t == 0, 0.0
         )
 
+    def mean(self, sums: Sums) -> Tensor:
+        return torch.zeros_like(sums.first)
+
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         assert extra is None, "p_s is no multiple of exp_s / sum exp_s here"
-        sums, gap = block.sums, _TwoWay(block.sums).gap().to(scale.dtype)
+        sums, gap = block.sums, _two_way(block.sums).gap().to(scale.dtype)
         student = (scale * (sums.target * gap + sums.non_target) / sums.exp_s).masked_fill_(
             sums.exp_s == 0, 0.0
         )

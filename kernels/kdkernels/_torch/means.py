@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import JSD, TVD, ReverseKL, SkewKL, SkewReverseKL
-from .blocks import Block, Sums, exponentiate, weighted_sum
+from .blocks import Block, Sums, weighted_sum
 
 # Smallest normal float32 is 1.2e-38: added to a mixture, it keeps quotients and logarithms finite where both
 # probabilities underflow, and is too small to be seen anywhere else.
@@ -26,6 +26,7 @@ def mixture(block: Block, student_share: float) -> Tensor:
 class MeanArithmetic:
     """The gradient factor * p_s (f - <f>)."""
 
+    needs_mean = True
     factor = 1.0
 
     def mean(self, sums: Sums) -> Tensor:
@@ -35,14 +36,15 @@ class MeanArithmetic:
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         sums = block.sums
         # Subtracted before anything is multiplied: where p_s is near 1 the two are near each other.
-        weights = block.ratio.sub_(self.mean(sums)).mul_(scale * self.factor / sums.exp_s)
+        mean = self.mean(sums) if block.mean is None else block.mean
+        weights = block.ratio.sub_(mean).mul_(scale * self.factor / sums.exp_s)
         if extra is not None:
             weights.add_(extra / sums.exp_s)
         torch.mul(block.exp_s, weights, out=out)
 
     def _exponentiate(self, block: Block) -> None:
-        exponentiate(block.log_s, block.exp_s, block.sums.exp_s)
-        exponentiate(block.log_t, block.exp_t, block.sums.exp_t)
+        block.exponentiate_student()
+        block.exponentiate_teacher()
 
 
 class ReverseKLArithmetic(MeanArithmetic):

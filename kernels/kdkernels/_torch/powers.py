@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import AlphaBeta
-from .blocks import Block, Sums, exponentiate
+from .blocks import Block, Sums
 
 
 class AlphaBetaArithmetic:
@@ -19,6 +19,8 @@ class AlphaBetaArithmetic:
     third is what else the value needs: alpha beta times the value itself; at beta = 0 sum exp_t^alpha (log_t - log_s); at
     alpha = 0 sum exp_t^beta; at alpha + beta = 0 sum (log_s - log_t); with both 0 sum (log p_s - log p_t)^2.
     """
+
+    needs_mean = True
 
     def __init__(self, divergence: AlphaBeta, dtype: torch.dtype) -> None:
         # The exponents as they are multiplied with, so that they add up: an exponent that is off by a rounding in one of
@@ -32,8 +34,8 @@ class AlphaBetaArithmetic:
 
     def accumulate(self, block: Block) -> None:
         sums, alpha, beta, both = block.sums, self.alpha, self.beta, self.both
-        exponentiate(block.log_s, block.exp_s, sums.exp_s)
-        exponentiate(block.log_t, block.exp_t, sums.exp_t)
+        block.exponentiate_student()
+        block.exponentiate_teacher()
         neither = None
         if block.careful:
             neither = (block.log_s == -torch.inf).logical_and_(block.log_t == -torch.inf)
@@ -101,6 +103,12 @@ class AlphaBetaArithmetic:
         of_q = sums.exp_s.pow(-self.both)
         return (of_q if self.alpha == 0.0 else sums.exp_t.pow(-self.alpha) * sums.exp_s.pow(-self.beta)), of_q
 
+    def mean(self, sums: Sums) -> Tensor:
+        of_ratio, of_q = self._factors(sums)
+        if self.alpha == 0.0:
+            return sums.first * of_ratio
+        return (sums.second * of_q - sums.first * of_ratio) / self.alpha
+
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         alpha, beta, both = self.alpha, self.beta, self.both
         if self.general:
@@ -123,12 +131,7 @@ class AlphaBetaArithmetic:
             block.ratio.mul_(scale * of_ratio)
         else:
             block.ratio.mul_(-scale * of_ratio / self.alpha).addcmul_(block.spare, scale * of_q / self.alpha)
-        if block.whole:
-            # Of the very numbers it is subtracted from: where p_s is near 1 their rounding drops out.
-            mean = torch.sum(block.ratio, -1, keepdim=True)
-        elif self.alpha == 0.0:
-            mean = scale * sums.first * of_ratio
-        else:
-            mean = scale * (sums.second * of_q - sums.first * of_ratio) / self.alpha
+        # A sum of the very numbers it is subtracted from: where p_s is near 1 their rounding drops out.
+        mean = torch.sum(block.ratio, -1, keepdim=True) if block.mean is None else scale * block.mean
         own = -mean if extra is None else extra - mean
         torch.addcmul(block.ratio, block.exp_s, own / sums.exp_s, out=out)

@@ -1,0 +1,246 @@
+"""Row work on tiles of the vocabulary; the slots are those of `kdkernels.tile_state`.
+
+Tiles are worked on in blocks of rows like whole rows are, always with the maximum subtracted: this mode is for memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import tile_state as slots
+from ..divergences import Decoupled
+from ..options import RowTerms
+from .blocks import Block, Sums, load
+from .divergences import arithmetic_of
+from .rows import block_rows
+
+
+class _Tile(NamedTuple):
+    """One block of rows of a tile, transformed, in scratch of its own."""
+
+    student: Tensor  # (R, C)
+    teacher: Tensor | None  # (R, C); None where the teacher shares no id of the tile
+    state: Tensor  # (SLOTS, R)
+    inside: Tensor | None  # (R, 1) True where the label is in this tile
+    label: Tensor | None  # (R, 1) its column, 0 elsewhere
+    rows: slice
+    chain: Tensor | None
+
+
+def _blocks(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    terms: RowTerms,
+    state: Tensor,
+    offset: int,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    derivative: bool = False,
+) -> Iterator[_Tile]:
+    rows, width = student.shape
+    dtype = state.dtype
+    student_bias, teacher_bias = (
+        None if bias is None else bias.to(dtype) for bias in (student_bias, teacher_bias)
+    )
+    sizes = block_rows(rows, width, student.device)
+    scratch = torch.empty((3, sizes[0] if sizes else 0, width), dtype=dtype, device=student.device)
+    capped = derivative and terms.student_transform.softcap is not None
+    start = 0
+    for size in sizes:
+        here = slice(start, start + size)
+        start += size
+        chain = scratch[2, :size] if capped else None
+        own = load(student[here], student_bias, terms.student_transform, scratch[0, :size], chain)
+        its = None
+        if teacher is not None:
+            its = load(teacher[here], teacher_bias, terms.teacher_transform, scratch[1, :size])
+        inside = label = None
+        if labels is not None:
+            label = labels[here].unsqueeze(1) - offset
+            inside = (label >= 0) & (label < width)
+            label = label.masked_fill(~inside, 0)
+        yield _Tile(own, its, state[:, here], inside, label, here, chain)
+
+
+def _finite(largest: Tensor) -> Tensor:
+    return largest.masked_fill(largest == -math.inf, 0.0)
+
+
+def _merge(state: Tensor, largest: int, total: int, logits: Tensor, temperature: float) -> None:
+    """Take (R, C) logits into a running maximum and sum."""
+    before = state[largest].clone()
+    after = torch.maximum(before, logits.amax(1))
+    zero = _finite(after)
+    terms = torch.sub(logits, zero.unsqueeze(1)).div_(temperature).exp_().sum(1)
+    state[total] = state[total] * ((before - zero) / temperature).exp() + terms
+    state[largest] = after
+
+
+def _keep(state: Tensor, row_weight: Tensor | None, before: Tensor | None) -> None:
+    """Rows of weight 0 stay as they were."""
+    if row_weight is not None and before is not None:
+        state.copy_(torch.where(row_weight == 0, before, state))
+
+
+def _without_label(logits: Tensor, tile: _Tile) -> Tensor:
+    """A copy in which the label's column is excluded."""
+    copy = logits.clone()
+    if tile.label is not None and tile.inside is not None:
+        own = copy.gather(1, tile.label)
+        copy.scatter_(1, tile.label, own.masked_fill(tile.inside, -math.inf))
+    return copy
+
+
+def tile_statistics(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    terms: RowTerms,
+    state: Tensor,
+    *,
+    offset: int,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> None:
+    """Merge a tile into the normalisers; the contract is `kdkernels.backends.Backend.tile_statistics`."""
+    before = None if row_weight is None else state.clone()
+    split = isinstance(terms.divergence, Decoupled)
+    blocks = _blocks(student, teacher, labels, terms, state, offset, student_bias, teacher_bias)
+    for tile in blocks:
+        if tile.label is not None and tile.inside is not None:
+            own = tile.student.gather(1, tile.label).masked_fill(~tile.inside, 0.0).squeeze(1)
+            tile.state[slots.LABEL] += own
+            if split:
+                its = (
+                    torch.full_like(own, math.inf)
+                    if tile.teacher is None
+                    else tile.teacher.gather(1, tile.label)
+                )
+                tile.state[slots.TEACHER_LABEL] += its.reshape(-1).masked_fill(~tile.inside.squeeze(1), 0.0)
+            if terms.ce_weight != 0.0:
+                _merge(tile.state, slots.CE_MAX, slots.CE_SUM, tile.student, 1.0)
+                tile.state[slots.LOGIT_SUM] += tile.student.sum(1)
+        if tile.teacher is not None:
+            pair = (tile.student, tile.teacher)
+            if split:
+                pair = (_without_label(tile.student, tile), _without_label(tile.teacher, tile))
+            _merge(tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, pair[0], terms.temperature)
+            _merge(tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, pair[1], terms.temperature)
+    _keep(state, row_weight, before)
+
+
+def _normalised(logits: Tensor, state: Tensor, largest: int, total: int, temperature: float) -> Tensor:
+    """log p (R, C), in place of the logits' copy."""
+    log_sum = state[total].log()
+    log_sum = log_sum.masked_fill(log_sum == -math.inf, 0.0)
+    log_p = torch.sub(logits, _finite(state[largest]).unsqueeze(1)).div_(temperature)
+    return log_p.sub_(log_sum.unsqueeze(1))
+
+
+def _block(tile: _Tile, terms: RowTerms) -> Block:
+    """The tile as a block of normalised logs; for Decoupled the label's column is excluded."""
+    assert tile.teacher is not None
+    student, teacher = tile.student, tile.teacher
+    if isinstance(terms.divergence, Decoupled):
+        student, teacher = _without_label(student, tile), _without_label(teacher, tile)
+    log_s = _normalised(student, tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, terms.temperature)
+    log_t = _normalised(teacher, tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, terms.temperature)
+    sums = Sums(*log_s.new_ones((len(Sums._fields), log_s.shape[0], 1)).unbind())
+    exp_s, exp_t, ratio, spare = torch.empty(
+        (4, *log_s.shape), dtype=log_s.dtype, device=log_s.device
+    ).unbind()
+    mean = tile.state[slots.MEAN].unsqueeze(1)
+    return Block(log_s, log_t, exp_s, exp_t, ratio, spare, sums, careful=True, mean=mean)
+
+
+def tile_sums(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    terms: RowTerms,
+    state: Tensor,
+    *,
+    offset: int,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> None:
+    """Add a tile to VALUE and MEAN; the contract is `kdkernels.backends.Backend.tile_sums`."""
+    before = None if row_weight is None else state.clone()
+    arithmetic = arithmetic_of(terms.divergence, state.dtype)
+    for tile in _blocks(student, teacher, labels, terms, state, offset, student_bias, teacher_bias):
+        block = _block(tile, terms)
+        # Of Decoupled only what the others add: the label's part is known from the normalisers.
+        block.sums.target.zero_()
+        arithmetic.accumulate(block)
+        value = arithmetic.values(Sums(*(number.double() for number in block.sums)), block.sums)
+        tile.state[slots.VALUE] += value.squeeze(1).to(state.dtype)
+        tile.state[slots.MEAN] += arithmetic.mean(block.sums).squeeze(1)
+    _keep(state, row_weight, before)
+
+
+def tile_gradient(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    terms: RowTerms,
+    state: Tensor,
+    *,
+    offset: int,
+    vocabulary: int,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    decoupled: tuple[Tensor, Tensor] | None = None,
+    grad: Tensor,
+) -> None:
+    """The gradient of a tile; the contract is `kdkernels.backends.Backend.tile_gradient`."""
+    arithmetic = arithmetic_of(terms.divergence, state.dtype)
+    unit = torch.ones_like(state[0]) if row_weight is None else row_weight.to(state.dtype)
+    unit = (unit * terms.student_transform.scale).unsqueeze(1)
+    blocks = _blocks(student, teacher, labels, terms, state, offset, student_bias, teacher_bias, True)
+    for tile in blocks:
+        weight = unit[tile.rows]
+        if tile.teacher is None:
+            out = torch.zeros_like(tile.student)
+        else:
+            block = _block(tile, terms)
+            out, factor = block.log_t, weight * (terms.kd_scale / terms.temperature)
+            if decoupled is not None:
+                _set_labels(block.sums, tile.state, terms.temperature)
+                block.sums.target.copy_(decoupled[0][tile.rows].unsqueeze(1))
+                block.sums.non_target.copy_(decoupled[1][tile.rows].unsqueeze(1))
+                block.labels, block.absent = tile.label, None if tile.inside is None else ~tile.inside
+            labels_of_block, block.labels = (
+                block.labels,
+                None,
+            )  # the logs are without the label's column already
+            arithmetic.accumulate(block)
+            block.labels = labels_of_block
+            arithmetic.write_gradient(block, factor, None, out)
+        if terms.ce_weight != 0.0 and tile.label is not None and tile.inside is not None:
+            of_ce, smoothing = weight * terms.ce_weight, terms.label_smoothing
+            p = torch.sub(tile.student, tile.state[slots.CE_MAX].unsqueeze(1)).exp_()
+            out.addcmul_(p, of_ce / tile.state[slots.CE_SUM].unsqueeze(1))
+            if smoothing != 0.0:
+                out.sub_(of_ce * (smoothing / vocabulary))
+            own = (-of_ce * (1.0 - smoothing)).masked_fill(~tile.inside, 0.0)
+            out.scatter_add_(1, tile.label, own)
+        if tile.chain is not None:
+            out.mul_(tile.chain)
+        grad[tile.rows] = out.masked_fill_(weight == 0, 0.0)
+
+
+def _set_labels(sums: Sums, state: Tensor, temperature: float) -> None:
+    """The label's logs in the units of normalised logs."""
+    label_s, total_s, label_t, total_t = slots.label_against_others(state, temperature)
+    for field, label, total in ((sums.label_s, label_s, total_s), (sums.label_t, label_t, total_t)):
+        log_sum = total.log()
+        field.copy_((label - log_sum.masked_fill(log_sum == -math.inf, 0.0)).unsqueeze(1))

@@ -1,0 +1,45 @@
+"""What is known of a row of logits between two tiles of its vocabulary: one (SLOTS, R) tensor that both back ends read.
+
+Logits z are after bias and transform. A tile without a teacher has no part in the first four slots.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Online maximum of z and sum of exp((z - maximum) / T) over the shared columns; for Decoupled without the label's.
+STUDENT_MAX, STUDENT_SUM = 0, 1
+TEACHER_MAX, TEACHER_SUM = 2, 3
+# Online maximum and sum of exp(z - maximum) over all of the student's columns: the cross entropy's.
+CE_MAX, CE_SUM = 4, 5
+# z of the label, 0 until its tile was seen; the teacher's for Decoupled, +inf where the label's tile has no teacher.
+LABEL, TEACHER_LABEL = 6, 7
+# Sum of z over all of the student's columns, for label smoothing.
+LOGIT_SUM = 8
+# Second pass: the value of the divergence (of Decoupled that of the distributions without the label), and the mean
+# slope <f>, up to the constant that the back end's f leaves out; skew KL keeps it with and without that constant.
+VALUE, MEAN, FAR_MEAN = 9, 10, 11
+SLOTS = 12
+
+
+def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(SLOTS, R) of rows of which nothing was seen."""
+    state = torch.zeros((SLOTS, rows), dtype=dtype, device=device)
+    state[[STUDENT_MAX, TEACHER_MAX, CE_MAX]] = -math.inf
+    return state
+
+
+def label_against_others(state: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `TwoWay`, (R,) each: a label that is not shared has probability 0."""
+    absent = state[TEACHER_LABEL] == math.inf
+    parts = []
+    for label, largest, total in (
+        (LABEL, STUDENT_MAX, STUDENT_SUM),
+        (TEACHER_LABEL, TEACHER_MAX, TEACHER_SUM),
+    ):
+        zero = state[largest].masked_fill(state[largest] == -math.inf, 0.0)
+        parts += [((state[label] - zero) / temperature).masked_fill(absent, -math.inf), state[total]]
+    return parts[0], parts[1], parts[2], parts[3]

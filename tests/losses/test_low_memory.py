@@ -1,0 +1,154 @@
+"""`mode="low_memory"`: the same numbers from tiles of the vocabulary."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import Decoupled, TeacherHead, TeacherTopK, linear_kd_loss
+from kdkernels.low_memory import LEAST_COLUMNS, TILE_ROWS, tile_shape
+from kdkernels.options import Impl
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import (
+    DEVICE,
+    DIVERGENCES,
+    eager_linear_kd,
+    impls_with,
+    loss_and_gradients,
+    make_case,
+)
+
+IMPLS = [impl for impl in impls_with("mode='low_memory'") if impl != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 4 rows, tiles of 16 columns: the 67 columns of a case are four tiles and a ragged fifth."""
+    monkeypatch.setattr("kdkernels.low_memory.TILE_ROWS", 4)
+    monkeypatch.setattr("kdkernels.low_memory.LEAST_COLUMNS", 16)
+    monkeypatch.setattr("kdkernels.low_memory.TILE_BYTES", 8 * 4 * 16)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.5, 0.7)])
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, Decoupled(1.0, 2.0)], ids=repr)
+def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) -> None:
+    case = make_case()
+    options = {
+        "divergence": divergence, "temperature": temperature, "ce_weight": ce_weight, "label_smoothing": 0.1
+    }  # fmt: skip
+    truth = eager_linear_kd(case.to(torch.float64), case.labels, **options)
+    eager = eager_linear_kd(case, case.labels, **options)
+    count = int((case.labels != -100).sum())
+    loss, *gradients = loss_and_gradients(case, case.labels, impl, mode="low_memory", **options)
+    assert_within_budget(loss, eager[0].sum() / count, truth[0].sum() / count, "mean")
+    for name, ours, low, exact in zip(
+        ("hidden", "weight", "bias"), gradients, eager[1:], truth[1:], strict=True
+    ):
+        assert_within_budget(ours, low, exact, name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", [DIVERGENCES[0], DIVERGENCES[2]], ids=repr)
+def test_half_precision(divergence, dtype, impl: Impl) -> None:
+    case = make_case(dtype=dtype)
+    options = {"divergence": divergence, "ce_weight": 0.5}
+    truth = eager_linear_kd(case.to(torch.float64), case.labels, **options)
+    eager = eager_linear_kd(case, case.labels, **options)
+    _, *gradients = loss_and_gradients(case, case.labels, impl, mode="low_memory", **options)
+    for ours, low, exact in zip(gradients, eager[1:], truth[1:], strict=True):
+        assert ours.dtype == dtype
+        assert_within_budget(ours, low, exact, "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+# The student's ids reach further than the teacher's, and the other way round; stored logits and a head.
+@pytest.mark.parametrize("teacher_vocabulary", [40, 80])
+@pytest.mark.parametrize("stored", [False, True])
+def test_equals_the_fast_mode(stored, teacher_vocabulary, reduction, static_shapes, impl: Impl) -> None:
+    case = make_case()
+    head = torch.randn(teacher_vocabulary, 12, device=DEVICE)
+    teacher: TeacherHead | Tensor = TeacherHead(case.teacher_hidden, head, softcap=3.0)
+    if stored:
+        teacher = case.teacher_hidden @ head.t()
+    hidden, weight, bias = case.leaves()
+    with torch.no_grad():
+        hidden[case.labels == -100] = float("nan")
+    token_weight = torch.rand(13, device=DEVICE)
+    upstream = torch.rand(13, device=DEVICE) if reduction == "none" else torch.tensor(0.7, device=DEVICE)
+    results = []
+    for mode in ("fast", "low_memory"):
+        loss = linear_kd_loss(
+            hidden, weight, teacher, case.labels, student_bias=bias, mode=mode, reduction=reduction,
+            static_shapes=static_shapes, token_weight=token_weight, vocab_map="shared_prefix", divergence="jsd",
+            temperature=2.0, ce_weight=0.5, softcap=4.0, logit_scale=0.8, impl=impl,
+        )  # fmt: skip
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), upstream)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_label_that_is_not_shared(impl: Impl) -> None:
+    case = make_case(ignored_every=None)
+    case = replace(case, labels=case.labels.fill_(60))
+    teacher = TeacherHead(case.teacher_hidden, case.teacher_weight[:40])
+    options = {"divergence": Decoupled(2.0, 3.0), "vocab_map": "shared_prefix", "impl": impl}
+    arguments = (case.student_hidden, case.student_weight, teacher, case.labels)
+    torch.testing.assert_close(
+        linear_kd_loss(*arguments, mode="low_memory", **options), linear_kd_loss(*arguments, **options)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "divergence", [case for case in DIVERGENCES if "Reverse" not in repr(case)][:3], ids=repr
+)
+def test_infinities_and_large_logits(divergence, impl: Impl) -> None:
+    """-inf where both sides have it, over a whole tile too, and logits far from 0."""
+    student, head = torch.randn(5, 8, device=DEVICE), torch.randn(67, 8, device=DEVICE) * 30
+    teacher = torch.randn(5, 67, device=DEVICE) + 500.0
+    bias = torch.zeros(67, device=DEVICE)
+    bias[16:33] = -torch.inf
+    teacher[:, 16:33] = -torch.inf
+    student.requires_grad_()
+    results = []
+    for mode in ("fast", "low_memory"):
+        loss = linear_kd_loss(
+            student, head, teacher, student_bias=bias, mode=mode, divergence=divergence, impl=impl
+        )
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    for one, other in zip(*results, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-5)
+
+
+def test_tile_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdkernels.low_memory.TILE_ROWS", TILE_ROWS)
+    monkeypatch.setattr("kdkernels.low_memory.LEAST_COLUMNS", LEAST_COLUMNS)
+    # At the reference shape two float32 buffers of 1024 x 8192: 67 MB.
+    assert tile_shape(8192, 128256, 1 << 26) == (1024, 8192)
+    assert tile_shape(100, 50, 1 << 26) == (100, 50)
+    assert tile_shape(8192, 128256, 1 << 20) == (128, 1024)
+    assert tile_shape(8192, 128256, 1) == (1, 1)
+
+
+def test_refusals() -> None:
+    case = make_case()
+    top_k = TeacherTopK(*case.teacher_logits.log_softmax(-1).topk(4))
+    for name, changes in (
+        ("TeacherTopK", {"teacher": top_k}),
+        ("return_stats=True", {"return_stats": True}),
+        ("an index tensor as vocab_map", {"vocab_map": torch.arange(67, device=DEVICE)}),
+    ):
+        arguments = {"teacher": case.teacher, **changes}
+        with pytest.raises(NotImplementedError) as caught:
+            linear_kd_loss(case.student_hidden, case.student_weight, mode="low_memory", **arguments)
+        sentence = (
+            f"{name} is not supported yet with mode='low_memory'; use mode='fast', with a small chunk_bytes"
+        )
+        assert str(caught.value) == sentence

@@ -1,0 +1,193 @@
+"""Teachers of which the top k was kept: both tails, every divergence that has a value there, against fp64 by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
+from kdkernels.options import Impl
+from kdkernels.teachers import Tail
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import DEVICE, eager_divergence, impls_with, make_case
+
+IMPLS = impls_with("TeacherTopK")
+KEPT = 6
+RENORMALIZED: list[Divergence] = [
+    ForwardKL(),
+    JSD(0.3),
+    SkewKL(0.1),
+    SkewReverseKL(0.2),
+    TVD(),
+    AlphaBeta(0.6, 0.4),
+]
+BUCKETED: list[Divergence] = [*RENORMALIZED, ReverseKL(), AlphaBeta(0.3, 0.6)]
+CASES: list[tuple[Divergence, Tail]] = [
+    *[(divergence, "renormalize") for divergence in RENORMALIZED],
+    *[(divergence, "bucket") for divergence in BUCKETED],
+]
+
+
+def top_k(logits: Tensor, tail: Tail, count: int = KEPT) -> TeacherTopK:
+    """The best entries of each row, shuffled."""
+    logprobs, indices = logits.float().log_softmax(-1).topk(count)
+    order = torch.randperm(count, device=logits.device)
+    return TeacherTopK(logprobs[:, order], indices[:, order], tail)
+
+
+def distributions(student: Tensor, teacher: TeacherTopK, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both sides, row by row, as the docstring of `TeacherTopK` defines them."""
+    log_s, log_t = [], []
+    for logits, logprobs, ids in zip(
+        student, teacher.logprobs.to(student.dtype), teacher.indices, strict=True
+    ):
+        if teacher.tail == "renormalize":
+            row = torch.full_like(logits, -1e4)
+            row[ids] = (logprobs / temperature).log_softmax(0)
+            log_s.append((logits / temperature).log_softmax(0))
+            log_t.append(row)
+            continue
+        others = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        others[ids] = False
+        log_p = logits.log_softmax(0)
+        mine = torch.cat((log_p[ids], log_p[others].logsumexp(0, keepdim=True)))
+        its = torch.cat((logprobs, (1.0 - logprobs.exp().sum()).clamp_min(1e-30).log().unsqueeze(0)))
+        log_s.append((mine / temperature).log_softmax(0))
+        log_t.append((its / temperature).log_softmax(0))
+    return torch.stack(log_s), torch.stack(log_t)
+
+
+def by_hand(
+    student: Tensor, teacher: TeacherTopK, labels: Tensor, divergence, temperature, ce_weight
+) -> Tensor:
+    """One loss per row."""
+    value = temperature**2 * eager_divergence(*distributions(student, teacher, temperature), divergence)
+    ce = F.cross_entropy(student, labels, reduction="none", label_smoothing=0.1)
+    return (value + ce_weight * ce).masked_fill(labels == -100, 0.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.6)])
+@pytest.mark.parametrize(("divergence", "tail"), CASES, ids=str)
+def test_values_and_gradients(divergence, tail, temperature, ce_weight, impl: Impl) -> None:
+    case = make_case()
+    teacher = top_k(case.teacher_logits, tail)
+    terms = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = case.to(dtype).leaves()
+        rows = by_hand(F.linear(*leaves), teacher, case.labels, **terms)
+        loss = rows.sum() / int((case.labels != -100).sum())
+        return rows.detach(), *torch.autograd.grad(loss, leaves)
+
+    hidden, weight, bias = case.leaves()
+    arguments = (hidden, weight, teacher, case.labels)
+    options = {**terms, "student_bias": bias, "label_smoothing": 0.1, "impl": impl}
+    rows = linear_kd_loss(*arguments, reduction="none", **options)
+    gradients = torch.autograd.grad(linear_kd_loss(*arguments, **options), (hidden, weight, bias))
+    low, exact = eager(torch.float32), eager(torch.float64)
+    for name, ours, eager_one, truth in zip(
+        ("rows", "hidden", "weight", "bias"), (rows, *gradients), low, exact, strict=True
+    ):
+        assert_within_budget(ours, eager_one, truth, name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_student_logits_are_not_touched(dtype, tail: Tail, impl: Impl) -> None:
+    student = (torch.randn(5, 40, device=DEVICE) * 3).to(dtype).requires_grad_()
+    teacher = top_k(torch.randn(5, 40, device=DEVICE), tail)
+    labels = torch.randint(0, 40, (5,), device=DEVICE)
+    labels[1], labels[3] = teacher.indices[1, 0], -100
+    kept = student.detach().clone()
+    options = {
+        "divergence": JSD(0.4),
+        "temperature": 2.0,
+        "ce_weight": 0.5,
+        "softcap": 5.0,
+        "logit_scale": 0.8,
+    }
+    loss = kd_loss(student, teacher, labels, impl=impl, **options)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert torch.equal(student, kept)
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = kept.to(dtype).requires_grad_()
+        capped = torch.tanh(leaf * 0.8 / 5.0) * 5.0
+        log_s, log_t = distributions(capped, teacher, 2.0)
+        rows = 4.0 * eager_divergence(log_s, log_t, JSD(0.4))
+        rows = rows + 0.5 * F.cross_entropy(capped, labels, reduction="none")
+        loss = rows[labels != -100].mean()
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    low, exact = eager(dtype), eager(torch.float64)
+    assert_within_budget(loss, low[0].float(), exact[0], "mean")
+    assert_within_budget(gradient, low[1], exact[1], "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3), TVD()], ids=repr)
+def test_everything_kept_is_the_whole_teacher(divergence, impl: Impl) -> None:
+    student, logits = torch.randn(2, 4, 9, device=DEVICE)
+    whole = kd_loss(student, logits, divergence=divergence, temperature=2.0, impl=impl)
+    for tail in ("renormalize", "bucket"):
+        teacher = top_k(logits, tail, 9)
+        loss = kd_loss(student, teacher, divergence=divergence, temperature=2.0, impl=impl)
+        torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_entries_that_were_not_kept(tail: Tail, impl: Impl) -> None:
+    """Rows keep different numbers of entries: the others are -inf, and their ids mean nothing."""
+    student = torch.randn(4, 30, device=DEVICE, requires_grad=True)
+    short = top_k(torch.randn(4, 30, device=DEVICE), tail, 4)
+    free = torch.stack(
+        [torch.tensor([i for i in range(30) if i not in row][:2]) for row in short.indices.tolist()]
+    )
+    padded = TeacherTopK(
+        torch.cat((short.logprobs, torch.full((4, 2), -math.inf, device=DEVICE)), 1),
+        torch.cat((short.indices, free.to(DEVICE)), 1),
+        tail,
+    )
+    labels = padded.indices[:, 4].clone()
+    options = {"divergence": JSD(), "temperature": 2.0, "ce_weight": 0.5, "impl": impl}
+    results = []
+    for teacher in (short, padded):
+        loss = kd_loss(student, teacher, labels, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tail_that_is_nearly_nothing(impl: Impl) -> None:
+    """The student's rest is 1e-12 of its mass and the teacher's 1e-3: the gradient goes to the rest with all its digits."""
+    student = torch.randn(3, 50, device=DEVICE)
+    logits = torch.randn(3, 50, device=DEVICE)
+    student[:, :4] += 30.0
+    logits[:, :4] += 10.0
+    teacher = top_k(logits, "bucket", 4)
+    exact_leaf = student.double().requires_grad_()
+    exact = eager_divergence(*distributions(exact_leaf, teacher, 1.0), ForwardKL())
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), exact_leaf)
+    leaf = student.clone().requires_grad_()
+    rows = kd_loss(leaf, teacher, reduction="none", impl=impl)
+    (gradient,) = torch.autograd.grad(rows.sum(), leaf)
+    torch.testing.assert_close(rows.double(), exact.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-8)
