@@ -1,6 +1,7 @@
 """`python -m benchmarks`: measure and print; see benchmarks/README.md for the protocol."""
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from benchmarks import report
 from benchmarks.cases import SUITES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import environment
-from benchmarks.runner import MINIMUM_ROUNDS, run_case
+from benchmarks.runner import MINIMUM_ROUNDS, ROOT, run_case
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,12 +44,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"stop adding rounds when a case's share of this is used, after {MINIMUM_ROUNDS} (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="also write <date>.csv and <date>.json there"
+        "--skip-tests", action="store_true", help="measure without running the tests of the losses first"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="also write <date>.csv and <date>.json there (<date>-<suite> for suites but cpu and gpu)",
     )
     chosen = parser.parse_args(arguments)
     if chosen.rounds < MINIMUM_ROUNDS:
         parser.error(f"--rounds must be at least {MINIMUM_ROUNDS}, got {chosen.rounds}")
     return chosen
+
+
+# What every figure rests on: values and gradients of both losses against the reference.
+TESTS = ("tests/losses/test_linear_kd_loss.py", "tests/losses/test_kd_loss.py")
+
+
+def tests_pass() -> bool:
+    """Run the tests of what is measured; a fast wrong loss has no place in a table."""
+    print("tests of the losses", file=sys.stderr)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", "not triton"]
+    return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode == 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     stamp = environment(device)
+    if not chosen.skip_tests and not tests_pass():
+        print("The tests of the losses fail, so there is nothing to measure.", file=sys.stderr)
+        return 1
     print(", ".join(f"{name} {value}" for name, value in stamp.items()))
+    # The suite of the machine's kind is what a date stands for; the others say their name.
+    name = stamp["date"] if chosen.suite in ("cpu", "gpu") else f"{stamp['date']}-{chosen.suite}"
     everything: list[report.Record] = []
     start = time.monotonic()
     for number, case in enumerate(cases, 1):
@@ -84,9 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
         everything += found
         print(f"\n{case.name}\n\n{report.markdown(found)}", flush=True)
         if chosen.out:
-            report.write(chosen.out, stamp, everything)
+            report.write(chosen.out, name, stamp, everything)
     if chosen.out:
-        print(f"\nwritten: {', '.join(str(path) for path in report.write(chosen.out, stamp, everything))}")
+        print(
+            f"\nwritten: {', '.join(str(path) for path in report.write(chosen.out, name, stamp, everything))}"
+        )
     return 0
 
 

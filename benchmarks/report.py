@@ -83,14 +83,14 @@ def _cell(value: Any, form: Any) -> str:
     return "" if value is None else form(value)
 
 
-def write(folder: Path, environment: Record, all_records: list[Record]) -> tuple[Path, Path]:
-    """Write <date>.csv and <date>.json, each whole or not at all; called after every case, so a cut run keeps its rows."""
+def write(folder: Path, name: str, environment: Record, all_records: list[Record]) -> tuple[Path, Path]:
+    """Write <name>.csv and <name>.json, each whole or not at all; called after every case, so a cut run keeps its rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, whole = folder / f"{environment['date']}.csv", folder / f"{environment['date']}.json"
+    table, whole = folder / f"{name}.csv", folder / f"{name}.json"
     stamp = {
         name: environment[name] for name in ("device", "threads", "load_before", "torch", "commit", "date")
     }
-    scratch = folder / f".{environment['date']}.partial"
+    scratch = folder / f".{name}.partial"
     with scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*all_records[0], *stamp], lineterminator="\n")
         writer.writeheader()
