@@ -80,7 +80,10 @@ def convert_cubert(source: Path, output: Path) -> dict[str, Any]:
         paths = sorted(
             path
             for path in source.rglob("*")
-            if path.is_file() and path.name.startswith(names) and "json" in path.name
+            if path.is_file()
+            and path.name.startswith(names)
+            and "json" in path.name
+            and output not in path.parents
         )
         if not paths:
             raise KdtrainError(

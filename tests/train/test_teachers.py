@@ -1,0 +1,226 @@
+"""Teachers of every shape: other tokenizers and modes, one-logit heads, other orders of classes, heads over pairs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from kdtrain.cache import Identity
+from kdtrain.cache_build import build_cache, teacher_outputs, verify_cache
+from kdtrain.data.pairs import tokenize_split
+from kdtrain.data.rows import TextRows
+from kdtrain.errors import KdtrainError
+from kdtrain.pair_config import PairConfig
+from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
+from kdtrain.run import run
+from kdtrain.teachers import Teacher, load_teacher
+from kdtrain.tokenizers import train_tokenizer
+
+CPU = torch.device("cpu")
+TEXTS = ["int f(int x) { return x; }", "int g() { return 0; }", "void h(char *p) { free(p); free(p); }"]
+CLASSES = ("safe", "vulnerable")
+
+
+def tokenizer(**more: Any) -> PreTrainedTokenizerFast:
+    made = train_tokenizer(TEXTS, vocab_size=320, max_length=64)
+    if more:
+        made.add_special_tokens({"extra_special_tokens": more["extra"]})
+    return made
+
+
+def roberta(labels: int, folder: Path, words: PreTrainedTokenizerFast) -> Path:
+    torch.manual_seed(2)
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape.update(intermediate_size=32, num_labels=labels)
+    config = RobertaConfig(
+        **shape,
+        vocab_size=len(words),
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def rows_of(texts: list[str], seconds: list[str] | None = None) -> TextRows:
+    return TextRows(texts, torch.zeros(len(texts), dtype=torch.int64), seconds)
+
+
+def ask(teacher: Teacher, rows: TextRows) -> torch.Tensor:
+    tokens = tokenize_split(rows, teacher.tokenizer, teacher.max_length, None, teacher.insert)
+    return teacher_outputs(teacher, tokens, torch.arange(len(rows)), (), CPU).logits
+
+
+def test_one_logit_is_the_log_odds_of_the_second_class(tmp_path: Path) -> None:
+    teacher = load_teacher(str(roberta(1, tmp_path, tokenizer())), CLASSES)
+    model = RobertaForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        one = torch.cat([model(**teacher.tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+    logits = ask(teacher, rows_of(TEXTS))
+    torch.testing.assert_close(logits.softmax(1)[:, 1], one[:, 0].sigmoid())
+    with pytest.raises(KdtrainError, match="has 1 classes, the data set 3"):
+        load_teacher(str(tmp_path), ("a", "b", "c"))
+
+
+def test_the_order_of_classes_is_the_tasks(tmp_path: Path) -> None:
+    folder = roberta(2, tmp_path, tokenizer())
+    plain = load_teacher(str(folder), CLASSES)
+    turned = load_teacher(str(folder), CLASSES, TeacherRecipe(class_order=(1, 0)))
+    assert torch.equal(ask(plain, rows_of(TEXTS)).flip(1), ask(turned, rows_of(TEXTS)))
+    assert plain.outputs_hash() != turned.outputs_hash()
+    with pytest.raises(
+        KdtrainError, match=r"class_order must name each of the outputs 0 to 1 once, got \[1, 1\]"
+    ):
+        load_teacher(str(folder), CLASSES, TeacherRecipe(class_order=(1, 1)))
+
+
+def test_unixcoders_mode_stands_behind_the_first_token(tmp_path: Path) -> None:
+    words = tokenizer(extra=["<encoder-only>"])
+    mode = words.convert_tokens_to_ids("<encoder-only>")
+    teacher = load_teacher(str(roberta(2, tmp_path, words)), CLASSES)
+    tokens = tokenize_split(rows_of(TEXTS), teacher.tokenizer, 12, None, teacher.insert)
+    input_ids, _ = tokens.batch(torch.tensor([2]))
+    assert input_ids[0, :3].tolist() == [0, mode, 2] and input_ids.shape[1] == 12 and input_ids[0, -1] == 2
+    assert load_teacher(str(tmp_path), CLASSES, TeacherRecipe(insert=())).insert == ()
+    with pytest.raises(
+        KdtrainError, match=r"teacher.insert names '<decoder>', which the tokenizer of .* lacks"
+    ):
+        load_teacher(str(tmp_path), CLASSES, TeacherRecipe(insert=("<decoder>",)))
+
+
+def test_modernbert(tmp_path: Path) -> None:
+    words = tokenizer()
+    labels: dict[str, Any] = {"num_labels": 2}
+    config = ModernBertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+        **labels,
+        pad_token_id=1,
+        bos_token_id=0,
+        cls_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+    )
+    torch.manual_seed(3)
+    ModernBertForSequenceClassification(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), CLASSES)
+    identity = Identity.of(teacher, focus=None, dtype="float32", layers=(0, 2, 4), sequences=True)
+    rows = rows_of(TEXTS)
+    cache = build_cache(tmp_path / "cache", teacher, identity, rows, batch_tokens=1000, device=CPU)
+    assert verify_cache(cache, teacher, identity, rows, count=3, seed=0, device=CPU) == 3
+
+
+def clone_checkpoint(folder: Path, prefix: str) -> Path:
+    """An encoder with CodeXGLUE's head over two first tokens, under CodeXGLUE's names."""
+    words = tokenizer()
+    single = roberta(2, folder / "single", words)
+    encoder = {
+        name.replace("roberta.", prefix, 1): tensor
+        for name, tensor in load_file(single / "model.safetensors").items()
+        if name.startswith("roberta.")
+    }
+    torch.manual_seed(4)
+    head = {"dense.weight": (16, 32), "dense.bias": (16,), "out_proj.weight": (2, 16), "out_proj.bias": (2,)}
+    weights = {**encoder, **{f"classifier.{name}": torch.randn(shape) for name, shape in head.items()}}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((single / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["RobertaModel"]}))
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["roberta.", "encoder.roberta.", "encoder."])
+def test_a_pair_head_of_codexglue(tmp_path: Path, prefix: str) -> None:
+    teacher = load_teacher(str(clone_checkpoint(tmp_path, prefix)), ("different", "clone"), pairs=True)
+    assert teacher.pairs and teacher.max_length == 64
+    logits = ask(teacher, rows_of([TEXTS[0], TEXTS[2]], [TEXTS[1], TEXTS[0]]))
+    weights = load_file(tmp_path / "model.safetensors")
+    encoder = RobertaForSequenceClassification.from_pretrained(tmp_path / "single").roberta.eval()
+    with torch.inference_mode():
+        first = [
+            encoder(**teacher.tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in TEXTS
+        ]
+    pair = torch.cat([first[2], first[0]])
+    hidden = torch.tanh(weights["classifier.dense.weight"] @ pair + weights["classifier.dense.bias"])
+    expected = weights["classifier.out_proj.weight"] @ hidden + weights["classifier.out_proj.bias"]
+    torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_classifier_is_none_of_pairs(tmp_path: Path) -> None:
+    folder = roberta(2, tmp_path, tokenizer())
+    with pytest.raises(
+        KdtrainError, match=r"is no classifier of pairs: it has no classifier.dense.weight \[16, 32\]"
+    ):
+        load_teacher(str(folder), CLASSES, pairs=True)
+    with pytest.raises(KdtrainError, match=r"a teacher of pairs must be a folder with model.safetensors"):
+        (folder / "model.safetensors").unlink()
+        load_teacher(str(folder), CLASSES, pairs=True)
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("roberta", "pkd"), ("bigru", "ckd")])
+def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture: str, method: str) -> None:
+    """From pair files to a student that AutoModel knows, taught by a pair head through the cache."""
+    lines = []
+    for i in range(40):
+        a, b = TEXTS[i % 3], TEXTS[(i // 3) % 3]
+        lines.append(json.dumps({"code": f"{a} // {i}", "other": f"{b} // {i}", "label": int(a == b)}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "rows.jsonl")
+    recipe = Recipe(
+        data=DataRecipe(train=path, valid=path, second="other", classes=("different", "clone")),
+        student=StudentRecipe(
+            architecture=architecture,  # type: ignore[arg-type]
+            vocab_size=300, hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=40, dropout=0.0,
+        ),
+        teacher=TeacherRecipe(path=str(clone_checkpoint(tmp_path / "teacher", "roberta."))),
+        method=MethodRecipe(name=method),
+        training=TrainingRecipe(max_steps=3, epochs=2, batch_size=16, accumulation=2, log_every=1, best_metric="f1"),
+        output=str(tmp_path / "run"),
+    )  # fmt: skip
+    summary = run(recipe)
+    assert {"f1", "agreement"} <= summary.test.keys()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").eval()
+    assert isinstance(model.config, PairConfig) and model.config.id2label == {0: "different", 1: "clone"}
+    predictions = load_file(tmp_path / "run" / "predictions" / "test.safetensors")
+    words = PreTrainedTokenizerFast.from_pretrained(tmp_path / "run" / "student")
+    row = json.loads(lines[5])
+    encoded = words(
+        [row["code"], row["other"]], return_tensors="pt", padding=True, truncation=True, max_length=40
+    )
+    with torch.inference_mode():
+        logits = model(encoded["input_ids"][None], encoded["attention_mask"][None]).logits[0]
+    torch.testing.assert_close(logits, predictions["logits"][5], rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        KdtrainError, match="classifies pairs of texts, and the rows of this task are single texts"
+    ):
+        load_teacher(str(tmp_path / "run" / "student"), ("different", "clone"))
+    with pytest.raises(KdtrainError, match=r"student.path is not supported yet for tasks over pairs"):
+        student = replace(recipe.student, path=str(tmp_path / "teacher" / "single"))
+        run(
+            replace(
+                recipe,
+                student=student,
+                output=str(tmp_path / "other"),
+                teacher=TeacherRecipe(),
+                method=MethodRecipe(name="ft"),
+            )
+        )
