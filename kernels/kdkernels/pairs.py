@@ -20,8 +20,11 @@ from torch import Tensor
 from .windows import SHORTEST
 
 # An angle at i is taken from inner products of centred rows c where |f_i - f_j|^2 is above this times
-# |c_i|^2 + |c_j|^2; below, too many of its digits have cancelled, and it is taken from differences of rows.
-NEAR = 1.0 / 64.0
+# |c_i|^2 + |c_j|^2; below, more than two of its bits have cancelled, and it is taken from differences of rows.
+NEAR = 1.0 / 4.0
+
+# The same in float64 for features in float32, which leaves their angles the digits of float32.
+NEAR_WIDENED = 2.0**-26
 
 
 class AngleSide(NamedTuple):
@@ -55,7 +58,10 @@ def reverse(pairs: Tensor) -> Tensor:
 
 
 def of_neighbours(values: Tensor, window: int, margin: int) -> Tensor:
-    """(2 W + 1, R) view: for each row the value of each neighbour, from (margin + R + margin,) values."""
+    """(2 W + 1, R) view: for each row the value of each neighbour, from (margin + R + margin,) values.
+
+    Its strides are both 1: what is computed from it in place of another tensor keeps rows contiguous, else nothing does.
+    """
     rows = values.shape[0] - 2 * margin
     start = values.storage_offset() + margin - window
     return values.as_strided((2 * window + 1, rows), (1, 1), start)
@@ -67,7 +73,7 @@ def valid_pairs(valid: Tensor, centre: Tensor, position: Tensor, length: int, wi
     neighbour = position + offsets
     inside = (neighbour >= 0) & (neighbour < length) & (offsets != 0)
     padded = torch.nn.functional.pad(valid, (window, window))
-    return inside & centre & of_neighbours(padded, window, window)
+    return inside.logical_and_(centre).logical_and_(of_neighbours(padded, window, window))
 
 
 def cosines(band: Tensor, window: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -106,20 +112,22 @@ def cosine_coefficients(gradient: Tensor, cosine: Tensor, inverse: Tensor, windo
     """(2 W + 1, R) factors of the rows i + a in the gradient of row i, from the derivative of directed cosines."""
     both = gradient + reverse(gradient)
     padded = torch.nn.functional.pad(inverse, (window, window))
-    factors = both * of_neighbours(padded, window, window)
+    along = (both * cosine).sum(0)
     # d cos / d f_i = (unit_j - cos * unit_i) / |f_i|
-    factors[window] = -(both * cosine).sum(0) * inverse
+    factors = both.mul_(of_neighbours(padded, window, window))
+    factors[window] = -along * inverse
     return factors.mul_(inverse)
 
 
-def angle_side(band: Tensor, window: int, rows: int) -> tuple[AngleSide, Tensor]:
+def angle_side(band: Tensor, window: int, rows: int, limit: float) -> tuple[AngleSide, Tensor]:
     """Lifts of one side, scales that still hold every pair, and (2 W + 1, R) bool: which pairs are nearly equal."""
     squares = band[0]
     own = squares[window : window + rows]
     product = directed(band, window, rows, window)
-    size = own + of_neighbours(squares, window, window)
+    size = own.expand_as(product).clone(memory_format=torch.contiguous_format)
+    size.add_(of_neighbours(squares, window, window))
     distance = size - 2.0 * product
-    near = distance <= NEAR * size
+    near = distance <= limit * size
     scale = distance.clamp_min_(torch.finfo(band.dtype).tiny).rsqrt_()
     return AngleSide(band, product.neg_().add_(own, alpha=0.5), scale), near
 

@@ -19,17 +19,19 @@ from .pairs import AngleGradient, AngleSide, DirectAngles
 from .windows import ROW_STEP, RelationCounts, Variant
 
 # Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
-SCRATCH_SHARE = 0.75
+SCRATCH_SHARE = 0.7
 
 # Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
 LEAST_ROWS = 256
 
 # Elements of scratch for the pairs of one row: directed pairs of 2 W + 1, and bands of the widths used.
-PAIR_ELEMENTS = 24
+PAIR_ELEMENTS = 40
 
 
 class Rows(Protocol):
     """One side of a block as a stream of R rows x_i; a row that does not count is 0, whatever it holds."""
+
+    dtype: torch.dtype  # of the products: float32 or float64
 
     def __init__(
         self,
@@ -80,6 +82,11 @@ class WindowBackend(Protocol):
     @staticmethod
     def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
         """Derivatives of the sum of `angle_values` by the student's band, lifts and scales."""
+        ...
+
+    @staticmethod
+    def widen(near: Tensor) -> bool:  # (R,) bool
+        """Whether a block of float32 rows with these nearly equal neighbours is computed again in float64."""
         ...
 
     @staticmethod
@@ -245,7 +252,7 @@ class _AxisPass:
 
     def _band(self, rows: Rows, width: int, margin: int, count: int) -> Tensor:
         """Inner products (width + 1, margin + R + margin)."""
-        band = self.weight.new_zeros(width + 1, count + 2 * margin)
+        band = self.weight.new_zeros(width + 1, count + 2 * margin, dtype=rows.dtype)
         rows.products(band[:, margin : margin + count])
         return band
 
@@ -275,7 +282,7 @@ class _AxisPass:
                 side.centre()
             related = pairs.valid_pairs(counted, centre, position, self.length, self.angle_window)
             scale = row_scale * self.axis.angle_scale
-            total += self._angles(block, sides, related, scale, grad) * self.axis.angle_scale
+            total += self._angles(block, sides, valid, related, scale, grad) * self.axis.angle_scale
         values[block.batch] += total[:count].view(shape[0], -1).sum(1)
 
     def _distances(
@@ -294,21 +301,42 @@ class _AxisPass:
         return value
 
     def _angles(
-        self, block: _Block, sides: list[Rows], related: Tensor, row_scale: Tensor, grad: Tensor | None
+        self,
+        block: _Block,
+        sides: list[Rows],
+        valid: Tensor | None,
+        related: Tensor,
+        row_scale: Tensor,
+        grad: Tensor | None,
     ) -> Tensor:
         """(R,) angle relations; adds their gradient. Rows with a nearly equal neighbour take the direct way."""
-        window, rows = self.angle_window, row_scale.shape[0]
-        (student, near_s), (teacher, near_t) = (
-            pairs.angle_side(self._band(side, 2 * window, window, rows), window, rows) for side in sides
-        )
-        near = self.backend.direct_rows((related & (near_s | near_t)).any(0))
-        fast = related & ~near
+        student, teacher, near = self._angle_sides(sides, related, pairs.NEAR)
+        if self.dtype == torch.float32 and self.backend.widen(near):
+            del student, teacher
+            for index, side in enumerate((self.student, self.teacher)):
+                sides[index] = self.backend.Rows(
+                    block.of(side), valid, near.shape[0], self.margin, torch.float64
+                )
+                sides[index].centre()
+            student, teacher, near = self._angle_sides(sides, related, pairs.NEAR_WIDENED)
+        near = self.backend.direct_rows(near)
         for side in (student, teacher):
-            side.scale.masked_fill_(~fast, 0.0)
+            side.scale.masked_fill_(near | ~related, 0.0)
         value = self.backend.angle_values(student, teacher)
         if grad is not None:
             gradient = self.backend.angle_gradient(student, teacher)
             factors = pairs.angle_coefficients(student, gradient)
             sides[0].apply(factors.mul_(row_scale), grad)
         direct = DirectAngles(block.of(self.student), block.of(self.teacher), near, related, row_scale)
-        return value.add_(self.backend.direct_angles(direct, grad))
+        return self.backend.direct_angles(direct, grad).add_(value)
+
+    def _angle_sides(
+        self, sides: list[Rows], related: Tensor, limit: float
+    ) -> tuple[AngleSide, AngleSide, Tensor]:
+        """Both sides of the angles, and (R,) bool: which rows have a nearly equal neighbour on one of them."""
+        window, rows = self.angle_window, related.shape[1]
+        (student, near_s), (teacher, near_t) = (
+            pairs.angle_side(self._band(side, 2 * window, window, rows), window, rows, limit)
+            for side in sides
+        )
+        return student, teacher, (related & (near_s | near_t)).any(0)

@@ -8,9 +8,10 @@ from torch.autograd import gradcheck
 
 from kdkernels import contextual_relation_loss
 from kdkernels.options import Impl
-from tests.support.inputs import DEVICE
+from kdkernels.windows import Variant
+from tests.support.inputs import DEVICE, IMPLS
 
-IMPLS: list[Impl] = ["reference", "torch"]
+VARIANTS: list[Variant] = ["study", "official"]
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,8 +55,16 @@ def study_loss(student: Tensor, teacher: Tensor, window: int, layer_weight: floa
 
 
 # Windows: within both axes, all pairs of layers only, reaching over the ends of every sequence, and all pairs of both.
-@pytest.mark.parametrize("window", [1, 3, 6, 7, 20])
-@pytest.mark.parametrize("impl", IMPLS)
+# Triton's interpreter is slow: it takes one window within both axes, and all pairs of both.
+@pytest.mark.parametrize(
+    ("impl", "window"),
+    [
+        (impl, window)
+        for impl in IMPLS
+        for window in (1, 3, 6, 7, 20)
+        if impl != "triton" or window in (1, 20)
+    ],
+)
 def test_equals_the_formula_of_the_study(impl: Impl, window: int) -> None:
     student, teacher = features(2, 3, 7, 5, dtype=torch.float64), features(2, 3, 7, 8, dtype=torch.float64)
     dtype = torch.float32 if impl == "triton" else torch.float64
@@ -63,10 +72,10 @@ def test_equals_the_formula_of_the_study(impl: Impl, window: int) -> None:
     loss = contextual_relation_loss(leaf, teacher.to(dtype), window=window, layer_weight=0.7, impl=impl)
     student.requires_grad_()
     expected = study_loss(student, teacher, window, 0.7)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if impl == "triton" else {}
-    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    rtol, atol = (1e-5, 1e-6) if impl == "triton" else (1e-9, 1e-12)
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=atol)
     (gradient,), (truth,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, student)
-    torch.testing.assert_close(gradient.double(), truth, **tolerance)
+    torch.testing.assert_close(gradient.double(), truth, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -74,11 +83,17 @@ def test_weights_pick_the_terms(impl: Impl) -> None:
     student, teacher = features(2, 3, 9, 5), features(2, 3, 9, 4)
     (distance_s, angle_s), (distance_t, angle_t) = (study_relations(side, 2) for side in (student, teacher))
     transposed = [study_relations(side.transpose(1, 2), 2) for side in (student, teacher)]
-    options = {"window": 2, "impl": impl}
 
     def term(distance: float, angle: float, layer: float) -> Tensor:
-        weights = {"distance_weight": distance, "angle_weight": angle, "layer_weight": layer}
-        return contextual_relation_loss(student, teacher, **weights, **options)
+        return contextual_relation_loss(
+            student,
+            teacher,
+            window=2,
+            distance_weight=distance,
+            angle_weight=angle,
+            layer_weight=layer,
+            impl=impl,
+        )
 
     torch.testing.assert_close(term(2.0, 0.0, 0.0), 2.0 * F.mse_loss(distance_s, distance_t))
     torch.testing.assert_close(term(0.0, 3.0, 0.0), 3.0 * F.mse_loss(angle_s, angle_t))
@@ -123,8 +138,10 @@ def masked_loss(student: Tensor, teacher: Tensor, mask: Tensor, window: int) -> 
 
 
 # Windows smaller than either axis, than one, and larger than both. A hole in the mask, and a padded end.
-@pytest.mark.parametrize("window", [1, 3, 9])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("impl", "window"),
+    [(impl, window) for impl in IMPLS for window in (1, 3, 9) if impl != "triton" or window == 3],
+)
 def test_mask_counts_existing_relations(impl: Impl, window: int) -> None:
     student, teacher = features(2, 3, 6, 4), features(2, 3, 6, 5)
     mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=DEVICE).bool()
@@ -132,29 +149,36 @@ def test_mask_counts_existing_relations(impl: Impl, window: int) -> None:
     torch.testing.assert_close(loss, masked_loss(student, teacher, mask, window))
 
 
-@pytest.mark.parametrize("variant", ["study", "official"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_padding_may_hold_anything_and_have_any_length(impl: Impl, variant) -> None:
-    student, teacher = features(2, 3, 12, 4), features(2, 3, 12, 5)
-    mask = torch.arange(12, device=DEVICE) < torch.tensor([[7], [5]], device=DEVICE)
-    options = {"window": 2, "layer_weight": 0.5, "variant": variant, "impl": impl}
+def test_padding_may_hold_anything_and_have_any_length(impl: Impl, variant: Variant) -> None:
+    student, teacher = features(2, 2, 8, 4), features(2, 2, 8, 5)
+    mask = torch.arange(8, device=DEVICE) < torch.tensor([[6], [4]], device=DEVICE)
 
     def solve(length: int) -> tuple[Tensor, Tensor]:
         leaf = student[:, :, :length].clone().requires_grad_()
-        loss = contextual_relation_loss(leaf, teacher[:, :, :length], mask=mask[:, :length], **options)
+        loss = contextual_relation_loss(
+            leaf,
+            teacher[:, :, :length],
+            window=2,
+            mask=mask[:, :length],
+            layer_weight=0.5,
+            variant=variant,
+            impl=impl,
+        )
         (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), gradient
 
-    expected, gradient = solve(12)
+    expected, gradient = solve(8)
     assert gradient.isfinite().all()
     assert torch.equal(gradient.transpose(1, 2)[~mask], torch.zeros_like(gradient.transpose(1, 2)[~mask]))
-    shorter, shorter_gradient = solve(7)
+    shorter, shorter_gradient = solve(6)
     torch.testing.assert_close(shorter, expected)
-    torch.testing.assert_close(shorter_gradient, gradient[:, :, :7])
-    for junk in (float("nan"), float("inf"), 1e30):
+    torch.testing.assert_close(shorter_gradient, gradient[:, :, :6])
+    for junk in (float("nan"), 1e30):
         student.transpose(1, 2)[~mask] = junk
         teacher.transpose(1, 2)[~mask] = -junk
-        for ours, other in zip(solve(12), (expected, gradient), strict=True):
+        for ours, other in zip(solve(8), (expected, gradient), strict=True):
             torch.testing.assert_close(ours, other)
 
 
@@ -176,11 +200,11 @@ def test_official_variant_is_a_divergence_of_softmaxes(impl: Impl) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "triton"])
-@pytest.mark.parametrize("variant", ["study", "official"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("variant", VARIANTS)
 # Windows: inside the sequences, and all pairs.
 @pytest.mark.parametrize("window", [2, 8])
-def test_gradcheck(window: int, variant, impl: Impl) -> None:
+def test_gradcheck(window: int, variant: Variant, impl: Impl) -> None:
     student, teacher = features(2, 3, 6, 3, dtype=torch.float64), features(2, 3, 6, 4, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=DEVICE).bool()
 
@@ -195,9 +219,9 @@ def test_gradcheck(window: int, variant, impl: Impl) -> None:
 
 # Nothing counts: all padding, no tokens, an empty batch, no layers.
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 0), (0, 3, 5), (2, 0, 5)], ids=str)
-@pytest.mark.parametrize("variant", ["study", "official"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_counts(impl: Impl, variant, shape: tuple[int, int, int]) -> None:
+def test_nothing_counts(impl: Impl, variant: Variant, shape: tuple[int, int, int]) -> None:
     student = features(*shape, 4).requires_grad_()
     mask = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=DEVICE)
     loss = contextual_relation_loss(
@@ -220,13 +244,15 @@ def test_equal_tokens_have_no_direction(impl: Impl) -> None:
     torch.testing.assert_close(loss, study_loss(student, teacher, 3, 0.5))
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert gradient.abs().max() < 10.0
+    reference = contextual_relation_loss(leaf, teacher, window=3, layer_weight=0.5, impl="reference")
+    torch.testing.assert_close(gradient, torch.autograd.grad(reference, leaf)[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_student_equal_to_its_teacher_has_no_loss(impl: Impl) -> None:
     teacher = features(2, 3, 9, 4)
     student = teacher.clone().requires_grad_()
-    for variant in ("study", "official"):
+    for variant in VARIANTS:
         loss = contextual_relation_loss(
             student, teacher, window=2, layer_weight=1.0, variant=variant, impl=impl
         )

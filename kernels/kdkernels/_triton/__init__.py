@@ -1,5 +1,6 @@
 """Triton back end: row kernels and their launchers. Imported only when a call runs on it."""
 
+from . import windows
 from .configs import chunk_rows
 from .directions import direction_rows
 from .projection import mse_rows
@@ -16,4 +17,5 @@ __all__ = [
     "relation_rows",
     "row_statistics",
     "softmax_gradient",
+    "windows",
 ]

@@ -1,0 +1,220 @@
+"""The fast back ends of `contextual_relation_loss` against float64: hard features, dtypes, blocks, autograd, memory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import contextual_relation_loss
+from kdkernels._torch import windows as torch_windows
+from kdkernels.options import Impl
+from kdkernels.windows import Variant
+from tests.support.budget import assert_within_budget
+from tests.support.inputs import DEVICE, FAST_IMPLS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def smooth(features: Tensor, correlation: float) -> Tensor:
+    """Every token near the one before it, as in the states of a recurrent network."""
+    out = features.clone()
+    for token in range(1, features.shape[2]):
+        new = (1.0 - correlation**2) ** 0.5 * features[:, :, token]
+        out[:, :, token] = correlation * out[:, :, token - 1] + new
+    return out
+
+
+def twins(features: Tensor, distance: float, step: int = 3) -> Tensor:
+    """Some tokens followed by nearly the same one."""
+    out = features.clone()
+    out[:, :, 1::step] = out[:, :, 0 : features.shape[2] - 1 : step][:, :, : out[:, :, 1::step].shape[2]]
+    return out + distance * torch.randn_like(out)
+
+
+# What makes inner products cancel, and what does not.
+HARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "independent": lambda features: features,
+    "common offset": lambda features: features + 100.0 * normal(features.shape[-1]),
+    "smooth": lambda features: smooth(features, 0.9),
+    "very smooth": lambda features: smooth(features, 0.999),
+    "twins at 1e-2": lambda features: twins(features, 1e-2),
+    "twins at 1e-5": lambda features: twins(features, 1e-5),
+    "few twins": lambda features: twins(features, 1e-3, step=40),
+    "equal twins": lambda features: twins(features, 0.0),
+    "lengths from 1e-3 to 1e3": lambda features: (
+        features * torch.logspace(-3, 3, features.shape[2], device=DEVICE).unsqueeze(1)
+    ),
+    "residual stream": lambda features: features.cumsum(1) * 2.0,
+}
+
+
+def solve(student: Tensor, teacher: Tensor, **options) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().clone().requires_grad_()
+    loss = contextual_relation_loss(leaf, teacher, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def assert_as_good_as_eager(student: Tensor, teacher: Tensor, *, impl: Impl, window: int, **options) -> None:
+    ours = solve(student, teacher, impl=impl, window=window, **options)
+    eager = solve(student, teacher, impl="reference", window=window, **options)
+    truth = solve(student.double(), teacher.double(), impl="reference", window=window, **options)
+    for name, actual, low, exact in zip(("loss", "gradient"), ours, eager, truth, strict=True):
+        assert_within_budget(actual, low, exact, name)
+
+
+@pytest.mark.parametrize("kind", list(HARD))
+def test_hard_features_in_float32(kind: str) -> None:
+    teacher, student = normal(2, 3, 48, 48), normal(2, 3, 48, 32)
+    assert_as_good_as_eager(HARD[kind](student), teacher, impl="torch", window=4, layer_weight=0.5)
+    assert_as_good_as_eager(student, HARD[kind](teacher), impl="torch", window=4, layer_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["independent", "common offset", "twins at 1e-2", "few twins", "equal twins"]
+)
+def test_hard_features_in_the_kernels(kind: str) -> None:
+    pytest.importorskip("triton")
+    student = HARD[kind](normal(1, 2, 16, 32))
+    assert_as_good_as_eager(student, normal(1, 2, 16, 48), impl="triton", window=3)
+
+
+def test_a_student_near_its_teacher() -> None:
+    teacher = normal(2, 3, 40, 48)
+    student = teacher @ torch.linalg.qr(normal(48, 32)).Q + 0.02 * normal(2, 3, 40, 32)
+    for variant in ("study", "official"):
+        assert_as_good_as_eager(student, teacher, impl="torch", window=4, layer_weight=0.5, variant=variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_half_precision_is_computed_in_float32(impl: Impl, dtype: torch.dtype) -> None:
+    """Features are taken as they are; only the gradient is rounded, once, to their dtype."""
+    batch = 1 if impl == "triton" else 6
+    student, teacher = normal(batch, 2, 14, 8).to(dtype), normal(batch, 2, 14, 6).to(dtype)
+    mask = torch.rand(batch, 14, device=DEVICE) < 0.8
+    options = {"window": 2, "mask": mask, "layer_weight": 0.5}
+    loss, gradient = solve(student, teacher, impl=impl, **options)
+    expected, expected_gradient = solve(student.float(), teacher.float(), impl="reference", **options)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    # The teacher's dtype may differ.
+    mixed, _ = solve(student.float(), teacher, impl=impl, **options)
+    torch.testing.assert_close(mixed, expected)
+
+
+# Blocks: whole samples, some sequences of one, parts of one sequence, parts with all of it around.
+@pytest.mark.parametrize(
+    ("shape", "window", "rows"),
+    [((5, 2, 24), 2, 96), ((2, 5, 24), 2, 48), ((1, 2, 90), 3, 32), ((1, 2, 70), 40, 32)],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", ["study", "official"])
+def test_blocks_do_not_show(
+    variant: Variant, shape: tuple[int, int, int], window: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdkernels.window_blocks.LEAST_ROWS", rows)
+    student, teacher = normal(*shape, 6).double(), normal(*shape, 7).double()
+    for mask in (None, torch.rand(shape[0], shape[2], device=DEVICE) < 0.8):
+        options = {"window": window, "mask": mask, "layer_weight": 0.5, "variant": variant}
+        ours = solve(student, teacher, impl="torch", **options)
+        expected = solve(student, teacher, impl="reference", **options)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_any_strides(impl: Impl) -> None:
+    shape = (1, 2, 6) if impl == "triton" else (2, 3, 9)
+    student, teacher = normal(*shape, 6), normal(*shape, 5)
+    options = {"window": 2, "layer_weight": 0.5, "impl": impl}
+    expected = solve(student, teacher, **options)
+    for strided_s, strided_t in (
+        (student.transpose(1, 2).contiguous().transpose(1, 2), teacher.mT.contiguous().mT),
+        (torch.cat([student, student], -1)[..., :6], teacher[:, :, :, [0]].expand_as(teacher)),
+    ):
+        leaf = strided_s.detach().requires_grad_()
+        loss = contextual_relation_loss(leaf, strided_t, **options)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if strided_t.stride(3) != 0:
+            torch.testing.assert_close((loss, gradient), expected)
+            continue
+        others = solve(student, strided_t.contiguous(), **options)
+        torch.testing.assert_close((loss, gradient), others)
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_autograd_is_not_surprised(impl: Impl) -> None:
+    student, teacher = normal(1, 2, 12, 6).requires_grad_(), normal(1, 2, 12, 5)
+    loss = contextual_relation_loss(student, teacher, window=2, impl=impl)
+    first = torch.autograd.grad(loss, student, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, student, torch.tensor(-3.0, device=DEVICE), create_graph=True)[0]
+    torch.testing.assert_close(second, -3.0 * first)
+    with pytest.raises(RuntimeError, match="kdkernels losses have no second derivative"):
+        torch.autograd.grad(second.sum(), student)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(contextual_relation_loss(student, teacher, window=2, impl=impl), loss)
+    assert not contextual_relation_loss(student.detach(), teacher, window=2, impl=impl).requires_grad
+
+
+def test_the_kernels_agree_with_the_torch_back_end_on_wide_windows() -> None:
+    """Windows and widths beyond one tile of every kernel."""
+    pytest.importorskip("triton")
+    student, teacher = normal(1, 1, 38, 40), normal(1, 1, 38, 33)
+    student[:, :, 3] = student[:, :, 4]
+    mask = torch.arange(38, device=DEVICE).unsqueeze(0) != 17
+    options = {"window": 9, "mask": mask}
+    kernels = solve(student, teacher, impl="triton", **options)
+    expected = solve(student, teacher, impl="torch", **options)
+    for one, other in zip(kernels, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_other_devices_take_every_row_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the torch back end does where counting nearly equal rows would make the host wait, run on this one."""
+    monkeypatch.setattr(torch_windows, "direct_rows", torch.ones_like)
+    student, teacher = normal(2, 2, 20, 6), normal(2, 2, 20, 7)
+    mask = torch.rand(2, 20, device=DEVICE) < 0.8
+    options = {"window": 3, "mask": mask, "layer_weight": 0.5}
+    ours = solve(student, teacher, impl="torch", **options)
+    expected = solve(student, teacher, impl="reference", **options)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+PEAK = """
+import json, sys, torch
+sys.path[:0] = [{root!r}, {kernels!r}]
+from benchmarks.measure import peak_bytes_of
+from kdkernels import contextual_relation_loss
+torch.manual_seed(0)
+student, teacher = torch.randn(8, 4, 128, 512).requires_grad_(), torch.randn(8, 4, 128, 512)
+found = {{}}
+for window in (2, 10, 40):
+    def step():
+        student.grad = None
+        contextual_relation_loss(student, teacher, window=window).backward()
+    step()
+    student.grad = None
+    found[window] = peak_bytes_of(step) / (4 * student.numel())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+def test_extra_memory_is_at_most_two_students() -> None:
+    """Beyond the inputs, with the gradient, for narrow and wide windows; in a process of its own."""
+    program = PEAK.format(root=str(ROOT), kernels=str(ROOT / "kernels"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert max(found.values()) <= 2.0, found

@@ -1,0 +1,122 @@
+"""Compile the kernels of windows of neighbours without a GPU, and count registers and spills.
+
+python -m tests.support.compiled_windows      # one JSON line a kernel and architecture; needs TRITON_INTERPRET unset
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# Pointers whose dtype is that of the caller's features, and those that are no float32.
+FEATURES = ("features_ptr", "student_ptr", "teacher_ptr")
+KINDS = {"counted_ptr": "*i1", "chosen_ptr": "*i1", "valid_ptr": "*i1"}
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, int | bool], str]]:
+    """Name, kernel, compile-time constants and dtype of the features of everything that is launched."""
+    from kdkernels._triton import window_angles, window_direct, window_rows
+
+    tile = {"BLOCK_D": window_rows.BLOCK_D}
+    products = tile | {
+        "BLOCK_ROWS": window_rows.BLOCK_ROWS,
+        "BLOCK_NEIGHBOURS": window_rows.BLOCK_NEIGHBOURS,
+    }
+    for dtype in ("fp32", "bf16"):
+        for length in (64, 8):
+            constants = tile | {"BLOCK_M": length, "BLOCK_S": window_rows.BLOCK_ROWS // length}
+            yield f"means of {length} {dtype}", window_rows._sequence_means_kernel, constants, dtype
+        for centred in (False, True):
+            constants = products | {"CENTRED": centred}
+            name = f"{dtype} {'centred' if centred else 'as they are'}"
+            yield f"products {name}", window_rows._band_products_kernel, constants, dtype
+            yield f"apply {name}", window_rows._band_apply_kernel, constants, dtype
+        for gradient in (False, True):
+            constants = {
+                "WRITE_GRAD": gradient,
+                "BLOCK_N": window_direct.BLOCK_NEIGHBOURS,
+                "BLOCK_D": window_direct.BLOCK_D,
+            }
+            yield (
+                f"direct {dtype}{' gradient' * gradient}",
+                window_direct._direct_angles_kernel,
+                constants,
+                dtype,
+            )
+    for kernel in ("values", "sides", "band"):
+        function = getattr(window_angles, f"_angle_{kernel}_kernel")
+        yield f"angle {kernel}", function, {"BLOCK": window_angles.BLOCK}, "fp32"
+
+
+def compile_kernel(kernel: Any, constants: dict[str, int | bool], dtype: str, architecture: str) -> Any:
+    """Triton's compiled kernel, for rows that start at multiples of 16 elements."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kdkernels._triton.window_rows import OPTIONS
+
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{dtype}" if name in FEATURES else KINDS.get(name, "*fp32")
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif name == "shortest":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name.startswith("stride") or name == "D":
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", architecture, 64)
+    return triton.compile(source, target=target, options=OPTIONS)
+
+
+def count(compiled: Any, architecture: str) -> dict[str, int]:
+    """Registers a thread, bytes of spills, bytes of shared memory."""
+    if architecture.startswith("sm_"):
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage = subprocess.run(
+                [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+            ).stdout
+        numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        registers, spills = int(numbers["REG"]), max(int(numbers["STACK"]), int(numbers["LOCAL"]))
+    else:
+        code = compiled.asm["amdgcn"]
+        numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code))
+        scratch = re.search(r"ScratchSize: (\d+)", code)
+        assert scratch is not None
+        registers = int(numbers["vgpr_count"])
+        spills = max(int(scratch[1]), int(numbers["vgpr_spill_count"]), int(numbers["sgpr_spill_count"]))
+    return {"registers": registers, "spills": spills, "shared": int(compiled.metadata.shared)}
+
+
+def main() -> None:
+    """Compile everything; one JSON line each."""
+    for architecture in ARCHITECTURES:
+        for name, kernel, constants, dtype in variants():
+            # One architecture sees every variant, the others those of float32 with every flag on.
+            if architecture != "sm_90" and ("bf16" in name or "as they are" in name):
+                continue
+            found = count(compile_kernel(kernel, constants, dtype, architecture), architecture)
+            print(json.dumps({"kernel": name, "architecture": architecture, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
