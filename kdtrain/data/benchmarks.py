@@ -79,11 +79,8 @@ def convert_cubert(source: Path, output: Path) -> dict[str, Any]:
     for split, names in CUBERT_NAMES.items():
         paths = sorted(
             path
-            for path in source.rglob("*")
-            if path.is_file()
-            and path.name.startswith(names)
-            and "json" in path.name
-            and output not in path.parents
+            for path in source.glob("*")
+            if path.is_file() and path.name.startswith(names) and "json" in path.name
         )
         if not paths:
             raise KdtrainError(
