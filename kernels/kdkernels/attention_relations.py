@@ -57,7 +57,7 @@ def relation_kl(
         reduction: "mean" divides by counted tokens times (pairs of) heads; "sum" adds all up; "none" gives the sum over
             heads of each token, shape (B, N), 0 where the mask is False.
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32. Triton takes
-            heads of at most 256 columns.
+            heads of at most 256 columns, in float32 of at most 128.
 
     Returns:
         float32 (float64 for float64 features): 0-D, or (B, N) for reduction="none". A mask without a True gives a

@@ -346,10 +346,11 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError) as caught:
             relation_kl(**{**good, **changes})
         assert str(caught.value) == sentence
-    if DEVICE == "cpu":
+    for dtype, kind, widest in ((torch.float32, "float32", 128), (torch.bfloat16, "half-precision", 256)):
+        features = zeros(1, 2, 300).to(dtype)
         with pytest.raises(ValueError) as caught:
-            relation_kl(zeros(1, 2, 300), zeros(1, 2, 300), heads=1, impl="triton")
+            relation_kl(features, features, heads=1, impl="triton")
         assert str(caught.value) == (
-            "impl='triton' takes relation heads of at most 256 columns, got 300 for the student; "
+            f"impl='triton' takes {kind} relation heads of at most {widest} columns, got 300 for the student; "
             "use more heads or impl='torch'"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs import architecture_of, device_guard
 from .numeric import LN_2, LOG2_E
-from .relation_configs import RelationConfig, dot_precision, padded, relation_config
+from .relation_configs import padded, relation_config, widest_head
 
 # A score that does not count: finite, since -inf - -inf is NaN, and below any score that does.
 NOT_COUNTED = tl.constexpr(-1.0e30)
@@ -46,11 +46,11 @@ def _load_rows(
 
 
 @triton.jit
-def _product(left, right, PRECISION: tl.constexpr):
-    """left @ right in fp32. Triton's interpreter takes bfloat16 for integers there, so it is given float32."""
-    if PRECISION == "interpreter":
+def _product(left, right, INTERPRETED: tl.constexpr):
+    """left @ right in fp32, exact to fp32's digits for fp32. The interpreter would take bfloat16 for integers."""
+    if INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32))
-    return tl.dot(left, right, input_precision=PRECISION)
+    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _relation_values_kernel(
     statistic_size,  # B * P * N
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     D_S: tl.constexpr,  # columns of a head
     D_T: tl.constexpr,
     BLOCK_D_S: tl.constexpr,
@@ -127,8 +127,8 @@ def _relation_values_kernel(
         allowed = column_counts[None, :]
         if CAUSAL:
             allowed = allowed & (columns[None, :] <= rows[:, None])
-        s = tl.where(allowed, _product(q_s, k_s.T, PRECISION) * student_scale, NOT_COUNTED)
-        t = tl.where(allowed, _product(q_t, k_t.T, PRECISION) * teacher_scale, NOT_COUNTED)
+        s = tl.where(allowed, _product(q_s, k_s.T, INTERPRETED) * student_scale, NOT_COUNTED)
+        t = tl.where(allowed, _product(q_t, k_t.T, INTERPRETED) * teacher_scale, NOT_COUNTED)
 
         next_s = tl.maximum(maximum_s, tl.max(s, axis=1))
         next_t = tl.maximum(maximum_t, tl.max(t, axis=1))
@@ -195,7 +195,7 @@ def _relation_gradient_kernel(
     CAUSAL: tl.constexpr,
     AS_QUERIES: tl.constexpr,  # the side is q, and its rows are rows of the maps
     AS_KEYS: tl.constexpr,  # the side is k, and its rows are columns of the maps; both for relations to itself
-    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     D_S: tl.constexpr,
     D_T: tl.constexpr,
     BLOCK_D_S: tl.constexpr,
@@ -254,8 +254,8 @@ def _relation_gradient_kernel(
                 D_T,
                 BLOCK_D_T,
             )
-            s = _product(here_s, there_s.T, PRECISION) * student_scale
-            t = _product(here_t, there_t.T, PRECISION) * teacher_scale
+            s = _product(here_s, there_s.T, INTERPRETED) * student_scale
+            t = _product(here_t, there_t.T, INTERPRETED) * teacher_scale
             both = row_counts[:, None] & column_counts[None, :]
             scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # gradient of the scores
             if AS_QUERIES:
@@ -272,7 +272,7 @@ def _relation_gradient_kernel(
                 part -= tl.exp2(t - max_t[None, :]) * inverse_t[None, :]
                 allowed = both & (rows[:, None] <= columns[None, :]) if CAUSAL else both
                 scores += tl.where(allowed, part * weight[None, :], 0.0)
-            gradient += _product(scores.to(there_s.dtype), there_s, PRECISION)
+            gradient += _product(scores.to(there_s.dtype), there_s, INTERPRETED)
 
     gradient *= gradient_scale
     width = tl.arange(0, BLOCK_D_S)
@@ -297,7 +297,6 @@ def relation_rows(
     row_weight: Tensor | None = None,  # (B, N)
     needs: tuple[bool, bool] = (False, False),
     statistics: Tensor | None = None,
-    config: RelationConfig | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor]:
     """Sums over heads (B, N) of the rows' divergences, and the gradients of the student's queries and keys.
 
@@ -307,20 +306,23 @@ def relation_rows(
     batch, length, _ = student[0].shape
     pairs, device = max(heads), student[0].device
     width_s, width_t = student[0].shape[2] // heads[0], teacher[0].shape[2] // heads[1]
+    half = torch.float32 not in (student[0].dtype, teacher[0].dtype)
     for name, width in (("student", width_s), ("teacher", width_t)):
-        if width > 256:
+        if width > widest_head(half):
+            kind = "half-precision" if half else "float32"
             raise ValueError(
-                f"impl='triton' takes relation heads of at most 256 columns, got {width} for the {name}; "
-                "use more heads or impl='torch'"
+                f"impl='triton' takes {kind} relation heads of at most {widest_head(half)} columns, got {width} for the "
+                f"{name}; use more heads or impl='torch'"
             )
     if teacher[0].dtype == torch.float64:
         raise ValueError(
             "the triton back end computes in float32, got the teacher in float64; use impl='torch' there"
         )
     architecture = architecture_of(device)
-    half = student[0].dtype != torch.float32 and teacher[0].dtype != torch.float32
-    if config is None:
-        config = relation_config(padded(max(width_s, width_t)), half, architecture)
+    values_config, gradient_config = (
+        relation_config(padded(max(width_s, width_t)), half, gradient, architecture)
+        for gradient in (False, True)
+    )
     q_s, k_s, q_t, k_t = (_flat(side) for side in (*student, *teacher))
     sizes = {
         "N": length,
@@ -332,19 +334,15 @@ def relation_rows(
         "statistic_size": batch * pairs * length,
         "HAS_MASK": mask is not None,
         "CAUSAL": causal,
-        "PRECISION": dot_precision(architecture),
+        "INTERPRETED": architecture == "interpreter",
         "D_S": width_s,
         "D_T": width_t,
         "BLOCK_D_S": padded(width_s),
         "BLOCK_D_T": padded(width_t),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
         # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it.
         "enable_fp_fusion": True,
     }
-    tiles = triton.cdiv(length, config.block_m)
+    tiles = [triton.cdiv(length, config.block_m) for config in (values_config, gradient_config)]
     # A pointer that its flag leaves unread is given the features, so that one signature serves all.
     flags = q_s if mask is None else mask.contiguous().view(torch.uint8)
     empty = batch * length == 0
@@ -352,7 +350,7 @@ def relation_rows(
         statistics = torch.empty((STATISTICS, batch, pairs, length), dtype=torch.float32, device=q_s.device)
         if not empty:
             with device_guard(device):
-                _relation_values_kernel[(tiles * batch * pairs,)](
+                _relation_values_kernel[(tiles[0] * batch * pairs,)](
                     student_q_ptr=q_s,
                     student_k_ptr=k_s,
                     teacher_q_ptr=q_t,
@@ -363,6 +361,7 @@ def relation_rows(
                     stride_student_k=k_s.stride(0),
                     stride_teacher_q=q_t.stride(0),
                     stride_teacher_k=k_t.stride(0),
+                    **values_config.options,
                     **sizes,
                 )
     to_itself = student[1] is student[0]
@@ -378,7 +377,7 @@ def relation_rows(
         if empty:
             continue
         with device_guard(device):
-            _relation_gradient_kernel[(tiles * batch * heads[0],)](
+            _relation_gradient_kernel[(tiles[1] * batch * heads[0],)](
                 student_ptr=here_s,
                 student_other_ptr=there_s,
                 teacher_ptr=here_t,
@@ -396,6 +395,7 @@ def relation_rows(
                 gradient_scale=1.0 / math.sqrt(width_s),
                 AS_QUERIES=side == 0,
                 AS_KEYS=side == 1 or to_itself,
+                **gradient_config.options,
                 **sizes,
             )
     return statistics[4].sum(1), (gradients[0], gradients[1]), statistics
