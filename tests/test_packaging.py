@@ -46,6 +46,16 @@ FOUNDATIONS = {
     "two_way": set[str](),
     "tile_state": set[str](),
     "tiles": {"divergences", "options", "tile_state", "two_way"},
+    "sharded": {
+        "autograd",
+        "backends",
+        "counting",
+        "matmul",
+        "options",
+        "teacher_rows",
+        "tile_state",
+        "tiles",
+    },
     "low_memory": {
         "autograd",
         "backends",
@@ -63,8 +73,8 @@ FOUNDATIONS = {
     "pairs": {"windows"},
     "reference_contextual": {"matmul", "windows"},
     "window_blocks": {"autograd", "backends", "matmul", "options", "pairs", "windows"},
-    "_torch": {"_torch", "options", "divergences", "tile_state", "two_way", "pairs", "windows"},
-    "_triton": {"_triton", "options", "divergences", "pairs", "windows"},
+    "_torch": {"_torch", "matmul", "options", "divergences", "tile_state", "two_way", "pairs", "windows"},
+    "_triton": {"_triton", "options", "divergences", "pairs", "tile_state", "windows"},
 }
 
 

@@ -364,3 +364,30 @@ def check_low_memory(teacher: object, vocab_map: object, return_stats: bool) -> 
             raise NotImplementedError(
                 f"{name} is not supported yet with mode='low_memory'; use mode='fast', with a small chunk_bytes"
             )
+
+
+def check_vocab_group(
+    group: object,
+    *,
+    impl: object,
+    mode: object,
+    vocab_map: object,
+    return_stats: bool,
+    check_finite: bool,
+) -> None:
+    """What a sharded vocabulary does not go with."""
+    if group is None:
+        return
+    others = {
+        "impl='reference'": (impl == "reference", "takes the whole vocabulary; use impl='torch'"),
+        "mode='low_memory'": (mode == "low_memory", "is for one process; a slice is small, use mode='fast'"),
+        "vocab_map": (
+            vocab_map is not None,
+            "relates whole vocabularies; slice both heads to the shared ids",
+        ),
+        "return_stats=True": (return_stats, "is not supported yet; leave it at False"),
+        "check_finite=True": (check_finite, "looks at whole rows; leave it at False"),
+    }
+    for name, (given, reason) in others.items():
+        if given:
+            raise NotImplementedError(f"with vocab_group, {name} {reason}")

@@ -19,6 +19,7 @@ from .low_memory import LowMemoryKD
 from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
 from .prepare import Problem, autocast_dtype, autocast_off, check_options, flat, prepare
 from .reference_sparse import cross_term_row_terms, top_k_row_terms
+from .sharded import ShardedKD, shard_of
 from .stats import KDStats, stats_from_rows
 from .teacher_rows import Form
 from .teachers import Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
@@ -343,7 +344,11 @@ def linear_kd_loss(
             teachers with all their logits, and neither an index map nor return_stats.
         chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
             mode how many columns, are worked on at a time. Default: chosen by the back end; 64 MiB for low memory.
-        vocab_group, logit_dtype: only None is supported yet.
+        vocab_group: a process group of torch.distributed whose ranks hold the vocabulary's slices in the order of
+            their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
+            hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
+            vocabulary, the whole gradient of the hidden states, and that of its own slice. Default None: no sharding.
+        logit_dtype: only None is supported yet.
 
     Returns:
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
@@ -393,6 +398,7 @@ def linear_kd_loss(
         same_dtype=cast is None,
     )
     vocabulary = student_weight.shape[0]
+    shard = None if vocab_group is None else shard_of(vocab_group, vocabulary, student_weight.device)
     problem = prepare(
         "student_hidden",
         student_hidden,
@@ -408,6 +414,7 @@ def linear_kd_loss(
         impl=impl,
         return_stats=return_stats,
         mode=mode,
+        sharded_vocabulary=None if shard is None else shard.total,
     )
     check_cross_term_head(problem.teacher, problem.terms, student_weight, student_bias)
     hidden, counted = flat(student_hidden), problem.counted
@@ -424,7 +431,9 @@ def linear_kd_loss(
             half_bound = _half_bound(problem.terms, cast or student_weight.dtype)
             compact = not static_shapes and counted.weight is not None
             backend = load_backend(problem.impl)
-            if mode == "low_memory":
+            if shard is not None:
+                solver = ShardedKD(problem.terms, backend, chunk_bytes, cast, half_bound, shard, compact)
+            elif mode == "low_memory":
                 solver = LowMemoryKD(
                     problem.terms, backend, chunk_bytes, cast, half_bound, shared=shared, compact=compact
                 )

@@ -73,7 +73,15 @@ def check_options(
     checks.check_reduction(reduction, num_items_in_batch)
     checks.check_chunk_bytes(chunk_bytes)
     logit_checks.check_vocab_map_kind(vocab_map)
-    checks.refuse_unbuilt(vocab_group=(vocab_group, None), logit_dtype=(logit_dtype, None))
+    logit_checks.check_vocab_group(
+        vocab_group,
+        impl=impl,
+        mode=mode,
+        vocab_map=vocab_map,
+        return_stats=return_stats,
+        check_finite=check_finite,
+    )
+    checks.refuse_unbuilt(logit_dtype=(logit_dtype, None))
     return RowTerms(
         resolve_divergence(divergence),
         float(temperature),
@@ -116,16 +124,32 @@ def prepare(
     impl: Impl | None,
     return_stats: bool,
     mode: Mode = "fast",
+    sharded_vocabulary: int | None = None,
 ) -> Problem:
-    """Check the teacher, the labels and what the back end has; flatten the rows and count them."""
+    """Check the teacher, the labels and what the back end has; flatten the rows and count them.
+
+    `sharded_vocabulary` is the size of the whole, where `vocabulary` is a rank's slice of it.
+    """
     cast = autocast_dtype(student)
     teacher = logit_checks.check_teacher(teacher, same_dtype=cast is None)
     mapping = logit_checks.check_pair(student_name, student, vocabulary, teacher, vocab_map)
-    checks.check_rows(student_name, student, vocabulary, labels, token_weight, terms.ce_weight, ignore_index)
+    checks.check_rows(
+        student_name,
+        student,
+        sharded_vocabulary or vocabulary,
+        labels,
+        token_weight,
+        terms.ce_weight,
+        ignore_index,
+    )
     logit_checks.check_divergence(terms.divergence, teacher, labels, student_name, student)
     if isinstance(teacher, TeacherHead):
         transform = logit_checks.check_transform("TeacherHead.", "scale", teacher.scale, teacher.softcap)
         terms = replace(terms, teacher_transform=transform)
+    if sharded_vocabulary is not None and isinstance(teacher, TeacherTopK | TeacherCrossTerm):
+        raise NotImplementedError(
+            f"vocab_group is not supported yet with {type(teacher).__name__}; use TeacherHead or TeacherLogits"
+        )
     if return_stats and isinstance(teacher, TeacherTopK | TeacherCrossTerm):
         raise NotImplementedError(
             f"return_stats is not supported yet with {type(teacher).__name__}; leave it at False"
@@ -133,7 +157,8 @@ def prepare(
     if mode == "low_memory":
         logit_checks.check_low_memory(teacher, mapping, return_stats)
     impl = resolve_impl(impl, student.device, dtype)
-    refuse_unbuilt(impl, _features(terms, teacher, mapping, return_stats, mode))
+    sharded = sharded_vocabulary is not None
+    refuse_unbuilt(impl, _features(terms, teacher, mapping, return_stats, mode, sharded))
 
     rows = student.numel() // max(student.shape[-1], 1)
     device, wide = student.device, wide_dtype(student.dtype)
@@ -153,7 +178,7 @@ def prepare(
 
 
 def _features(
-    terms: RowTerms, teacher: object, vocab_map: object, return_stats: bool, mode: Mode
+    terms: RowTerms, teacher: object, vocab_map: object, return_stats: bool, mode: Mode, sharded: bool
 ) -> list[str]:
     """What this call needs of a back end, by the names of `backends.UNBUILT`."""
     used = {
@@ -166,6 +191,7 @@ def _features(
         "TeacherTopK": isinstance(teacher, TeacherTopK),
         "TeacherCrossTerm": isinstance(teacher, TeacherCrossTerm),
         "mode='low_memory'": mode == "low_memory",
+        "vocab_group": sharded,
     }
     return [name for name, needed in used.items() if needed]
 

@@ -133,13 +133,29 @@ def test_new_numbers(call) -> None:
     refused(call, "check_finite must be True or False, got 'yes'", check_finite="yes")
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("vocab_group", "a process group"), ("logit_dtype", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("option", "value"), [("logit_dtype", torch.bfloat16)])
 def test_options_that_are_not_built(option, value) -> None:
     sentence = f"{option} is not supported yet: leave it at None, got {value!r}"
     refused(linear, sentence, NotImplementedError, **{option: value})
     refused(linear, "mode must be one of 'fast', 'low_memory', got 'slow'", mode="slow")
+
+
+def test_sharded_vocabularies() -> None:
+    group = {"vocab_group": "a process group"}
+    refused(
+        linear,
+        "vocab_group must be a process group of torch.distributed, got str; "
+        "pass torch.distributed.group.WORLD or what new_group returned",
+        **group,
+    )
+    for option, value, reason in (
+        ("impl", "reference", "takes the whole vocabulary; use impl='torch'"),
+        ("mode", "low_memory", "is for one process; a slice is small, use mode='fast'"),
+        ("return_stats", True, "is not supported yet; leave it at False"),
+        ("check_finite", True, "looks at whole rows; leave it at False"),
+    ):
+        sentence = f"with vocab_group, {option}={value!r} {reason}"
+        refused(linear, sentence, NotImplementedError, **group, **{option: value})
 
 
 def test_numbers_of_divergences() -> None:

@@ -1,14 +1,19 @@
-"""The losses in several processes: the wrappers of torch, with the head inside the wrapped forward."""
+"""The losses in several processes: the wrappers of torch with the head inside forward, and a sharded vocabulary."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from kdkernels import LinearKDLoss
+from kdkernels import Decoupled, LinearKDLoss, TeacherHead, linear_kd_loss
+from tests.support.inputs import DIVERGENCES
 from tests.support.processes import run_processes
 
 WORLD = 2
@@ -76,3 +81,102 @@ def test_ddp_and_fsdp2_give_the_gradients_of_one_process(tmp_path: Path) -> None
         for gradients in found:
             for name, parameter in student.named_parameters():
                 torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+VOCABULARY = 41  # in 2 and 3 slices of unequal sizes
+ROWS, WIDTH, TEACHER_WIDTH = 6, 5, 4
+
+
+def sharded_cases() -> list[dict[str, Any]]:
+    """Every divergence, and every option that the steps between the ranks could get wrong."""
+    cases: list[dict[str, Any]] = [{"divergence": one} for one in (*DIVERGENCES, Decoupled(0.7, 1.3))]
+    cases += [
+        {"temperature": 2.5, "softcap": 3.0, "logit_scale": 0.7},
+        {"divergence": "jsd", "reduction": "none", "temperature": 0.5},
+        {"label_smoothing": 0.1, "static_shapes": True, "divergence": "reverse_kl"},
+        {"chunk_bytes": 1024, "token_weight": torch.linspace(0.0, 2.0, ROWS, dtype=torch.float64)},
+    ]
+    return [{"ce_weight": 0.4, **case} for case in cases]
+
+
+def sharded_inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "hidden": (ROWS, WIDTH),
+        "weight": (VOCABULARY, WIDTH),
+        "bias": (VOCABULARY,),
+        "teacher_hidden": (ROWS, TEACHER_WIDTH),
+        "teacher_weight": (VOCABULARY, TEACHER_WIDTH),
+        "teacher_bias": (VOCABULARY,),
+    }
+    found = {
+        name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()
+    }
+    return {**found, "labels": torch.tensor([0, 40, -100, 20, 13, 27])}
+
+
+def solve(inputs: dict[str, Tensor], group: Any, columns: slice, **options: Any) -> list[Tensor]:
+    """Loss, and gradients of hidden states, weight and bias, from a slice of both heads."""
+    hidden = inputs["hidden"].clone().requires_grad_()
+    weight, bias = (inputs[name][columns].clone().requires_grad_() for name in ("weight", "bias"))
+    teacher = TeacherHead(
+        inputs["teacher_hidden"], inputs["teacher_weight"][columns], inputs["teacher_bias"][columns]
+    )
+    loss = linear_kd_loss(
+        hidden,
+        weight,
+        teacher,
+        inputs["labels"],
+        student_bias=bias,
+        vocab_group=group,
+        impl="torch",
+        **options,
+    )
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), upstream)]
+
+
+def slices(world: int) -> list[slice]:
+    """Unequal slices in the order of the ranks."""
+    edges = [0, 17, VOCABULARY] if world == 2 else [0, 9, 30, VOCABULARY]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def sharded_losses(rank: int, world: int) -> list[list[Tensor]]:
+    inputs, group = sharded_inputs(), torch.distributed.group.WORLD
+    return [solve(inputs, group, slices(world)[rank], **options) for options in sharded_cases()]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_sharded_vocabulary_equals_one_process(world: int, tmp_path: Path) -> None:
+    found = run_processes(sharded_losses, world, tmp_path, world)
+    inputs = sharded_inputs()
+    for number, options in enumerate(sharded_cases()):
+        loss, d_hidden, d_weight, d_bias = solve(inputs, None, slice(None), **options)
+        for rank, columns in enumerate(slices(world)):
+            expected = (loss, d_hidden, d_weight[columns], d_bias[columns])
+            for name, ours, whole in zip(
+                ("loss", "hidden", "weight", "bias"), found[rank][number], expected, strict=True
+            ):
+                torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12, msg=f"{name} of {options}")
+
+
+def refusals(rank: int) -> list[str]:
+    """What a rank says to inputs that do not fit the whole vocabulary."""
+    inputs, said = sharded_inputs(), []
+    for label in (VOCABULARY, -1):
+        inputs["labels"] = torch.tensor([0, 1, 2, 3, 4, label])
+        try:
+            solve(inputs, torch.distributed.group.WORLD, slices(2)[rank])
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_labels_are_ids_of_the_whole_vocabulary(tmp_path: Path) -> None:
+    for said in run_processes(refusals, 2, tmp_path):
+        assert len(said) == 2
+        for sentence, label in zip(said, (VOCABULARY, -1), strict=True):
+            assert sentence.startswith(
+                f"labels must be in [0, {VOCABULARY}) or equal to ignore_index, got {label}"
+            )
