@@ -49,16 +49,17 @@ class Backend(Protocol):
         temperature: float,
         at_one: bool,  # whether the second row is wanted; else it repeats the first
         row_weight: Tensor | None = None,  # (R,) rows with 0 are not read and give 0
-    ) -> (
-        Tensor
-    ):  # (2, R) log-sum-exp of logits / temperature and of logits; -inf for a row of nothing but -inf
-        """Log-sum-exps of every row."""
+    ) -> Tensor:
+        """(3, R) the largest logit z of each row, log sum exp((logits - z) / temperature) and log sum exp(logits - z).
+
+        A row of nothing but -inf gives 0 and -inf.
+        """
         ...
 
     @staticmethod
     def softmax_gradient(
         logits: Tensor,  # (R, V) as above
-        statistics: Tensor,  # (2, R) finite
+        statistics: Tensor,  # (3, R) as above, finite; the log-sum-exps may be those of more than this row
         factor: Tensor,  # (R,)
         factor_at_one: Tensor | None,  # (R,)
         constant: Tensor | None,  # (R,)
@@ -66,7 +67,7 @@ class Backend(Protocol):
         temperature: float,
         grad: Tensor,  # (R, V), may lie over the logits as in `kd_rows`
     ) -> None:
-        """grad = factor exp(logits / temperature - statistics[0]) + factor_at_one exp(logits - statistics[1]) + constant.
+        """With (z, a, b) = statistics: factor exp((logits - z) / temperature - a) + factor_at_one exp(logits - z - b) + constant.
 
         Rows whose two factors are 0 become exact zeros, whatever their logits hold.
         """
@@ -181,7 +182,7 @@ class Backend(Protocol):
 # What a back end does not have yet: names of divergences, options and forms of a teacher.
 UNBUILT: dict[Impl, frozenset[str]] = {
     "torch": frozenset(),
-    "triton": frozenset({"mode='low_memory'"}),
+    "triton": frozenset(),
     "reference": frozenset(),
 }
 

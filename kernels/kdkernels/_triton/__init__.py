@@ -7,6 +7,7 @@ from .projection import mse_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import kd_rows
 from .sparse import row_statistics, softmax_gradient
+from .tile_rows import tile_gradient, tile_statistics, tile_sums
 
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
@@ -17,5 +18,8 @@ __all__ = [
     "relation_rows",
     "row_statistics",
     "softmax_gradient",
+    "tile_gradient",
+    "tile_statistics",
+    "tile_sums",
     "windows",
 ]

@@ -219,7 +219,10 @@ def far_slope(ratios, first):
 @triton.jit
 def slope_sums(mean, far_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
     """Add one tile to <f>; of skew KL with and without the constant, to be chosen between when the row is known."""
-    mean += tl.sum(times_unless_zero(ratios.p_student, slope), axis=1)
+    if DIVERGENCE == "alpha_beta":
+        mean += tl.sum(slope, axis=1)
+    elif DIVERGENCE != "forward_kl" and DIVERGENCE != "decoupled":
+        mean += tl.sum(times_unless_zero(ratios.p_student, slope), axis=1)
     if DIVERGENCE == "skew_kl":
         far_mean += tl.sum(times_unless_zero(ratios.p_student, far_slope(ratios, first)), axis=1)
     return mean, far_mean

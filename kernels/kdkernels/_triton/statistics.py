@@ -164,54 +164,24 @@ def statistics_step(
 
 
 @triton.jit
-def join_statistics(state, numbers, FLAGS: tl.constexpr):
-    """The statistics of the whole row."""
-    student_reference, student_total = join_lanes(state.student_max, state.student_total, numbers.scale)
-    teacher_reference, teacher_total = join_lanes(state.teacher_max, state.teacher_total, numbers.scale)
-    power_sum, ratio_sum = ratio_move(
-        state.power_sum,
-        state.ratio_sum,
-        state.student_total,
-        tl.exp2((state.student_max - student_reference) * numbers.scale),
-        finite_or_zero(state.student_max) - student_reference,
-        finite_or_zero(state.teacher_max) - teacher_reference,
-        numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
-        FLAGS.divergence,
-    )
-    student_log = tl.log2(student_total)
-    teacher_log = tl.log2(teacher_total)
+def new_totals(student_reference, student_total, teacher_reference, teacher_total, DIVERGENCE: tl.constexpr):
+    """The statistics of a row from its sums, <f> not known."""
     student_inverse = 1.0 / student_total
     teacher_inverse = 1.0 / teacher_total
     log_sum_gap = tl.log2(student_total / teacher_total)
-    if (
-        FLAGS.divergence == "decoupled"
-    ):  # of a side that is certain of the label, nothing is left for the others
+    if DIVERGENCE == "decoupled":  # of a side that is certain of the label, nothing is left for the others
         student_inverse = tl.where(student_total == 0.0, 0.0, student_inverse)
         teacher_inverse = tl.where(teacher_total == 0.0, 0.0, teacher_inverse)
         log_sum_gap = tl.where((student_total == 0.0) | (teacher_total == 0.0), 0.0, log_sum_gap)
-    mean = mean_slope(
-        tl.sum(power_sum, axis=0),
-        tl.sum(ratio_sum, axis=0),
-        student_log,
-        teacher_log,
-        log_sum_gap,
-        student_inverse,
-        numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
-        FLAGS.divergence,
-    )
     return Totals(
         student_reference,
         student_inverse,
-        student_log,
+        tl.log2(student_total),
         teacher_reference,
         teacher_inverse,
-        teacher_log,
+        tl.log2(teacher_total),
         log_sum_gap,
-        mean,
+        0.0,
         False,
     )
 
@@ -234,6 +204,41 @@ def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
         mean,
         is_far,
     )
+
+
+@triton.jit
+def join_statistics(state, numbers, FLAGS: tl.constexpr):
+    """The statistics of the whole row, with <f> where it was summed up online."""
+    student_reference, student_total = join_lanes(state.student_max, state.student_total, numbers.scale)
+    teacher_reference, teacher_total = join_lanes(state.teacher_max, state.teacher_total, numbers.scale)
+    totals = new_totals(student_reference, student_total, teacher_reference, teacher_total, FLAGS.divergence)
+    power_sum, ratio_sum = ratio_move(
+        state.power_sum,
+        state.ratio_sum,
+        state.student_total,
+        tl.exp2((state.student_max - student_reference) * numbers.scale),
+        finite_or_zero(state.student_max) - student_reference,
+        finite_or_zero(state.teacher_max) - teacher_reference,
+        numbers.inverse_temperature,
+        numbers.first,
+        numbers.second,
+        FLAGS.divergence,
+    )
+    mean = mean_slope(
+        tl.sum(power_sum, axis=0),
+        tl.sum(ratio_sum, axis=0),
+        totals.student_log,
+        totals.teacher_log,
+        totals.log_sum_gap,
+        totals.student_inverse,
+        numbers.inverse_temperature,
+        numbers.first,
+        numbers.second,
+        FLAGS.divergence,
+    )
+    if FLAGS.divergence == "reverse_kl" or FLAGS.divergence == "alpha_beta":
+        totals = with_mean(totals, mean, mean, numbers.first, FLAGS.divergence)
+    return totals
 
 
 @triton.jit
