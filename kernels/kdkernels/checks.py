@@ -95,6 +95,11 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     """A floating-point tensor."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor, of which each rank holds a part; use it inside the wrapped module's forward, "
+            f"where it is whole, or pass {name}.full_tensor()"
+        )
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     return tensor

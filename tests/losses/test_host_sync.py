@@ -1,7 +1,9 @@
-"""The host waits for the device once, to read how many rows count, and never with static shapes. Needs a GPU."""
+"""The host waits for the device once, to read how many rows count, and never with static shapes; then a CUDA graph holds
+the whole step. Needs a GPU."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from kdkernels import kd_loss, linear_kd_loss, projection_mse
 from kdkernels.options import Impl
@@ -56,3 +58,32 @@ def test_compaction_waits_once(impl: Impl) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1
+
+
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_capture_in_a_cuda_graph(impl: Impl) -> None:
+    """Loss and gradients of new inputs by replaying a captured step."""
+    case = make_case()
+    hidden, weight, _ = case.leaves()
+    labels = case.labels.clone()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_kd_loss(
+            hidden, weight, case.teacher, labels, ce_weight=0.5, static_shapes=True, impl=impl
+        )
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden.mul_(0.5)
+        labels.copy_(labels.roll(1))
+    graph.replay()
+    for replayed, fresh in zip(captured, step(), strict=True):
+        torch.testing.assert_close(replayed, fresh)
