@@ -48,7 +48,7 @@ class _Rows:
     terms: RowTerms
     labels: Tensor | None  # (R, 1), only with a cross entropy
     label_logit: Tensor | None  # (R, 1)
-    total: Tensor | None  # (R,) sum of the logits, for label smoothing
+    total: Tensor | None  # (R,) sum of the logits in float64, for label smoothing
     chain: Tensor | None
     dead: Tensor | None  # (R, 1)
     row_weight: Tensor | None
@@ -71,17 +71,17 @@ class _Rows:
             labels = labels if dead is None else labels.masked_fill(dead, 0)
             label_logit = _alive(logits.gather(1, labels).to(_wide(logits)), dead)
             if terms.label_smoothing != 0.0:
-                total = _alive(logits.sum(1, keepdim=True, dtype=_wide(logits)), dead).squeeze(1)
+                total = _alive(logits.sum(1, keepdim=True, dtype=torch.float64), dead).squeeze(1)
         return _Rows(backend, logits, terms, labels, label_logit, total, chain, dead, row_weight)
 
-    def cross_entropy(self, log_sum: Tensor) -> Tensor:
-        """(R,) from the log-sum-exp at temperature 1."""
+    def cross_entropy(self, zero: Tensor, log_sum: Tensor) -> Tensor:
+        """(R,) from the log-sum-exp at temperature 1, measured from `zero`."""
         if self.label_logit is None:
             return torch.zeros_like(log_sum)
         smoothing = self.terms.label_smoothing
-        value = log_sum - (1.0 - smoothing) * self.label_logit.squeeze(1)
+        value = log_sum + (1.0 - smoothing) * (zero - self.label_logit.squeeze(1))
         if self.total is not None:
-            value = value - self.total * (smoothing / self.logits.shape[1])
+            value = value + smoothing * (zero - self.total / self.logits.shape[1]).to(value.dtype)
         return value if self.dead is None else value.masked_fill(self.dead.squeeze(1), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -144,20 +144,27 @@ def top_k_rows(
     # Tempered before the others are put together, or after: that is the difference of the two tails.
     bucket = tail == "bucket"
     temperature = 1.0 if bucket else terms.temperature
-    others = backend.row_statistics(
+    statistics = backend.row_statistics(
         logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
     )
-    kd, of_kept, of_others = _categories(student, others[0], teacher, bucket, terms)
-    log_sum = torch.logaddexp(others[1], student.logsumexp(1))
-    ce = rows.cross_entropy(log_sum)
+    # All logits are measured from the largest of the row, kept or not.
+    zero = torch.maximum(student.amax(1), statistics[0])
+    zero = torch.where(statistics[1] == -math.inf, student.amax(1), zero)
+    student = student - zero.unsqueeze(1)
+    move = (statistics[0] - zero).masked_fill(statistics[1] == -math.inf, 0.0)
+    others = statistics[1] + move / temperature
+    kd, of_kept, of_others = _categories(student, others, teacher, bucket, terms)
+    log_sum = torch.logaddexp(statistics[2] + move, student.logsumexp(1))
+    ce = rows.cross_entropy(zero, log_sum)
     kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
     if grad is None:
         return kd.to(wide), ce
 
     of_kd, of_ce, constant = rows.factors()
-    nothing = others[0] == -math.inf
+    nothing = others == -math.inf
     factor = (of_kd * of_others).masked_fill(nothing, 0.0)
-    statistics = torch.stack((others[0].masked_fill(nothing, 0.0), log_sum))
+    statistics[1].masked_fill_(nothing, 0.0)
+    statistics[2] = log_sum - move
     backend.softmax_gradient(logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad)
 
     entries = of_kd.unsqueeze(1) * of_kept
@@ -170,17 +177,12 @@ def top_k_rows(
     own = None
     if rows.labels is not None and rows.label_logit is not None and of_ce is not None:
         among = (indices == rows.labels) & kept
-        own = _softmax_entries(rows.label_logit / temperature, statistics[0], factor)
-        own = torch.where(
-            among.any(1, keepdim=True),
-            (of_kd.unsqueeze(1) * of_kept).masked_fill(~among, 0.0).sum(1, True),
-            own,
-        )
-        own = (
-            own
-            + _softmax_entries(rows.label_logit, log_sum, of_ce)
-            - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
-        )
+        label_logit = rows.label_logit - zero.unsqueeze(1)
+        own = _softmax_entries(label_logit / temperature, others, factor)
+        kept_own = (of_kd.unsqueeze(1) * of_kept).masked_fill(~among, 0.0).sum(1, keepdim=True)
+        own = torch.where(among.any(1, keepdim=True), kept_own, own)
+        own = own + _softmax_entries(label_logit, log_sum, of_ce)
+        own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
         own = own if constant is None else own + constant.unsqueeze(1)
     grad.scatter_(1, indices, entries)
     rows.finish(grad, own)
@@ -230,14 +232,12 @@ def cross_term_rows(
     statistics = backend.row_statistics(
         logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
     )
-    # In float64: the two are as large as logits are, and what is left of them is not.
-    kd = (
-        statistics[0].double()
-        - mean.double() * (terms.student_transform.scale / temperature)
-        - entropy.double()
-    )
+    zero = statistics[0]
+    # In float64: these are as large as logits are, and what is left of them is not.
+    mean = mean.double() * terms.student_transform.scale
+    kd = statistics[1].double() + (zero.double() - mean) / temperature - entropy.double()
     kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
-    ce = rows.cross_entropy(statistics[1])
+    ce = rows.cross_entropy(zero, statistics[2])
     if grad is not None:
         of_kd, of_ce, constant = rows.factors()
         factor, own = of_kd / temperature, None
@@ -245,8 +245,9 @@ def cross_term_rows(
             logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad
         )
         if rows.label_logit is not None and of_ce is not None:
-            own = _softmax_entries(rows.label_logit / temperature, statistics[0], factor)
-            own = own + _softmax_entries(rows.label_logit, statistics[1], of_ce)
+            label_logit = rows.label_logit - zero.unsqueeze(1)
+            own = _softmax_entries(label_logit / temperature, statistics[1], factor)
+            own = own + _softmax_entries(label_logit, statistics[2], of_ce)
             own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
             own = own if constant is None else own + constant.unsqueeze(1)
         rows.finish(grad, own)

@@ -24,10 +24,14 @@ def rows_of(vocabulary: int, dtype: torch.dtype) -> Tensor:
 def test_row_statistics(vocabulary: int, dtype: torch.dtype, temperature: float, at_one: bool):
     logits = rows_of(vocabulary, dtype)
     found = row_statistics(logits, temperature=temperature, at_one=at_one, config=SMALL)
-    assert found.shape == (2, ROWS) and found.dtype == torch.float32
-    for part, heat in zip(found, (temperature, 1.0 if at_one else temperature), strict=True):
-        eager = (logits.float() / heat).logsumexp(1)
-        assert_within_budget(part, eager, (logits.double() / heat).logsumexp(1), "log-sum-exp")
+    assert found.shape == (3, ROWS) and found.dtype == torch.float32
+    zero = logits.float().amax(1, keepdim=True)
+    zero = zero.masked_fill(zero == float("-inf"), 0.0)
+    assert torch.equal(found[0], zero.squeeze(1))
+    for part, heat in zip(found[1:], (temperature, 1.0 if at_one else temperature), strict=True):
+        eager = ((logits.float() - zero) / heat).logsumexp(1)
+        exact = ((logits.double() - zero.double()) / heat).logsumexp(1)
+        assert_within_budget(part, eager, exact, "log-sum-exp")
 
 
 def test_rows_of_nothing_and_rows_that_do_not_count():
@@ -36,7 +40,8 @@ def test_rows_of_nothing_and_rows_that_do_not_count():
     logits[1] = float("nan")
     weight = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
     found = row_statistics(logits, temperature=2.0, at_one=True, row_weight=weight, config=SMALL)
-    assert found[:, 0].eq(float("-inf")).all() and found[:, 1].eq(0.0).all() and found[:, 2].isfinite().all()
+    assert found[0, 0] == 0.0 and found[1:, 0].eq(float("-inf")).all()
+    assert found[:, 1].eq(0.0).all() and found[:, 2].isfinite().all()
 
 
 def expected(
@@ -51,9 +56,10 @@ def expected(
         None if part is None else part.to(dtype).unsqueeze(1) for part in factors
     )
     assert factor is not None
-    gradient = factor * (logits / 2.5 - statistics[0]).exp()
+    logits = logits - statistics[0]
+    gradient = factor * (logits / 2.5 - statistics[1]).exp()
     if factor_at_one is not None:
-        gradient = gradient + factor_at_one * (logits - statistics[1]).exp()
+        gradient = gradient + factor_at_one * (logits - statistics[2]).exp()
     return gradient if constant is None else gradient + constant
 
 
@@ -85,7 +91,7 @@ def test_softmax_gradient(vocabulary: int, place: str, terms: int):
 
 def test_rows_without_factors_are_zeros():
     logits = rows_of(130, torch.float32)
-    statistics = torch.full((2, ROWS), float("nan"), device=DEVICE)
+    statistics = torch.full((3, ROWS), float("nan"), device=DEVICE)
     logits[:2] = float("nan")
     factor = torch.tensor([0.0, 0.0, 1.0], device=DEVICE)
     at_one = torch.tensor([0.0, 0.0, float("nan")], device=DEVICE)

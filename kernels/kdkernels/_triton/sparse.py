@@ -32,7 +32,7 @@ def _statistics_step(state, side, columns, inside, scale, AT_ONE: tl.constexpr):
 def _row_statistics_kernel(
     logits_ptr,  # (R, V)
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
-    statistics_ptr,  # (2, R) fp32, written
+    statistics_ptr,  # (3, R) fp32, written
     stride_logits_row,
     R,
     V,
@@ -49,6 +49,7 @@ def _row_statistics_kernel(
         if weight == 0.0:  # nothing of the row is read
             tl.store(statistics_ptr + row, 0.0)
             tl.store(statistics_ptr + R + row, 0.0)
+            tl.store(statistics_ptr + 2 * R + row, 0.0)
             return
     LANES: tl.constexpr = BLOCK // WIDTH
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -64,13 +65,15 @@ def _row_statistics_kernel(
         state = _statistics_step(state, side, columns, columns < V, scale, AT_ONE)
     maximum, total, total_at_one = state
     reference, row_total = join_lanes(maximum, total, scale)
-    log_sum = reference * inverse_temperature + tl.log2(row_total) * LN_2
+    # Measured from the largest logit, so that an offset of the row costs no digits.
+    log_sum = tl.log2(row_total) * LN_2
     log_sum_at_one = log_sum
     if AT_ONE:
         _, row_total = join_lanes(maximum, total_at_one, LOG2_E)
-        log_sum_at_one = reference + tl.log2(row_total) * LN_2
-    tl.store(statistics_ptr + row, log_sum)
-    tl.store(statistics_ptr + R + row, log_sum_at_one)
+        log_sum_at_one = tl.log2(row_total) * LN_2
+    tl.store(statistics_ptr + row, reference)
+    tl.store(statistics_ptr + R + row, log_sum)
+    tl.store(statistics_ptr + 2 * R + row, log_sum_at_one)
 
 
 def row_statistics(
@@ -80,13 +83,13 @@ def row_statistics(
     at_one: bool,
     row_weight: Tensor | None = None,  # (R,)
     config: RowConfig | None = None,
-) -> Tensor:  # (2, R) fp32
-    """Log-sum-exps of logits / temperature and, if `at_one`, of logits, else the first again.
+) -> Tensor:  # (3, R) fp32
+    """The largest logit, and measured from it the log-sum-exps at the temperature and, if `at_one`, at 1, else the same again.
 
     The contract is `kdkernels.backends.Backend.row_statistics`. fp16, bf16 or fp32, the last axis contiguous.
     """
     rows, vocabulary = logits.shape
-    statistics = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return statistics
     if config is None:
@@ -114,8 +117,8 @@ def _gradient_step(
     side, grad_row, columns, numbers, V, AT_ONE: tl.constexpr, ALIASED: tl.constexpr, MASKED: tl.constexpr
 ):
     """One tile of the gradient."""
-    inverse_temperature, log_sum, log_sum_at_one, factor, factor_at_one, constant = numbers
-    logits = load_logits(side, columns, columns < V if MASKED else None, False, "none")
+    inverse_temperature, reference, log_sum, log_sum_at_one, factor, factor_at_one, constant = numbers
+    logits = load_logits(side, columns, columns < V if MASKED else None, False, "none") - reference
     gradient = factor * tl.exp2((logits * inverse_temperature - log_sum) * LOG2_E) + constant
     if AT_ONE:
         gradient += factor_at_one * tl.exp2((logits - log_sum_at_one) * LOG2_E)
@@ -127,7 +130,7 @@ def _gradient_step(
 @triton.jit
 def _softmax_gradient_kernel(
     logits_ptr,  # (R, V)
-    statistics_ptr,  # (2, R) fp32
+    statistics_ptr,  # (3, R) fp32
     factor_ptr,  # (R,) fp32
     factor_at_one_ptr,  # (R,) fp32, read when AT_ONE
     constant_ptr,  # (R,) fp32, read when HAS_CONSTANT
@@ -159,9 +162,10 @@ def _softmax_gradient_kernel(
     if HAS_CONSTANT:
         constant = tl.load(constant_ptr + row)
     side = Side(logits_ptr + row * stride_logits_row, logits_ptr, 1.0, 1.0)
-    log_sum = tl.load(statistics_ptr + row)
-    log_sum_at_one = tl.load(statistics_ptr + R + row)
-    numbers = (inverse_temperature, log_sum, log_sum_at_one, factor, factor_at_one, constant)
+    reference = tl.load(statistics_ptr + row)
+    log_sum = tl.load(statistics_ptr + R + row)
+    log_sum_at_one = tl.load(statistics_ptr + 2 * R + row)
+    numbers = (inverse_temperature, reference, log_sum, log_sum_at_one, factor, factor_at_one, constant)
     full_blocks = V // BLOCK
     for block in range(full_blocks):
         _gradient_step(side, grad_row, block * BLOCK + tile, numbers, V, AT_ONE, ALIASED, False)
@@ -171,7 +175,7 @@ def _softmax_gradient_kernel(
 
 def softmax_gradient(
     logits: Tensor,  # (R, V)
-    statistics: Tensor,  # (2, R) fp32
+    statistics: Tensor,  # (3, R) fp32
     factor: Tensor,  # (R,) fp32
     factor_at_one: Tensor | None,  # (R,) fp32
     constant: Tensor | None,  # (R,) fp32
@@ -180,7 +184,7 @@ def softmax_gradient(
     grad: Tensor,  # (R, V)
     config: RowConfig | None = None,
 ) -> None:
-    """grad = factor exp(logits / temperature - statistics[0]) + factor_at_one exp(logits - statistics[1]) + constant.
+    """Multiples of the softmaxes at the temperature and at 1, and a constant.
 
     The contract is `kdkernels.backends.Backend.softmax_gradient`; `grad` may lie over the logits as in `kd_rows`.
     """
