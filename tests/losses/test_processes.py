@@ -129,10 +129,9 @@ def solve(inputs: dict[str, Tensor], group: Any, columns: slice, **options: Any)
         inputs["labels"],
         student_bias=bias,
         vocab_group=group,
-        impl="torch",
         **options,
     )
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), upstream)]
 
 
@@ -144,7 +143,7 @@ def slices(world: int) -> list[slice]:
 
 def sharded_losses(rank: int, world: int) -> list[list[Tensor]]:
     inputs, group = sharded_inputs(), torch.distributed.group.WORLD
-    return [solve(inputs, group, slices(world)[rank], **options) for options in sharded_cases()]
+    return [solve(inputs, group, slices(world)[rank], impl="torch", **options) for options in sharded_cases()]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -152,7 +151,7 @@ def test_a_sharded_vocabulary_equals_one_process(world: int, tmp_path: Path) -> 
     found = run_processes(sharded_losses, world, tmp_path, world)
     inputs = sharded_inputs()
     for number, options in enumerate(sharded_cases()):
-        loss, d_hidden, d_weight, d_bias = solve(inputs, None, slice(None), **options)
+        loss, d_hidden, d_weight, d_bias = solve(inputs, None, slice(None), impl="torch", **options)
         for rank, columns in enumerate(slices(world)):
             expected = (loss, d_hidden, d_weight[columns], d_bias[columns])
             for name, ours, whole in zip(
@@ -161,13 +160,38 @@ def test_a_sharded_vocabulary_equals_one_process(world: int, tmp_path: Path) -> 
                 torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12, msg=f"{name} of {options}")
 
 
+def sharded_kernels(rank: int) -> list[list[Tensor]]:
+    inputs = {
+        name: tensor if name == "labels" else tensor.float() for name, tensor in sharded_inputs().items()
+    }
+    group = torch.distributed.group.WORLD
+    return [
+        solve(inputs, group, slices(2)[rank], divergence=one, ce_weight=0.4, temperature=2.0, impl="triton")
+        for one in ("forward_kl", "jsd")
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes are on the CPU: kernels in the interpreter")
+def test_a_sharded_vocabulary_through_the_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    found = run_processes(sharded_kernels, 2, tmp_path)
+    for number, divergence in enumerate(("forward_kl", "jsd")):
+        options = {"divergence": divergence, "ce_weight": 0.4, "temperature": 2.0, "impl": "torch"}
+        loss, d_hidden, d_weight, d_bias = solve(sharded_inputs(), None, slice(None), **options)
+        for rank, columns in enumerate(slices(2)):
+            for ours, whole in zip(
+                found[rank][number], (loss, d_hidden, d_weight[columns], d_bias[columns]), strict=True
+            ):
+                torch.testing.assert_close(ours.double(), whole, rtol=1e-5, atol=1e-6)
+
+
 def refusals(rank: int) -> list[str]:
     """What a rank says to inputs that do not fit the whole vocabulary."""
     inputs, said = sharded_inputs(), []
     for label in (VOCABULARY, -1):
         inputs["labels"] = torch.tensor([0, 1, 2, 3, 4, label])
         try:
-            solve(inputs, torch.distributed.group.WORLD, slices(2)[rank])
+            solve(inputs, torch.distributed.group.WORLD, slices(2)[rank], impl="torch")
         except ValueError as error:
             said.append(str(error))
     return said
