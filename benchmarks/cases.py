@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+# Kept entries of a top-k teacher.
+KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class Case:
     masked: float = 0.0  # share of the rows whose label is ignored
     operation: str = "linear_kd"
     device: str = "cpu"
+    teacher: str = "head"  # or logits, top_k, top_k_bucket, cross_term: what a step is given of it
+    mode: str = "fast"
 
     @property
     def name(self) -> str:
         masked = f", {self.masked:.0%} masked" if self.masked else ""
+        masked += f", teacher as {self.teacher}" if self.teacher != "head" else ""
+        masked += f", {self.mode}" if self.mode != "fast" else ""
         return (
             f"{self.operation} {self.divergence}, N={self.tokens}, D_s={self.width}, D_t={self.teacher_width}, "
             f"V={self.vocabulary}, {self.dtype}{masked}"
@@ -40,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case. The student's two require grad; rows labelled -100 do not count."""
+    """The tensors of a case. The student's two require grad, except a frozen head; rows labelled -100 do not count."""
 
     student_hidden: Tensor  # (N, D_s)
     student_weight: Tensor  # (V, D_s)
@@ -70,6 +76,15 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("reverse_kl"),
         Case("jsd"),
         Case("forward_kl", masked=0.5),
+    ),
+    # The other divergences, and every form of a teacher.
+    "family": (
+        *(Case(name) for name in ("skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "decoupled")),
+        *(
+            Case("forward_kl", teacher=teacher)
+            for teacher in ("logits", "top_k", "top_k_bucket", "cross_term")
+        ),
+        Case("forward_kl", mode="low_memory"),
     ),
     # How time and memory grow with the tokens.
     "sweep": tuple(Case("forward_kl", tokens=tokens) for tokens in (512, 1024, 2048, 4096)),
@@ -127,7 +142,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     labels[torch.rand(case.tokens, generator=generator, device=device) < case.masked] = IGNORE_INDEX
     return Inputs(
         student_hidden.requires_grad_(),
-        student_weight.requires_grad_(),
+        student_weight.requires_grad_(case.teacher != "cross_term"),
         teacher_hidden,
         teacher_weight,
         labels,

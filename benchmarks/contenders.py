@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import losses
 from benchmarks.cases import IGNORE_INDEX, Case, Inputs
+from kdkernels import TeacherLogits, TeacherTopK
 
 Step = Callable[[], Tensor]
 Contender = Callable[[Case, Inputs], Step]
@@ -34,56 +35,36 @@ def _with_backward(loss_of: Callable[[], Tensor]) -> Step:
 
 def ours(case: Case, inputs: Inputs) -> Step:
     """`kdkernels.linear_kd_loss` as it comes: triton on a GPU, torch on a CPU."""
-    from kdkernels import TeacherHead, linear_kd_loss
+    from kdkernels import linear_kd_loss
 
-    teacher = TeacherHead(inputs.teacher_hidden, inputs.teacher_weight)
+    teacher = losses.teacher_of(case, inputs)
+    divergence, mode = losses.divergence_of(case), case.mode
+    assert mode == "fast" or mode == "low_memory"
     return _with_backward(
         lambda: linear_kd_loss(
             inputs.student_hidden,
             inputs.student_weight,
             teacher,
             inputs.labels,
-            divergence=case.divergence,
+            divergence=divergence,
+            mode=mode,
         )
     )
 
 
-def _eager_loss(
-    divergence: str,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    counted: Tensor,
-) -> Tensor:
-    """What people write: both logit tensors whole, `log_softmax` of each, `F.kl_div`."""
-    student = F.log_softmax(F.linear(student_hidden, student_weight), dim=-1)
-    with torch.no_grad():
-        teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight), dim=-1)
-    if divergence == "forward_kl":
-        terms = F.kl_div(student, teacher, reduction="none", log_target=True)
-    elif divergence == "reverse_kl":
-        terms = F.kl_div(teacher, student, reduction="none", log_target=True)
-    elif divergence == "jsd":
-        middle = torch.logsumexp(torch.stack([student, teacher]), dim=0) - torch.log(torch.tensor(2.0))
-        from_teacher = F.kl_div(middle, teacher, reduction="none", log_target=True)
-        from_student = F.kl_div(middle, student, reduction="none", log_target=True)
-        terms = (from_teacher + from_student) / 2
-    else:
-        raise CannotRun(f"no eager lines for {divergence}")
-    return (terms.sum(-1) * counted).sum() / counted.sum()
-
-
 def eager(case: Case, inputs: Inputs) -> Step:
-    """Plain PyTorch operations."""
+    """Plain PyTorch operations. A cross-term stands against the teacher that it stands for."""
+    student = (inputs.student_hidden, inputs.student_weight)
+    teacher = None if case.teacher in ("head", "cross_term") else losses.teacher_of(case, inputs)
+    if isinstance(teacher, TeacherTopK):
+        return _with_backward(lambda: losses.eager_top_k_loss(*student, teacher, inputs.labels))
+    if isinstance(teacher, TeacherLogits):
+        return _with_backward(
+            lambda: losses.eager_stored_loss(case.divergence, *student, teacher.logits, inputs.labels)
+        )
     return _with_backward(
-        lambda: _eager_loss(
-            case.divergence,
-            inputs.student_hidden,
-            inputs.student_weight,
-            inputs.teacher_hidden,
-            inputs.teacher_weight,
-            inputs.counted,
+        lambda: losses.eager_loss(
+            case.divergence, *student, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
         )
     )
 
@@ -94,7 +75,8 @@ def compiled(case: Case, inputs: Inputs) -> Step:
         raise CannotRun(
             "torch.compile needs a C++ compiler on the CPU, and neither g++ nor clang++ is installed"
         )
-    loss = torch.compile(_eager_loss)
+    _need_head(case)
+    loss = torch.compile(losses.eager_loss)
     return _with_backward(
         lambda: loss(
             case.divergence,
@@ -102,9 +84,21 @@ def compiled(case: Case, inputs: Inputs) -> Step:
             inputs.student_weight,
             inputs.teacher_hidden,
             inputs.teacher_weight,
-            inputs.counted,
+            inputs.labels,
         )
     )
+
+
+def _need_head(case: Case) -> None:
+    if case.teacher != "head":
+        raise CannotRun(f"takes a teacher as hidden states and a head only, here it comes as {case.teacher}")
+
+
+def _peer_beta(case: Case) -> float:
+    _need_head(case)
+    if case.divergence not in PEER_BETA:
+        raise CannotRun(f"has no {case.divergence}")
+    return PEER_BETA[case.divergence]
 
 
 def trl(case: Case, inputs: Inputs) -> Step:
@@ -115,7 +109,7 @@ def trl(case: Case, inputs: Inputs) -> Step:
         )
     except ImportError as error:
         raise CannotRun(f"not installed ({error})") from error
-    beta = PEER_BETA[case.divergence]
+    beta = _peer_beta(case)
 
     def loss() -> Tensor:
         student_hidden, teacher_hidden = inputs.student_hidden, inputs.teacher_hidden
@@ -138,7 +132,7 @@ def liger(case: Case, inputs: Inputs) -> Step:
     except ImportError as error:
         raise CannotRun(f"not installed ({error})") from error
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[case.divergence], ignore_index=IGNORE_INDEX
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_peer_beta(case), ignore_index=IGNORE_INDEX
     )
     return _with_backward(
         lambda: loss(
@@ -152,9 +146,9 @@ def liger(case: Case, inputs: Inputs) -> Step:
 
 
 def products(case: Case, inputs: Inputs) -> Step:
-    """The floor: the four matrix products that any exact method needs, on the counted rows, nothing between them.
+    """The floor: the matrix products that any exact method needs, on the counted rows, nothing between them.
 
-    They write into memory that is there already, so nobody can be faster than this without fewer products.
+    Four with a teacher's head, three with a stored teacher, two with a frozen head and its cross-term. They write into memory that is there already, so nobody can be faster than this without fewer products.
     """
     hidden, weight, teacher_hidden, teacher_weight = _product_inputs(inputs)
     logits = hidden.new_zeros(len(hidden), case.vocabulary)
@@ -163,9 +157,11 @@ def products(case: Case, inputs: Inputs) -> Step:
 
     def step() -> Tensor:
         torch.mm(hidden, weight.T, out=logits)
-        torch.mm(teacher_hidden, teacher_weight.T, out=teacher_logits)
+        if case.teacher == "head":
+            torch.mm(teacher_hidden, teacher_weight.T, out=teacher_logits)
         torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.T, hidden, out=grad_weight)
+        if case.teacher != "cross_term":
+            torch.mm(logits.T, hidden, out=grad_weight)
         return grad_hidden
 
     return step
@@ -173,6 +169,7 @@ def products(case: Case, inputs: Inputs) -> Step:
 
 def plain_products(case: Case, inputs: Inputs) -> Step:
     """The same four products as one writes them: each result in fresh memory, which the system has to hand out."""
+    _need_head(case)
     hidden, weight, teacher_hidden, teacher_weight = _product_inputs(inputs)
 
     def step() -> Tensor:
@@ -209,7 +206,7 @@ CONTENDERS: dict[str, Contender] = {
     "liger": liger,
 }
 LABELS = {
-    "products": "floor: four bare matrix products",
+    "products": "floor: bare matrix products",
     "plain_products": "the same products, results in fresh memory",
     "copy": "copy of one logit tensor",
     "ours": "kdkernels",

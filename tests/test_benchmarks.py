@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 import benchmarks.gpu
 import benchmarks.rows
 from benchmarks import publish
-from benchmarks.cases import Case, make_inputs
-from benchmarks.contenders import CONTENDERS, PEER_BETA
+from benchmarks.cases import SUITES, Case, make_inputs
+from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import peak_bytes_of, quartiles
 from benchmarks.report import markdown, records
 from benchmarks.runner import Row, run_case
@@ -33,10 +34,10 @@ def test_a_case_is_measured_in_processes_and_checked_against_fp64() -> None:
         assert 0 < max(row.errors.values()) < 1e-5
 
 
-# Every divergence of the suites: the eager lines are the baseline of a claim, so they must be the same loss as ours.
-@pytest.mark.parametrize("divergence", list(PEER_BETA))
-def test_the_eager_baseline_is_the_same_loss(divergence: str) -> None:
-    case = Case(divergence, tokens=48, width=8, teacher_width=12, vocabulary=300, masked=0.5)
+# Every case of the suites: the eager lines are the baseline of a claim, so they must be the same loss as ours.
+@pytest.mark.parametrize("case", SUITES["cpu"] + SUITES["family"], ids=lambda case: case.name)
+def test_the_eager_baseline_is_the_same_loss(case: Case) -> None:
+    case = replace(case, tokens=48, width=8, teacher_width=12, vocabulary=300, masked=0.5)
     losses, gradients = [], []
     for name in ("ours", "eager"):
         inputs = make_inputs(case)

@@ -34,7 +34,11 @@ EVERY = [
 # Finite whatever the teacher excludes.
 FORGIVING = [ForwardKL(), JSD(0.5), SkewKL(0.1), SkewReverseKL(0.1), TVD(), AlphaBeta(0.2, 0.7)]
 COMMON = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), print_blob=False
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=False,
 )
 
 temperatures = st.floats(math.log(0.1), math.log(100.0)).map(math.exp)
@@ -45,7 +49,7 @@ vocabularies = st.sampled_from([1, 2, 3, 7, 16, 63, 64, 65, 517, 2049])
 
 def examples(impl: Impl) -> settings:
     """Fewer in Triton's interpreter, which takes a hundred times as long."""
-    return settings(COMMON, max_examples=8 if impl == "triton" and DEVICE == "cpu" else 60)
+    return settings(COMMON, max_examples=5 if impl == "triton" and DEVICE == "cpu" else 60)
 
 
 def solve(
