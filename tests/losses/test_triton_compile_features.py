@@ -54,5 +54,5 @@ def test_nothing_spills(counts: list[Counts]) -> None:
 
 def test_half_products_use_matrix_units(counts: list[Counts]) -> None:
     halves = [row for row in counts if "bf16" in row.variant]
-    assert len(halves) > 20
+    assert len(halves) >= 18
     assert [f"{row.architecture}: {row.variant}" for row in halves if row.products == 0] == []

@@ -78,7 +78,6 @@ def variants(architecture: str) -> list[Variant]:
     chosen = [_direction("both gradients")]
     for kernel in ("relation_values", "relation_gradient"):
         chosen += [
-            _relation("", kernel, "bf16", (32, 64)),
             _relation("", kernel, "bf16", (64, 128)),
             _relation("", kernel, "fp32", (64, 64)),
         ]
@@ -87,7 +86,7 @@ def variants(architecture: str) -> list[Variant]:
         chosen += [
             _relation("", kernel, dtype, (width, width))
             for kernel in ("relation_values", "relation_gradient")
-            for dtype, width in (("bf16", 128), ("bf16", 256), ("fp32", 128))
+            for dtype, width in (("bf16", 256), ("fp32", 128))
         ]
     if architecture != "sm_90":
         return chosen
@@ -96,17 +95,17 @@ def variants(architecture: str) -> list[Variant]:
         _direction("values", WRITE_GRAD=False, HAS_GRAD_TARGET=False),
         _direction("ragged", loose=("D", "stride")),
     ]
-    for dtype in ("bf16", "fp32"):
-        for width in (16, 96, 128, 256)[: 4 if dtype == "bf16" else 3]:
-            for kernel in ("relation_values", "relation_gradient"):
-                chosen.append(_relation("", kernel, dtype, (width, width)))
-        chosen += [
-            _relation(", causal, no mask", "relation_values", dtype, (64, 64), CAUSAL=True, HAS_MASK=False),
-            _relation(", queries", "relation_gradient", dtype, (64, 64), AS_KEYS=False),
-            _relation(", keys, causal", "relation_gradient", dtype, (64, 64), AS_QUERIES=False, CAUSAL=True),
-            _relation(", causal", "relation_gradient", dtype, (48, 64), CAUSAL=True),
-        ]
-    return chosen
+    for kernel in ("relation_values", "relation_gradient"):
+        # One width for every row of the table, one that is padded, and the flags.
+        chosen += [_relation("", kernel, "bf16", (width, width)) for width in (16, 96, 256)]
+        chosen.append(_relation("", kernel, "fp32", (128, 128)))
+    return [
+        *chosen,
+        _relation(", causal, no mask", "relation_values", "bf16", (64, 64), CAUSAL=True, HAS_MASK=False),
+        _relation(", queries", "relation_gradient", "bf16", (64, 64), AS_KEYS=False),
+        _relation(", keys, causal", "relation_gradient", "fp32", (64, 64), AS_QUERIES=False, CAUSAL=True),
+        _relation(", causal", "relation_gradient", "bf16", (48, 64), CAUSAL=True),
+    ]
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:

@@ -8,6 +8,41 @@ from torch import Tensor
 from ..options import LEAST_LENGTH
 
 
+def mse_rows(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    write_grad: bool = True,
+) -> Tensor:
+    """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight * scale.
+
+    The contract is `kdkernels.backends.Backend.mse_rows`.
+    """
+    if bias is not None:
+        prediction.add_(bias)
+    prediction.sub_(target)
+    dead = _dead(row_weight)
+    if dead is not None:
+        prediction.masked_fill_(dead, 0.0)
+    # A norm is one pass; torch.linalg.vecdot is a product for each row.
+    total = torch.linalg.vector_norm(prediction, dim=-1).square_()
+    if write_grad:
+        factor = 2.0 * scale
+        prediction.mul_(factor if row_weight is None else row_weight.unsqueeze(1) * factor)
+    return total
+
+
+def _dead(row_weight: Tensor | None) -> Tensor | None:
+    """(R, 1) rows of weight 0, whatever they hold; None where there are none, which only a CPU can look at for free."""
+    if row_weight is None:
+        return None
+    dead = row_weight.unsqueeze(1) == 0
+    return None if dead.device.type == "cpu" and not bool(dead.any()) else dead
+
+
 def _unit(rows: Tensor, dead: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
     """out = rows of length 1; 1 / length (R, 1) and the new length, 1.0 or 0.0 where there is no direction."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=out.dtype)
@@ -38,12 +73,12 @@ def direction_rows(
     """
     if bias is not None:
         prediction.add_(bias)
-    dead = None if row_weight is None else row_weight.unsqueeze(1) == 0
+    dead = _dead(row_weight)
     inverse_p, one_p = _unit(prediction, dead, prediction)
     difference = torch.empty_like(prediction)
     inverse_t, one_t = _unit(target, dead, difference)
     torch.sub(prediction, difference, out=difference)
-    squares = torch.linalg.vecdot(difference, difference).unsqueeze(1)
+    squares = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
     if write_grad:
         factor = one_p.new_full((), 1.0 if cosine else 2.0)
         if row_weight is not None:

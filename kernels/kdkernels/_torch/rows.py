@@ -354,29 +354,3 @@ def _write_gradient(
         out.mul_(scratch.chain)
     if out is not grad:
         grad.copy_(out)
-
-
-def mse_rows(
-    prediction: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    write_grad: bool = True,
-) -> Tensor:
-    """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight * scale.
-
-    The contract is `kdkernels.backends.Backend.mse_rows`.
-    """
-    if bias is not None:
-        prediction.add_(bias)
-    prediction.sub_(target)
-    if row_weight is not None:
-        prediction.masked_fill_(row_weight.unsqueeze(1) == 0, 0.0)
-    total = torch.linalg.vecdot(prediction, prediction)
-    if write_grad:
-        prediction.mul_(2.0 * scale)
-        if row_weight is not None:
-            prediction.mul_(row_weight.unsqueeze(1))
-    return total
