@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks import losses
 from benchmarks.cases import IGNORE_INDEX, Case, Inputs
-from kdkernels import TeacherLogits, TeacherTopK
 
 Step = Callable[[], Tensor]
 Contender = Callable[[Case, Inputs], Step]
@@ -55,13 +54,10 @@ def ours(case: Case, inputs: Inputs) -> Step:
 def eager(case: Case, inputs: Inputs) -> Step:
     """Plain PyTorch operations. A cross-term stands against the teacher that it stands for."""
     student = (inputs.student_hidden, inputs.student_weight)
-    teacher = None if case.teacher in ("head", "cross_term") else losses.teacher_of(case, inputs)
-    if isinstance(teacher, TeacherTopK):
-        return _with_backward(lambda: losses.eager_top_k_loss(*student, teacher, inputs.labels))
-    if isinstance(teacher, TeacherLogits):
-        return _with_backward(
-            lambda: losses.eager_stored_loss(case.divergence, *student, teacher.logits, inputs.labels)
-        )
+    if case.teacher not in ("head", "cross_term"):
+        stored = losses.eager_stored_loss if case.teacher == "logits" else losses.eager_top_k_loss
+        teacher = losses.teacher_of(case, inputs)
+        return _with_backward(lambda: stored(case.divergence, *student, teacher, inputs.labels))
     return _with_backward(
         lambda: losses.eager_loss(
             case.divergence, *student, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels

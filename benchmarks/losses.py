@@ -1,33 +1,35 @@
 """The loss of a case: its divergence and its teacher as our functions take them, and as people write them by hand."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import IGNORE_INDEX, KEPT, Case, Inputs
-from kdkernels import (
-    AlphaBeta,
-    Decoupled,
-    Divergence,
-    TeacherCrossTerm,
-    TeacherHead,
-    TeacherLogits,
-    TeacherTopK,
-    teacher_cross_term,
-)
 
-OBJECTS: dict[str, Divergence] = {"alpha_beta": AlphaBeta(0.2, 0.7), "decoupled": Decoupled(1.0, 4.0)}
+if TYPE_CHECKING:
+    from kdkernels import Divergence, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+
+    AnyTeacher = TeacherHead | TeacherLogits | TeacherTopK | TeacherCrossTerm
 
 
 def divergence_of(case: Case) -> str | Divergence:
     """By its name, or the object that a name stands for here."""
-    return OBJECTS.get(case.divergence, case.divergence)
+    # Imported where it is used, as the processes that measure put the checkout on their path first.
+    from kdkernels import AlphaBeta, Decoupled
+
+    objects: dict[str, Divergence] = {"alpha_beta": AlphaBeta(0.2, 0.7), "decoupled": Decoupled(1.0, 4.0)}
+    return objects.get(case.divergence, case.divergence)
 
 
-def teacher_of(
-    case: Case, inputs: Inputs, dtype: torch.dtype | None = None
-) -> TeacherHead | TeacherLogits | TeacherTopK | TeacherCrossTerm:
+def teacher_of(case: Case, inputs: Inputs, dtype: torch.dtype | None = None) -> AnyTeacher:
     """The teacher in the form of the case; what it was made from is not needed in a step."""
+    from kdkernels import TeacherHead, TeacherLogits, TeacherTopK, teacher_cross_term
+
     hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -44,19 +46,11 @@ def teacher_of(
     return TeacherTopK(logprobs, indices, "bucket" if case.teacher == "top_k_bucket" else "renormalize")
 
 
-def rows_of(
-    teacher: TeacherHead | TeacherLogits | TeacherTopK | TeacherCrossTerm, rows: slice
-) -> TeacherHead | TeacherLogits | TeacherTopK | TeacherCrossTerm:
-    """Some rows of a teacher."""
-    if isinstance(teacher, TeacherHead):
-        return TeacherHead(teacher.hidden[rows], teacher.weight)
-    if isinstance(teacher, TeacherLogits):
-        return TeacherLogits(teacher.logits[rows])
-    if isinstance(teacher, TeacherTopK):
-        return TeacherTopK(teacher.logprobs[rows], teacher.indices[rows], teacher.tail)
-    return TeacherCrossTerm(
-        teacher.cross[rows], teacher.bias[rows], teacher.entropy[rows], teacher.temperature
-    )
+def rows_of(teacher: AnyTeacher, rows: slice) -> AnyTeacher:
+    """Some rows of a teacher: all of its tensors but a head's have them as their first axis."""
+    names = {"hidden", "logits", "logprobs", "indices", "cross", "bias", "entropy"} & vars(teacher).keys()
+    parts = {name: getattr(teacher, name)[rows] for name in names if getattr(teacher, name) is not None}
+    return replace(teacher, **parts)
 
 
 def eager_loss(
@@ -122,19 +116,20 @@ def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_stored_loss(
-    divergence: str, student_hidden: Tensor, student_weight: Tensor, teacher: Tensor, labels: Tensor
+    divergence: str, student_hidden: Tensor, student_weight: Tensor, teacher: Any, labels: Tensor
 ) -> Tensor:
     """The same with stored teacher logits."""
     student = F.log_softmax(F.linear(student_hidden, student_weight), dim=-1)
     counted = labels != IGNORE_INDEX
-    rows = _terms(divergence, student, F.log_softmax(teacher, dim=-1)).sum(-1)
+    rows = _terms(divergence, student, F.log_softmax(teacher.logits, dim=-1)).sum(-1)
     return (rows * counted).sum() / counted.sum()
 
 
 def eager_top_k_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher: TeacherTopK, labels: Tensor
+    divergence: str, student_hidden: Tensor, student_weight: Tensor, teacher: Any, labels: Tensor
 ) -> Tensor:
     """Forward KL over the kept entries, as people write it; with "bucket" one category for the rest."""
+    assert divergence == "forward_kl"
     student = F.log_softmax(F.linear(student_hidden, student_weight), dim=-1)
     mine, its = student.gather(1, teacher.indices), teacher.logprobs
     if teacher.tail == "bucket":
