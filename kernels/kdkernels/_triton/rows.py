@@ -48,7 +48,8 @@ def _store_stats(
     tl.store(stats_ptr + 4 * R + row_index, tl.where(student_best == teacher_best, 1.0, 0.0))
 
 
-@triton.jit
+# A last chunk of fewer rows compiles nothing anew.
+@triton.jit(do_not_specialize=["R"])
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V_teacher)

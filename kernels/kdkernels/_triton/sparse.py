@@ -28,7 +28,8 @@ def _statistics_step(state, side, columns, inside, scale, AT_ONE: tl.constexpr):
     return next_maximum, total, total_at_one
 
 
-@triton.jit
+# As in `rows.py`: another number of rows compiles nothing anew.
+@triton.jit(do_not_specialize=["R"])
 def _row_statistics_kernel(
     logits_ptr,  # (R, V)
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
@@ -127,7 +128,7 @@ def _gradient_step(
     store_tile(grad_row, columns, gradient, V, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _softmax_gradient_kernel(
     logits_ptr,  # (R, V)
     statistics_ptr,  # (3, R) fp32

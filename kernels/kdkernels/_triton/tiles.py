@@ -171,7 +171,8 @@ def _gradient(
         _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK, LANES)
 
 
-@triton.jit
+# Neither a last chunk of fewer rows nor the place of a tile compiles anything anew.
+@triton.jit(do_not_specialize=["R", "offset"])
 def _tile_kernel(
     student_ptr,  # (R, C) columns of the tile
     teacher_ptr,  # (R, C), read when HAS_TEACHER
