@@ -20,8 +20,8 @@ from torch import Tensor
 from .windows import SHORTEST
 
 # An angle at i is taken from inner products of centred rows c where |f_i - f_j|^2 is above this times
-# |c_i|^2 + |c_j|^2; below, more than two of its bits have cancelled, and it is taken from differences of rows.
-NEAR = 1.0 / 4.0
+# |c_i|^2 + |c_j|^2; below, more than three of its bits have cancelled, and it is taken from differences of rows.
+NEAR = 1.0 / 8.0
 
 # The same in float64 for features in float32, which leaves their angles the digits of float32.
 NEAR_WIDENED = 2.0**-26

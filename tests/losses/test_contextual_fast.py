@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.contextual import Case, make_inputs
+from benchmarks.contextual_numerics import KINDS
 from kdkernels import contextual_relation_loss
 from kdkernels._torch import windows as torch_windows
 from kdkernels.options import Impl
@@ -22,39 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE)
-
-
-def smooth(features: Tensor, correlation: float) -> Tensor:
-    """Every token near the one before it, as in the states of a recurrent network."""
-    out = features.clone()
-    for token in range(1, features.shape[2]):
-        new = (1.0 - correlation**2) ** 0.5 * features[:, :, token]
-        out[:, :, token] = correlation * out[:, :, token - 1] + new
-    return out
-
-
-def twins(features: Tensor, distance: float, step: int = 3) -> Tensor:
-    """Some tokens followed by nearly the same one."""
-    out = features.clone()
-    out[:, :, 1::step] = out[:, :, 0 : features.shape[2] - 1 : step][:, :, : out[:, :, 1::step].shape[2]]
-    return out + distance * torch.randn_like(out)
-
-
-# What makes inner products cancel, and what does not.
-HARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "independent": lambda features: features,
-    "common offset": lambda features: features + 100.0 * normal(features.shape[-1]),
-    "smooth": lambda features: smooth(features, 0.9),
-    "very smooth": lambda features: smooth(features, 0.999),
-    "twins at 1e-2": lambda features: twins(features, 1e-2),
-    "twins at 1e-5": lambda features: twins(features, 1e-5),
-    "few twins": lambda features: twins(features, 1e-3, step=40),
-    "equal twins": lambda features: twins(features, 0.0),
-    "lengths from 1e-3 to 1e3": lambda features: (
-        features * torch.logspace(-3, 3, features.shape[2], device=DEVICE).unsqueeze(1)
-    ),
-    "residual stream": lambda features: features.cumsum(1) * 2.0,
-}
 
 
 def solve(student: Tensor, teacher: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -71,27 +39,30 @@ def assert_as_good_as_eager(student: Tensor, teacher: Tensor, *, impl: Impl, win
         assert_within_budget(actual, low, exact, name)
 
 
-@pytest.mark.parametrize("kind", list(HARD))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_hard_features_in_float32(kind: str) -> None:
     teacher, student = normal(2, 3, 48, 48), normal(2, 3, 48, 32)
-    assert_as_good_as_eager(HARD[kind](student), teacher, impl="torch", window=4, layer_weight=0.5)
-    assert_as_good_as_eager(student, HARD[kind](teacher), impl="torch", window=4, layer_weight=0.5)
+    assert_as_good_as_eager(KINDS[kind](student), teacher, impl="torch", window=4, layer_weight=0.5)
+    assert_as_good_as_eager(student, KINDS[kind](teacher), impl="torch", window=4, layer_weight=0.5)
 
 
 @pytest.mark.parametrize(
-    "kind", ["independent", "common offset", "twins at 1e-2", "few twins", "equal twins"]
+    "kind", ["a common offset of 100", "a third twins, at 1e-2", "few twins, at 1e-3", "a third twins, equal"]
 )
 def test_hard_features_in_the_kernels(kind: str) -> None:
     pytest.importorskip("triton")
-    student = HARD[kind](normal(1, 2, 16, 32))
+    student = KINDS[kind](normal(1, 2, 16, 32))
     assert_as_good_as_eager(student, normal(1, 2, 16, 48), impl="triton", window=3)
 
 
-def test_a_student_near_its_teacher() -> None:
-    teacher = normal(2, 3, 40, 48)
-    student = teacher @ torch.linalg.qr(normal(48, 32)).Q + 0.02 * normal(2, 3, 40, 32)
-    for variant in ("study", "official"):
-        assert_as_good_as_eager(student, teacher, impl="torch", window=4, layer_weight=0.5, variant=variant)
+# Wide enough for the rounding of long products to show, and a student near its teacher.
+@pytest.mark.parametrize(("impl", "length"), [("torch", 96), ("triton", 16)])
+def test_wide_features_of_a_student_near_its_teacher(impl: Impl, length: int) -> None:
+    student, teacher = make_inputs(Case(1, 1 if impl == "triton" else 3, length, 256, 512, device=DEVICE))
+    assert_as_good_as_eager(student, teacher, impl=impl, window=3)
+    if impl == "torch":
+        options = {"window": 3, "layer_weight": 0.5, "variant": "official"}
+        assert_as_good_as_eager(student, teacher, impl=impl, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

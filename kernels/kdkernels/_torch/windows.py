@@ -68,17 +68,23 @@ class Rows:
         mean = sequences.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min_(1.0)
         sequences.sub_(mean).mul_(counted)
 
-    def _patches(self, before: int, reach: int) -> Tensor:
+    def _patches(self, buffer: Tensor, before: int, reach: int) -> Tensor:
         """(R / 32, reach, D) overlapping view: every 32nd row, `before` rows before it and those behind it."""
-        step, start = self.buffer.stride(0), self.margin - before
-        return self.buffer[start:].as_strided(
+        step, start = buffer.stride(0), self.margin - before
+        return buffer[start:].as_strided(
             (self.rows // PATCH_ROWS, reach, self.shape[3]), (PATCH_ROWS * step, step, 1)
         )
 
     def products(self, out: Tensor) -> None:
-        """out[d, i] = <x_i, x_{i + d}>."""
+        """out[d, i] = <x_i, x_{i + d}>.
+
+        Multiplied in float64: a float32 product of long rows adds up rounding that eager's sums in pairs do not
+        have, and the differences taken of these numbers would show it.
+        """
         reach = PATCH_ROWS + out.shape[0] - 1
-        products = torch.bmm(self._patches(0, PATCH_ROWS), self._patches(0, reach).transpose(1, 2))
+        buffer = self.buffer.double()
+        left, right = self._patches(buffer, 0, PATCH_ROWS), self._patches(buffer, 0, reach)
+        products = torch.bmm(left, right.transpose(1, 2))
         count = products.shape[0]
         band = products.as_strided((count, PATCH_ROWS, out.shape[0]), (PATCH_ROWS * reach, reach + 1, 1))
         out.unflatten(1, (count, PATCH_ROWS)).copy_(band.permute(2, 0, 1))
@@ -90,7 +96,7 @@ class Rows:
         matrices = factors.new_zeros(count, PATCH_ROWS, reach)
         band = matrices.as_strided((count, PATCH_ROWS, offsets), (PATCH_ROWS * reach, reach + 1, 1))
         band.copy_(factors.unflatten(1, (count, PATCH_ROWS)).permute(1, 2, 0))
-        total = torch.bmm(matrices, self._patches(offsets // 2, reach)).flatten(0, 1)
+        total = torch.bmm(matrices, self._patches(self.buffer, offsets // 2, reach)).flatten(0, 1)
         out.add_(total[: self.count].view(self.shape))
 
 

@@ -118,6 +118,7 @@ def _band_products_kernel(
     counted = tl.load(counted_ptr + rows, mask=rows < R, other=0) != 0
     others_counted = tl.load(counted_ptr + others, mask=others < R, other=0) != 0
     total = tl.zeros((BLOCK_ROWS, BLOCK_NEIGHBOURS), tl.float32)
+    lost = tl.zeros((BLOCK_ROWS, BLOCK_NEIGHBOURS), tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         left = load_rows(
@@ -128,7 +129,11 @@ def _band_products_kernel(
             features_ptr, means_ptr, others, others_counted, columns, D, sequences, length, stride_b,
             stride_q, stride_m, CENTRED,
         )  # fmt: skip
-        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        # Compensated, as differences are taken of these sums: rounding does not grow with the width.
+        part = tl.dot(left, tl.trans(right), input_precision="ieee") - lost
+        grown = total + part
+        lost = (grown - total) - part
+        total = grown
     difference = others[None, :] - rows[:, None]
     inside = (difference >= 0) & (difference <= K) & (rows < R)[:, None]
     place = difference.to(tl.int64) * stride_band + rows[:, None]
