@@ -1,0 +1,228 @@
+"""The doctor: each known trap, laid on purpose, is named before any training; a good recipe is not scolded."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kdtrain.cli import main
+from kdtrain.data.classification import ClassificationData
+from kdtrain.doctor import Finding, examine, note
+from kdtrain.doctor import data_checks as of_data
+from kdtrain.doctor import method_checks as of_method
+from kdtrain.doctor import teacher_checks as of_teacher
+from kdtrain.doctor.classification import CHECKS, examine_recipe
+from kdtrain.doctor.subject import Subject
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, save_recipe
+
+
+def told(findings: list[Finding], level: str, words: str) -> bool:
+    return any(finding.level == level and words in finding.text for finding in findings)
+
+
+def two_classes(recipe: Recipe, folder: Path) -> Recipe:
+    """The toy task as one of two classes in plain files."""
+    assert recipe.data.path is not None
+    for name in ("train", "valid", "test"):
+        lines = (Path(recipe.data.path) / f"{name}.jsonl").read_text().splitlines()
+        rows = [{**row, "label": min(1, row["label"])} for row in map(json.loads, lines)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, valid, test = (str(folder / f"{name}.jsonl") for name in ("train", "valid", "test"))
+    data = DataRecipe(train=train, valid=valid, test=test, classes=("KeyError", "other"), focus="__HOLE__")
+    return replace(recipe, data=data)
+
+
+def test_a_good_run_has_nothing_wrong(
+    distillation: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_recipe(replace(distillation, output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
+    assert main(["doctor", str(tmp_path / "recipe.yaml"), "--student.layers", "3"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[-1].startswith("0 wrong")
+    # What is suspicious of the toy task is true: short rows repeat, long ones are cut.
+    found = [line for line in lines if line.startswith("suspicious")]
+    assert all("also stand in the training rows" in line or "are cut" in line for line in found)
+    assert "layers compared, student and teacher: [(1, 1), (2, 2), (3, 3)]" in printed
+    assert "the teacher is right for" in printed and "the teacher's outputs take about" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_dist_of_two_classes_and_few_rows(recipe: Recipe, tmp_path: Path) -> None:
+    small = replace(two_classes(recipe, tmp_path), method=MethodRecipe(name="dist"))
+    small = replace(small, training=replace(small.training, batch_size=4))
+    subject = Subject(small)
+    assert told(
+        list(of_method.correlation_has_a_gradient(subject)), "suspicious", "set method.inter_weight to 0"
+    )
+    assert told(list(of_method.batch_is_large_enough(subject)), "suspicious", "training.batch_size is 4")
+    said = Subject(replace(small, method=MethodRecipe(name="dist", inter_weight=0.0)))
+    assert not list(of_method.correlation_has_a_gradient(said))
+
+
+def test_a_clip_that_never_clips(recipe: Recipe) -> None:
+    loose = replace(recipe, training=replace(recipe.training, clip_norm=float("inf")))
+    assert told(list(of_method.gradient_is_clipped(Subject(loose))), "suspicious", "never clipped")
+    assert not list(of_method.gradient_is_clipped(Subject(recipe)))
+
+
+def test_a_teacher_whose_dropout_stays_on(distillation: Recipe) -> None:
+    subject = Subject(distillation)
+    assert subject.teacher is not None
+    assert not list(of_teacher.teacher_answers_alike(subject))
+    model: Any = subject.teacher.model
+    model.roberta.encoder.layer[0] = Noisy(model.roberta.encoder.layer[0])
+    assert told(list(of_teacher.teacher_answers_alike(subject)), "wrong", "differently each time")
+
+
+class Noisy(nn.Module):
+    """A block with dropout that no eval mode reaches."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return nn.functional.dropout(self.block(*inputs, **options), 0.5, training=True)
+
+
+def test_a_model_that_reads_padding(distillation: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(distillation)
+    assert subject.teacher is not None
+    assert not list(of_method.loss_ignores_padding(subject))
+    model: Any = subject.teacher.model
+    forward = model.roberta.forward
+    monkeypatch.setattr(
+        model.roberta, "forward", lambda *a, **k: forward(*a, **{**k, "attention_mask": None})
+    )
+    assert told(list(of_teacher.teacher_answers_alike(subject)), "wrong", "depends on padding")
+
+
+def test_a_teacher_of_the_other_order(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
+    """Two classes the wrong way round are told with the cure; a teacher of another task is told as such."""
+    subject = Subject(two_classes(distillation, tmp_path))
+    subject.__dict__["materials"] = Opened(subject, teacher)
+    subject.__dict__["teacher_logits"] = torch.eye(2)[1 - subject.sample.labels]
+    assert told(
+        list(of_teacher.teacher_knows_the_task(subject)), "wrong", "set teacher.class_order to [1, 0]"
+    )
+    other = Subject(distillation)
+    other.__dict__["teacher_logits"] = torch.eye(3)[(other.sample.labels + 1) % 3]
+    assert told(list(of_teacher.teacher_knows_the_task(other)), "suspicious", "is it a teacher of this task")
+
+
+class Opened:
+    """Materials with a teacher whose class count the recipe does not check."""
+
+    def __init__(self, subject: Subject, teacher: Path) -> None:
+        from kdtrain.teachers import load_teacher
+        from tests.train.conftest import CLASSES
+
+        self._data = Subject(subject.recipe).data
+        self._teacher = load_teacher(str(teacher), CLASSES)
+
+    def data(self, recipe: Recipe) -> ClassificationData:
+        return self._data
+
+    def teacher(self, recipe: Recipe) -> Any:
+        return self._teacher
+
+
+def test_rows_of_the_test_in_training_and_classes_that_are_missing(
+    recipe: Recipe, toy: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(toy, folder)
+    test = (folder / "test.jsonl").read_text().splitlines()
+    keep = [
+        line for line in (folder / "train.jsonl").read_text().splitlines() if json.loads(line)["label"] != 2
+    ]
+    moved = [line for line in test if json.loads(line)["label"] != 2][:3]
+    (folder / "train.jsonl").write_text(
+        "\n".join([*keep, *(line.replace("\\n", "\\n\\n") for line in moved)])
+    )
+    subject = Subject(replace(recipe, data=DataRecipe(path=str(folder))))
+    assert told(
+        list(of_data.test_rows_are_new(subject)),
+        "suspicious",
+        "3 of 40 test rows also stand in the training rows",
+    )
+    assert told(
+        list(of_data.classes_are_there(subject)), "suspicious", "no training row has the class OSError"
+    )
+
+
+def test_rows_that_are_cut(distillation: Recipe) -> None:
+    short = replace(distillation, student=replace(distillation.student, max_length=16))
+    findings = list(of_data.rows_are_cut(Subject(short)))
+    assert told(
+        findings,
+        "suspicious",
+        "longer than the 16 tokens the student reads and are cut, around the focus marker",
+    )
+
+
+def test_weights_layers_and_metric(distillation: Recipe) -> None:
+    silent = replace(distillation, method=replace(distillation.method, kd_weight=1e-5, temperature=1.0))
+    assert told(
+        list(of_method.soft_labels_weigh_something(Subject(silent))),
+        "suspicious",
+        "the teacher hardly counts",
+    )
+    nothing = replace(distillation, method=replace(distillation.method, kd_weight=0.0, ce_weight=0.0))
+    assert told(
+        list(of_method.soft_labels_weigh_something(Subject(nothing))), "suspicious", "nothing teaches"
+    )
+    assert told(
+        list(of_method.layers_meet(Subject(distillation))), "suspicious", "no multiple of the student's 2"
+    )
+    wrong_metric = replace(distillation, training=replace(distillation.training, best_metric="f1"))
+    assert told(list(of_data.best_is_what_counts(Subject(wrong_metric))), "wrong", "f1 is for two classes")
+
+
+def test_tokens_that_do_not_meet(distillation: Recipe) -> None:
+    """A student that cuts a text into far more tokens than its teacher does."""
+    ckd = replace(distillation, method=MethodRecipe(name="ckd"))
+    assert not list(of_method.tokens_meet(Subject(ckd)))
+    subject = Subject(ckd)
+    rows = subject.student_rows(1 << 20)
+    subject.__dict__["student_rows"] = lambda limit: replace(rows, lengths=2 * rows.lengths)
+    assert told(list(of_method.tokens_meet(subject)), "suspicious", "times the teacher's tokens")
+
+
+def test_what_cannot_even_start(recipe: Recipe) -> None:
+    found = examine_recipe(replace(recipe, method=MethodRecipe(name="kd")))
+    assert [finding.level for finding in found] == ["wrong"] and "needs a teacher" in found[0].text
+    found = examine_recipe(replace(recipe, teacher=TeacherRecipe(path="./nowhere")))
+    assert "there is no folder ./nowhere" in found[0].text
+
+
+def test_a_check_that_is_refused_is_a_finding() -> None:
+    def refused(subject: object) -> list[Finding]:
+        raise KdtrainError("no")
+
+    assert list(examine(None, [refused, lambda _: [note("yes")]])) == [Finding("wrong", "no"), note("yes")]
+    assert len({check.__name__ for check in CHECKS}) == len(CHECKS)
+
+
+def test_a_study_and_unknown_tasks(
+    toy: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"tasks: {{toy: {{data: {{path: {toy}}}, teacher: {{path: {teacher}}}}}}}\n"
+        "students: {small: {vocab_size: 320, hidden_size: 16, layers: 3, heads: 2, intermediate_size: 32, max_length: 40}}\n"
+        "methods: {ft: {name: ft}, loose: {name: ft, training: {clip_norm: .inf}}}\n"
+    )
+    assert main(["doctor", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "suspicious  (toy, loose) training.clip_norm is inf" in printed
+    path.write_text("task: vision\n")
+    assert main(["doctor", str(path)]) == 2
+    assert "kdtrain doctor knows the tasks" in capsys.readouterr().err
