@@ -200,7 +200,7 @@ def verify_cache(
     for path in sorted(cache.folder.glob("shard-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored, shard = file.metadata()["sha256"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored != _checksum(shard):
+        if stored != checksum(shard):
             raise KdtrainError(
                 f"{path} has changed since it was written; delete this one file and it is computed again"
             )
@@ -247,11 +247,11 @@ def _write_shard(folder: Path, parts: list[tuple[list[str], Outputs]], dtype: st
             raise KdtrainError("a teacher feature is too large for float16; set teacher.dtype to float32")
     taken = [int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.safetensors")]
     path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    write_tensors(path, shard, {"sha256": _checksum(shard)})
+    write_tensors(path, shard, {"sha256": checksum(shard)})
     return path
 
 
-def _checksum(shard: dict[str, Tensor]) -> str:
+def checksum(shard: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(shard.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,10 +1,11 @@
 """kdtrain cache RECIPE."""
 
 import argparse
+from typing import Any
 
 from kdtrain.errors import KdtrainError
 from kdtrain.progress import say
-from kdtrain.recipe import describe_fields, load_recipe
+from kdtrain.recipe import describe_fields, read_recipe, recipe_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Fill the recipe's teacher cache, and check it when asked."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    content = read_recipe(arguments.recipe, arguments.overrides)
+    if content.get("task") == "code_lm":
+        return cache_language_model(content, arguments)
+    recipe = recipe_from_dict(content)
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
     from kdtrain.cache_build import verify_cache
@@ -53,4 +57,38 @@ def main(arguments: argparse.Namespace) -> int:
             device=device,
         )
         say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
+    return 0
+
+
+def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """The same for a recipe of task code_lm."""
+    from kdtrain.language.recipe import language_recipe_from_dict
+
+    recipe = language_recipe_from_dict(content)
+    if recipe.teacher.path is None or recipe.teacher.signal == "online":
+        raise KdtrainError(
+            f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden or topk"
+        )
+    from kdtrain.language.cache import Signal, verify_language_cache
+    from kdtrain.language.run import prepare, stored_signals
+    from kdtrain.prepare import start_accelerator
+
+    device = start_accelerator(recipe).device
+    parts = prepare(recipe)
+    assert parts.teacher is not None
+    for stored in stored_signals(recipe, parts, device):
+        say(f"teacher cache: {len(stored.cache)} rows in {stored.cache.folder}")
+        if arguments.verify:
+            kind = "hidden" if "hidden" in stored.cache.shards[0] else "topk"
+            signal = Signal.of(kind, parts.teacher, recipe.teacher)
+            count = verify_language_cache(
+                stored.cache,
+                parts.teacher,
+                signal,
+                stored.rows,
+                count=arguments.rows,
+                seed=recipe.seed,
+                device=device,
+            )
+            say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
     return 0

@@ -6,7 +6,8 @@ before any piece runs, so pieces, processes, padding and packing change neither 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -84,19 +85,22 @@ class LanguageObjective(Objective):
         teacher: LanguageTeacher | None,
         *,
         vocab_map: str | Tensor | None = None,
-        tail: str = "bucket",
+        tail: Literal["renormalize", "bucket"] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.recipe = recipe
         self.divergence = divergence_of(recipe)
         self.weights = Weights.at(recipe, 0.0)
-        self.tail: Any = tail
+        self.tail: Literal["renormalize", "bucket"] | None = tail
         self.vocab_map = vocab_map
         self.held: list[LanguageTeacher] = (
             [] if teacher is None else [teacher]
         )  # a list hides it from nn.Module
-        self.names = ("ce",) if recipe.name == "ft" else ("kd", "ce")
+        if recipe.name == "ft":
+            self.names = ("ce",)
+        else:  # from kept tokens the two come in one number
+            self.names = ("kd", "ce") if tail is None else ("kd_and_ce",)
         self.pairs: tuple[tuple[int, int], ...] = ()
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP2 shards
         if recipe.name == "kd_features":
@@ -181,7 +185,8 @@ class LanguageObjective(Objective):
             return hidden.new_zeros(()), token_sums(self, hidden, self.teacher_head(batch)[0], batch.labels)
         teacher, teacher_layers = self.teacher_signal(batch)
         head, weights = head_of(self.student), self.weights
-        loss, stats = linear_kd_loss(
+        values = partial(
+            linear_kd_loss,
             hidden,
             head.weight,
             silent_teacher(hidden, head.weight.shape[0]) if teacher is None else teacher,
@@ -196,8 +201,11 @@ class LanguageObjective(Objective):
             softcap=head.softcap,
             logit_scale=head.scale,
             vocab_map=None if teacher is None else self.vocab_map,
-            return_stats=True,
         )
+        if isinstance(teacher, TeacherTopK):
+            loss = values()
+            return loss, loss.detach()[None] * divisor
+        loss, stats = values(return_stats=True)
         token_weight = 1.0 if batch.token_weight is None else batch.token_weight
         terms = {
             "kd": weights.temperature**2 * (stats.kd * token_weight).sum(),
@@ -214,6 +222,7 @@ class LanguageObjective(Objective):
         if self.recipe.name == "ft":
             return None, []
         if batch.teacher_top is not None:
+            assert self.tail is not None
             return TeacherTopK(*batch.teacher_top, tail=self.tail), []
         return self.teacher_head(batch, tuple(pair[1] for pair in self.pairs))
 

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.claim import claim
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
+from kdtrain.language.cache import Kind, Signal, build_language_cache
 from kdtrain.language.documents import load_documents
 from kdtrain.language.evaluate import language_metrics
 from kdtrain.language.heads import check_model
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows, pack
 from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.rows import CachedRows
 from kdtrain.language.student import (
     SAMPLE_CODE,
     build_language_student,
@@ -97,11 +99,15 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
         )
         vocab_map = match.vocab_map
     objective = LanguageObjective(
-        student, recipe.method, teacher, vocab_map=vocab_map, tail=recipe.teacher.tail
+        student,
+        recipe.method,
+        teacher,
+        vocab_map=vocab_map,
+        tail=recipe.teacher.tail if recipe.teacher.signal == "topk" else None,
     )
     identity = {
         "data": f"{documents.fingerprint()} {held_out.fingerprint()}",
-        "teacher": None if teacher is None else teacher.weights_hash(),
+        "teacher": None if teacher is None else teacher.weights_hash,
     }
     return Prepared(tokenizer, student, teacher, objective, rows, valid, identity)
 
@@ -122,13 +128,18 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
         if accelerator.is_main_process:
             say(f"already done: {summary.line()}")
         return summary
+    training, measured = parts.train, parts.valid
     if parts.teacher is not None:
+        if recipe.teacher.signal != "online" and recipe.method.name != "ft":
+            with accelerator.main_process_first():
+                training, measured = stored_signals(recipe, parts, accelerator.device)
+            parts.teacher.release()
         parts.teacher.place(accelerator)
-    evaluate = partial(language_metrics, data=parts.valid, teacher=parts.teacher is not None)
+    evaluate = partial(language_metrics, data=measured, teacher=parts.teacher is not None)
     position = train(
         recipe,
         parts.objective,
-        parts.train,
+        training,
         lambda model, accelerator: evaluate(model, accelerator=accelerator),
         folder,
         accelerator,
@@ -150,7 +161,7 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
             valid=valid,
             teacher=None
             if parts.teacher is None
-            else {"path": parts.teacher.path, "parameters": parameter_count(parts.teacher.model)},
+            else {"path": parts.teacher.path, "parameters": parts.teacher.parameters},
             training=describe_training(position, accelerator),
             data={
                 "name": recipe.data.train,
@@ -164,6 +175,30 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
         say(summary.line())
     accelerator.wait_for_everyone()
     return LanguageSummary.load(folder)
+
+
+def stored_signals(
+    recipe: LanguageRecipe, parts: Prepared, device: torch.device
+) -> tuple[CachedRows, CachedRows]:
+    """Training rows with the stored signal of the recipe, held-out rows with hidden states: both computed where missing."""
+    assert parts.teacher is not None and recipe.teacher.signal != "online"
+    folder = Path(recipe.teacher.cache) if recipe.teacher.cache else Path(recipe.output) / "teacher_cache"
+    found = []
+    kinds: tuple[tuple[PackedRows, Kind], ...] = (
+        (parts.train, recipe.teacher.signal),
+        (parts.valid, "hidden"),
+    )
+    for rows, kind in kinds:
+        cache = build_language_cache(
+            folder / kind,
+            parts.teacher,
+            Signal.of(kind, parts.teacher, recipe.teacher),
+            rows,
+            batch_tokens=recipe.teacher.batch_tokens,
+            device=device,
+        )
+        found.append(CachedRows.of(rows, cache))
+    return found[0], found[1]
 
 
 def last_metrics(folder: Path, step: int) -> dict[str, float]:

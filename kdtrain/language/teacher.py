@@ -2,16 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels import TeacherHead
 from kdtrain.language.heads import Head, check_model, decoder_layers, head_of, hidden_states
 from kdtrain.language.packing import LanguageBatch
-from kdtrain.models import blaming, load_tokenizer
+from kdtrain.models import blaming, load_tokenizer, parameter_count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,6 +30,7 @@ class LanguageTeacher:
         """Its output projection."""
         return head_of(self.model)
 
+    @cached_property
     def weights_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
         digest = hashlib.sha256()
@@ -36,6 +38,11 @@ class LanguageTeacher:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
+
+    @cached_property
+    def parameters(self) -> int:
+        """All weights, embeddings included."""
+        return parameter_count(self.model)
 
     @torch.no_grad()
     def hidden(self, batch: LanguageBatch, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
@@ -50,13 +57,24 @@ class LanguageTeacher:
             hidden.to(head.weight.dtype), head.weight, head.bias, softcap=head.softcap, scale=head.scale
         )
 
+    def release(self) -> None:
+        """Give up its layers once all that is needed of them is stored; its head stays."""
+        _ = self.weights_hash, self.parameters
+        layers = decoder_layers(self.model)
+        for module in self.model.base_model.modules():
+            for name, child in module.named_children():
+                if child is layers:
+                    setattr(module, name, nn.ModuleList())
+
     def place(self, accelerator: Accelerator) -> None:
         """Move it to this process's device; under FSDP2 its layers are sharded over the processes.
 
         Embeddings and head stay whole on every process: the loss reads all of the head in every step.
         """
         self.model.to(accelerator.device)
-        if not accelerator.is_fsdp2:
+        if not accelerator.is_fsdp2 or not any(
+            isinstance(module, nn.ModuleList) and len(module) for module in self.model.base_model.modules()
+        ):
             return
         from torch.distributed.fsdp import fully_shard
 

@@ -1,0 +1,100 @@
+"""Stored teacher signals: hidden states train as the teacher itself does, the likeliest tokens as they should."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtrain.cli import main
+from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.language.run import prepare, run_language, stored_signals
+from kdtrain.plots import read_metrics
+from kdtrain.recipe import save_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(language_distillation: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageRecipe:
+    """A short distillation of distributions."""
+    return replace(
+        language_distillation,
+        method=LanguageMethodRecipe(temperature=2.0),
+        training=replace(language_distillation.training, max_steps=4, evaluate_every=4, log_every=1),
+        output=str(tmp_path_factory.mktemp("cached") / "online"),
+    )
+
+
+def stored(recipe: LanguageRecipe, folder: Path, signal: str, **options: object) -> LanguageRecipe:
+    return replace(
+        recipe,
+        teacher=replace(
+            recipe.teacher, signal=signal, dtype="float32", cache=str(folder / "cache"), **options
+        ),
+        output=str(folder / "run"),
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [
+        value
+        for line in read_metrics(folder)
+        for name, value in line.items()
+        if name in ("loss", "valid/loss")
+    ]
+
+
+def test_hidden_states_and_all_tokens_equal_the_online_teacher(
+    recipe: LanguageRecipe, tmp_path: Path
+) -> None:
+    """Hidden states in float32 are exact; the likeliest tokens are when all of the vocabulary is kept."""
+    run_language(recipe)
+    wanted = losses(Path(recipe.output))
+    for signal, options in (("hidden", {}), ("topk", {"top_k": 286, "tail": "renormalize"})):
+        found = stored(recipe, tmp_path / signal, signal, **options)
+        run_language(found)
+        assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5)
+    manifest = json.loads((tmp_path / "topk" / "cache" / "topk" / "manifest.json").read_text())
+    assert manifest["covered_probability"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_command_states_the_cost_and_verifies(
+    recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = stored(recipe, tmp_path, "topk", top_k=8)
+    save_recipe(found, tmp_path / "recipe.yaml")
+    assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify"]) == 0
+    said = capsys.readouterr().err
+    assert "tokens x 64 bytes (8 tokens with their log-probabilities) = " in said
+    assert "the 8 kept tokens hold " in said and "recomputed rows agree" in said
+    assert main(["cache", str(tmp_path / "recipe.yaml"), "--teacher.top_k", "9"]) == 2
+    assert (
+        "the tokens kept of each distribution (teacher.top_k) is 8 there and 9 here"
+        in capsys.readouterr().err
+    )
+    run_language(found)
+    assert "teacher cache: " not in capsys.readouterr().err, "nothing was computed twice"
+
+
+def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """Kept tokens are the likeliest of the row they are read for, and a damaged file is told."""
+    found = stored(recipe, tmp_path, "topk", top_k=5)
+    parts = prepare(found)
+    rows, _ = stored_signals(found, parts, torch.device("cpu"))
+    index = torch.tensor([2, 0])
+    batch = rows.batch(index, torch.device("cpu"))
+    assert parts.teacher is not None and batch.teacher_top is not None
+    hidden, _ = parts.teacher.hidden(batch)
+    log_p = parts.teacher.head.logits(hidden).log_softmax(-1)
+    inside = torch.arange(hidden.shape[1]) < rows.lengths[index][:, None]
+    torch.testing.assert_close(
+        batch.teacher_top[0][inside], log_p.topk(5).values[inside], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        log_p.gather(-1, batch.teacher_top[1])[inside], batch.teacher_top[0][inside], rtol=1e-4, atol=1e-4
+    )
+    path = next((tmp_path / "cache" / "topk").glob("shard-*"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(KdtrainError, match=r"is damaged .*; delete this one file and it is computed again"):
+        stored_signals(found, parts, torch.device("cpu"))
