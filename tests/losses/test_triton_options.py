@@ -153,7 +153,8 @@ def test_statistics(divergence: Divergence, mapping: str):
     weight = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
     exact = kd_row_stats(student.double(), teacher.double(), labels, weight, terms, vocab_map=vocab_map)
     eager = kd_row_stats(student, teacher, labels, weight, terms, vocab_map=vocab_map)
-    stats = torch.full((5, ROWS), float("nan"), device=DEVICE)
+    table = torch.full((5, ROWS + 4), float("nan"), device=DEVICE)
+    stats = table[:, 2 : 2 + ROWS]  # of a chunk of the rows
     student[1, 20:30] = -1e5  # the reference's gradient of label smoothing is NaN at -inf
     terms_kept = (student.clone(), teacher)
     kd, ce = kd_rows(
@@ -173,6 +174,7 @@ def test_statistics(divergence: Divergence, mapping: str):
         assert torch.equal(stats[row].isnan(), ~known), title
         assert_within_budget(stats[row][known], eager[row][known], exact[row][known], title)
     assert torch.equal(stats[4].double(), exact[4])
+    assert table[:, :2].isnan().all() and table[:, -2:].isnan().all()
     plain = kd_rows(*terms_kept, labels, terms, vocab_map=vocab_map, config=SMALL, **options_for(divergence))
     torch.testing.assert_close((kd, ce), plain)
 

@@ -196,6 +196,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     # A bias has the dtype of its head, which in the linear loss is the dtype that the gradient is written in.
     biases = dict.fromkeys(("student_bias", "teacher_bias", "bias"), variant.dtypes.get("grad", "fp32"))
     pointers = fixed | biases | variant.dtypes
+    unspecialized = ("R", "offset", "stride_stats_row", "stride_state_row")
     signature, attributes, sizes = {}, {}, []
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -203,14 +204,20 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         elif name.endswith("_ptr") or (name == "scale" and variant.flags["SCALE_IN_MEMORY"]):
             signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'fp32')}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif name.startswith("stride") or name in ("V", "V_teacher", "shared", "C", "D"):
+        elif (name.startswith("stride") and name not in unspecialized) or name in (
+            "V",
+            "V_teacher",
+            "shared",
+            "C",
+            "D",
+        ):
             signature[name] = "i32"
             known = variant.aligned or (variant.padded and name.startswith("stride"))
             sizes.append(16 if known else 1)
             if known:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if name in ("R", "offset") else "fp32"
+            signature[name] = "i32" if name in unspecialized else "fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     if architecture.startswith("sm_"):

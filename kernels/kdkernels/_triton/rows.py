@@ -25,7 +25,7 @@ from .statistics import first_pass, join_statistics, own_join, teacher_pass, wit
 
 @triton.jit
 def _store_stats(
-    stats_ptr, row_index, R, row, state, label, label_logit, label_in_teacher, teacher_logit, tile,
+    stats_ptr, stride_stats_row, row, state, label, label_logit, label_in_teacher, teacher_logit, tile,
     FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Entropies, probabilities of the label, and whether both models' best columns are the same token."""
@@ -41,15 +41,15 @@ def _store_stats(
         student_probability = tl.exp2((label_logit - student_reference) * LOG2_E) / student_total
         teacher_probability = tl.exp2((teacher_logit - teacher_reference) * LOG2_E) / teacher_total
         teacher_probability = tl.where(label_in_teacher, teacher_probability, float("nan"))
-    tl.store(stats_ptr + row_index, student_entropy)
-    tl.store(stats_ptr + R + row_index, teacher_entropy)
-    tl.store(stats_ptr + 2 * R + row_index, teacher_probability)
-    tl.store(stats_ptr + 3 * R + row_index, student_probability)
-    tl.store(stats_ptr + 4 * R + row_index, tl.where(student_best == teacher_best, 1.0, 0.0))
+    tl.store(stats_ptr, student_entropy)
+    tl.store(stats_ptr + stride_stats_row, teacher_entropy)
+    tl.store(stats_ptr + 2 * stride_stats_row, teacher_probability)
+    tl.store(stats_ptr + 3 * stride_stats_row, student_probability)
+    tl.store(stats_ptr + 4 * stride_stats_row, tl.where(student_best == teacher_best, 1.0, 0.0))
 
 
-# A last chunk of fewer rows compiles nothing anew.
-@triton.jit(do_not_specialize=["R"])
+# A chunk of another number of rows compiles nothing anew.
+@triton.jit(do_not_specialize=["stride_stats_row"])
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V_teacher)
@@ -67,7 +67,7 @@ def _kd_rows_kernel(
     stride_student_row,
     stride_teacher_row,
     stride_grad_row,
-    R,
+    stride_stats_row,
     V,
     V_teacher,
     shared,  # columns that both sides have: V without a map or with an index map
@@ -90,6 +90,7 @@ def _kd_rows_kernel(
     LANES: tl.constexpr = BLOCK // WIDTH
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     grad_row = grad_ptr + row_index * stride_grad_row
+    stats_ptr += row_index
 
     weight = 1.0
     if FLAGS.has_row_weight:
@@ -99,7 +100,7 @@ def _kd_rows_kernel(
             tl.store(ce_ptr + row_index, 0.0)
             if FLAGS.has_stats:
                 for statistic in range(5):
-                    tl.store(stats_ptr + statistic * R + row_index, 0.0)
+                    tl.store(stats_ptr + statistic * stride_stats_row, 0.0)
             if FLAGS.write_grad:
                 write_zeros(grad_row, V, tile, BLOCK)
             return
@@ -131,7 +132,7 @@ def _kd_rows_kernel(
     totals = join_statistics(state, numbers, FLAGS)
     if FLAGS.has_stats:
         _store_stats(
-            stats_ptr, row_index, R, row, state, label, label_logit, label_shared, teacher_logit, tile,
+            stats_ptr, stride_stats_row, row, state, label, label_logit, label_shared, teacher_logit, tile,
             FLAGS, BLOCK, LANES,
         )  # fmt: skip
 
@@ -204,7 +205,7 @@ def kd_rows(
     grad: Tensor | None = None,  # (R, V)
     vocab_map: int | Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
-    stats: Tensor | None = None,  # (5, R) fp32
+    stats: Tensor | None = None,  # (5, R) fp32, last axis contiguous
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # (R,) fp32, (R,) fp32
     """Divergence and cross entropy of every row, and row_weight * d(row loss)/d(student_logits) written into `grad`.
@@ -267,7 +268,7 @@ def kd_rows(
             stride_student_row=student_logits.stride(0),
             stride_teacher_row=teacher_logits.stride(0),
             stride_grad_row=written.stride(0),
-            R=rows,
+            stride_stats_row=0 if stats is None else stats.stride(0),
             V=vocabulary,
             V_teacher=teacher_logits.shape[1],
             shared=vocab_map if isinstance(vocab_map, int) else vocabulary,

@@ -176,7 +176,7 @@ def _launch(
             stride_student_row=student.stride(0),
             stride_teacher_row=other.stride(0),
             stride_grad_row=written.stride(0),
-            R=state.shape[1],
+            stride_state_row=state.stride(0),
             C=columns,
             offset=offset,
             inverse_temperature=1.0 / terms.temperature,

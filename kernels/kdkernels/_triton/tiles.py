@@ -29,22 +29,22 @@ FAR_MEAN = tl.constexpr(tile_state.FAR_MEAN)
 
 
 @triton.jit
-def _merge(state_ptr, R, max_slot, sum_slot, maximum, total, scale):
+def _merge(state_ptr, stride, max_slot, sum_slot, maximum, total, scale):
     """Take the (maximum, sum) of every lane of a tile into two slots."""
-    old_maximum = tl.load(state_ptr + max_slot * R)
+    old_maximum = tl.load(state_ptr + max_slot * stride)
     next_maximum = tl.maximum(old_maximum, tl.max(maximum, axis=0))
     reference = finite_or_zero(next_maximum)
-    old_total = tl.load(state_ptr + sum_slot * R) * tl.exp2((old_maximum - reference) * scale)
-    tl.store(state_ptr + max_slot * R, next_maximum)
+    old_total = tl.load(state_ptr + sum_slot * stride) * tl.exp2((old_maximum - reference) * scale)
+    tl.store(state_ptr + max_slot * stride, next_maximum)
     tl.store(
-        state_ptr + sum_slot * R,
+        state_ptr + sum_slot * stride,
         old_total + tl.sum(total * tl.exp2((maximum - reference) * scale), axis=0),
     )
 
 
 @triton.jit
-def _add(state_ptr, R, slot, value):
-    tl.store(state_ptr + slot * R, tl.load(state_ptr + slot * R) + value)
+def _add(state_ptr, stride, slot, value):
+    tl.store(state_ptr + slot * stride, tl.load(state_ptr + slot * stride) + value)
 
 
 @triton.jit
@@ -82,47 +82,51 @@ def _student_gradient(
 
 
 @triton.jit
-def _statistics(row, label, state_ptr, R, numbers, tile, FLAGS, BLOCK, LANES, HAS_TEACHER: tl.constexpr):
+def _statistics(row, label, state_ptr, stride, numbers, tile, FLAGS, BLOCK, LANES, HAS_TEACHER: tl.constexpr):
     """Merge the tile into the first nine slots."""
     if HAS_TEACHER:
         state = first_pass(row, numbers, 0.0, tile, FLAGS, BLOCK, LANES)
         own = state.student_own
         logit_sum = state.logit_sum
-        _merge(state_ptr, R, STUDENT_MAX, STUDENT_SUM, state.student_max, state.student_total, numbers.scale)
-        _merge(state_ptr, R, TEACHER_MAX, TEACHER_SUM, state.teacher_max, state.teacher_total, numbers.scale)
+        _merge(
+            state_ptr, stride, STUDENT_MAX, STUDENT_SUM, state.student_max, state.student_total, numbers.scale
+        )
+        _merge(
+            state_ptr, stride, TEACHER_MAX, TEACHER_SUM, state.teacher_max, state.teacher_total, numbers.scale
+        )
     else:
         own, logit_sum = _student_pass(row, tile, FLAGS, BLOCK, LANES)
     if FLAGS.has_ce:
-        _merge(state_ptr, R, CE_MAX, CE_SUM, own.maximum, own.total, LOG2_E)
+        _merge(state_ptr, stride, CE_MAX, CE_SUM, own.maximum, own.total, LOG2_E)
     if FLAGS.has_smoothing:
-        _add(state_ptr, R, LOGIT_SUM, tl.sum(logit_sum, axis=0))
+        _add(state_ptr, stride, LOGIT_SUM, tl.sum(logit_sum, axis=0))
     if FLAGS.has_labels:
         here = label >= 0
-        tl.store(state_ptr + LABEL * R, student_label(row, label, here, FLAGS), mask=here)
+        tl.store(state_ptr + LABEL * stride, student_label(row, label, here, FLAGS), mask=here)
         if FLAGS.divergence == "decoupled":
             teacher_logit = float("inf")  # not shared
             if HAS_TEACHER:
                 teacher_logit, _ = teacher_label(row, label, here, FLAGS)
-            tl.store(state_ptr + TEACHER_LABEL * R, teacher_logit, mask=here)
+            tl.store(state_ptr + TEACHER_LABEL * stride, teacher_logit, mask=here)
 
 
 @triton.jit
-def _totals(state_ptr, R, FLAGS):
+def _totals(state_ptr, stride, FLAGS):
     """The statistics of a row whose tiles were all seen."""
     return new_totals(
-        finite_or_zero(tl.load(state_ptr + STUDENT_MAX * R)),
-        tl.load(state_ptr + STUDENT_SUM * R),
-        finite_or_zero(tl.load(state_ptr + TEACHER_MAX * R)),
-        tl.load(state_ptr + TEACHER_SUM * R),
+        finite_or_zero(tl.load(state_ptr + STUDENT_MAX * stride)),
+        tl.load(state_ptr + STUDENT_SUM * stride),
+        finite_or_zero(tl.load(state_ptr + TEACHER_MAX * stride)),
+        tl.load(state_ptr + TEACHER_SUM * stride),
         FLAGS.divergence,
     )
 
 
 @triton.jit
-def _label_parts(state_ptr, R, totals, target, non_target, numbers):
+def _label_parts(state_ptr, stride, totals, target, non_target, numbers):
     """Of a decoupled row: the target weight times p_t - p_s of the label, and the weight of the rest."""
-    label_logit = tl.load(state_ptr + LABEL * R)
-    teacher_logit = tl.load(state_ptr + TEACHER_LABEL * R)
+    label_logit = tl.load(state_ptr + LABEL * stride)
+    teacher_logit = tl.load(state_ptr + TEACHER_LABEL * stride)
     apart = teacher_logit == float("inf")
     label_logit = tl.where(apart, float("-inf"), label_logit)
     teacher_logit = tl.where(apart, float("-inf"), teacher_logit)
@@ -137,7 +141,7 @@ def _label_parts(state_ptr, R, totals, target, non_target, numbers):
 
 @triton.jit
 def _gradient(
-    row, grad_row, state_ptr, R, numbers, weights, target_ptr, non_target_ptr, tile, FLAGS, BLOCK, LANES,
+    row, grad_row, state_ptr, stride, numbers, weights, target_ptr, non_target_ptr, tile, FLAGS, BLOCK, LANES,
     HAS_TEACHER: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the tile."""
@@ -145,14 +149,14 @@ def _gradient(
     ce_reference = 0.0
     ce_inverse = 0.0
     if FLAGS.has_ce:
-        ce_reference = finite_or_zero(tl.load(state_ptr + CE_MAX * R))
-        ce_inverse = 1.0 / tl.load(state_ptr + CE_SUM * R)
+        ce_reference = finite_or_zero(tl.load(state_ptr + CE_MAX * stride))
+        ce_inverse = 1.0 / tl.load(state_ptr + CE_SUM * stride)
     if HAS_TEACHER:
-        totals = _totals(state_ptr, R, FLAGS)
+        totals = _totals(state_ptr, stride, FLAGS)
         totals = with_mean(
             totals,
-            tl.load(state_ptr + MEAN * R),
-            tl.load(state_ptr + FAR_MEAN * R),
+            tl.load(state_ptr + MEAN * stride),
+            tl.load(state_ptr + FAR_MEAN * stride),
             numbers.first,
             FLAGS.divergence,
         )
@@ -160,7 +164,7 @@ def _gradient(
         rest = 1.0
         if FLAGS.divergence == "decoupled":
             label_difference, rest = _label_parts(
-                state_ptr, R, totals, tl.load(target_ptr), tl.load(non_target_ptr), numbers
+                state_ptr, stride, totals, tl.load(target_ptr), tl.load(non_target_ptr), numbers
             )
         slopes = Slopes(
             kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, label_difference, rest
@@ -172,7 +176,7 @@ def _gradient(
 
 
 # Neither a last chunk of fewer rows nor the place of a tile compiles anything anew.
-@triton.jit(do_not_specialize=["R", "offset"])
+@triton.jit(do_not_specialize=["stride_state_row", "offset"])
 def _tile_kernel(
     student_ptr,  # (R, C) columns of the tile
     teacher_ptr,  # (R, C), read when HAS_TEACHER
@@ -187,7 +191,7 @@ def _tile_kernel(
     stride_student_row,
     stride_teacher_row,
     stride_grad_row,
-    R,
+    stride_state_row,
     C,
     offset,  # first column of the tile
     inverse_temperature,
@@ -231,20 +235,20 @@ def _tile_kernel(
     numbers = Numbers(inverse_temperature * LOG2_E, inverse_temperature, first, second)
     state_ptr += row_index
     if PASS == "statistics":
-        _statistics(row, label, state_ptr, R, numbers, tile, FLAGS, BLOCK, LANES, HAS_TEACHER)
+        _statistics(row, label, state_ptr, stride_state_row, numbers, tile, FLAGS, BLOCK, LANES, HAS_TEACHER)
     elif PASS == "sums":
-        totals = _totals(state_ptr, R, FLAGS)
+        totals = _totals(state_ptr, stride_state_row, FLAGS)
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
         if (
             FLAGS.divergence == "decoupled"
         ):  # a teacher that is certain of the label has no rest to be near to
             value = tl.where(totals.teacher_inverse == 0.0, 0.0, value)
-        _add(state_ptr, R, VALUE, value)
-        _add(state_ptr, R, MEAN, mean)
-        _add(state_ptr, R, FAR_MEAN, far_mean)
+        _add(state_ptr, stride_state_row, VALUE, value)
+        _add(state_ptr, stride_state_row, MEAN, mean)
+        _add(state_ptr, stride_state_row, FAR_MEAN, far_mean)
     else:
         weights = (weight * kd_scale * inverse_temperature, weight * ce_weight, label_smoothing, uniform)
         _gradient(
-            row, grad_row, state_ptr, R, numbers, weights, target_ptr + row_index, non_target_ptr + row_index,
+            row, grad_row, state_ptr, stride_state_row, numbers, weights, target_ptr + row_index, non_target_ptr + row_index,
             tile, FLAGS, BLOCK, LANES, HAS_TEACHER,
         )  # fmt: skip
