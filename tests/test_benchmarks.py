@@ -12,7 +12,7 @@ import torch
 
 import benchmarks.gpu
 import benchmarks.rows
-from benchmarks import publish
+from benchmarks import numerics, publish
 from benchmarks.cases import SUITES, Case, make_inputs
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import peak_bytes_of, quartiles
@@ -139,3 +139,16 @@ def test_plots_against_tokens(tmp_path: Path) -> None:
     ]
     publish.plot(rows, "median_s", 1.0, "seconds", tmp_path / "time.png")
     assert (tmp_path / "time.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_gradients_are_the_exact_ones_rounded_once(divergence: str, dtype: str) -> None:
+    """From 1e-4 to 10 nats, within twice the rounding; the same script makes the table of docs/numerics.md."""
+    for distance in numerics.DISTANCES:
+        line = numerics.measure(16, 32, 2000, distance, dtype, divergence)
+        ours = line.errors["ours"]
+        assert not isinstance(ours, str), ours
+        assert ours[1] <= 2.0 * line.rounded[0] and ours[2] <= 2.0 * line.rounded[1], line
+        assert line.errors["TRL"] == "not installed" or len(line.errors["TRL"]) == 3
+    assert "| 2000 | " in numerics.table([line])
