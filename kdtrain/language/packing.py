@@ -156,3 +156,24 @@ def best_fit(sizes: list[int], room: int) -> list[list[int]]:
                 bisect.insort(spaces, left)
             open_bins.setdefault(left, []).append(number)
     return bins
+
+
+def padded_batch(inputs: dict[str, Tensor]) -> LanguageBatch:
+    """A batch as transformers' collators make it: labels not shifted, padding on either side, perhaps packed.
+
+    Args:
+        inputs: `input_ids` and `labels` (B, N); `attention_mask` (B, N) where there is padding; `position_ids` (B, N)
+            where several documents share a row, starting again at each. Labels are shifted here: the label at a
+            token is the next one, unless that opens another document or is -100.
+    """
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    places = inputs.get("position_ids")
+    if places is None:
+        mask = inputs.get("attention_mask")
+        inside = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        opens = torch.cat([torch.ones_like(inside[:, :1]), inside[:, 1:] != inside[:, :-1]], dim=1)
+        places = columns - torch.where(opens, columns, 0).cummax(dim=1).values
+    after = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    ends = torch.cat([places[:, 1:] == 0, torch.ones_like(places[:, :1], dtype=torch.bool)], dim=1)
+    return LanguageBatch(ids, places, torch.where(ends, IGNORED, after))

@@ -76,7 +76,9 @@ def build_language_student(
         )
     if recipe.training.checkpointing:
         # Older releases of transformers 5 only have gradient_checkpointing_enable.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         enable()
     return model
 

@@ -1,0 +1,167 @@
+"""Distillation inside transformers' own Trainer: one class to change in a script that has one.
+
+trainer = KDTrainer(student, "big-code-model", args=KDConfig(output_dir="out"), train_dataset=data)
+trainer.train()
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from kdtrain.errors import KdtrainError
+from kdtrain.language.heads import check_model
+from kdtrain.language.objective import LanguageObjective
+from kdtrain.language.packing import IGNORED, padded_batch
+from kdtrain.language.recipe import LanguageMethodRecipe
+from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
+from kdtrain.language.vocabulary import match_vocabularies
+
+
+@dataclass
+class KDConfig(TrainingArguments):
+    """`TrainingArguments` and how the student learns: ce_weight * CE + kd_weight * T^2 * divergence for every token."""
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl or tvd"},
+    )
+    beta: float = field(default=0.5, metadata={"help": "weight of the teacher in the mixture of jsd"})
+    alpha: float = field(
+        default=0.1, metadata={"help": "weight of the mixed-in side of the skewed divergences"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "T that softens both sides"})
+    kd_weight: float = field(default=1.0, metadata={"help": "weight of the divergence"})
+    ce_weight: float = field(default=0.5, metadata={"help": "weight of the cross-entropy with the labels"})
+    teacher_precision: str = field(
+        default="fp32", metadata={"help": "fp32 or bf16, of a teacher given by name"}
+    )
+
+    def recipe(self) -> LanguageMethodRecipe:
+        """The same in the words of a recipe, checked there."""
+        return LanguageMethodRecipe(
+            divergence=self.divergence,  # type: ignore[arg-type]
+            beta=self.beta,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )
+
+
+class KDTrainer(Trainer):
+    """`Trainer` whose loss is a distillation loss; the logits of student and teacher never exist as a whole.
+
+    The loss is the sum over the labels that count, divided by their number in the whole accumulated batch over all
+    processes. Evaluation gives `eval_loss` (cross entropy), `eval_divergence` and `eval_agreement`, exact over all
+    tokens. The student is saved as it is; the teacher is nowhere in the checkpoints.
+
+    Args:
+        model: a causal language model.
+        teacher: a causal language model, or its folder or hub id, whose tokenizer is then compared with
+            `processing_class` token by token.
+        args: `KDConfig`.
+        others: as for `Trainer`. Data sets have `input_ids` and `labels` (not shifted, -100 where nothing counts).
+
+    Raises:
+        KdtrainError: tokenizers or heads that do not fit; DataParallel or DeepSpeed.
+    """
+
+    loss_is_scaled_for_ga = True
+    args: KDConfig
+
+    def __init__(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | str, args: KDConfig, **others: Any
+    ) -> None:
+        super().__init__(model=model, args=args, **others)
+        if args.n_gpu > 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise KdtrainError(
+                "KDTrainer runs in one process a device, with DDP or FSDP2; DataParallel and DeepSpeed are not supported yet"
+            )
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an accumulated batch
+        known = open_teacher(teacher, args.teacher_precision)
+        check_model(model, "student", packing=False)
+        sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
+        vocab_map = None
+        if isinstance(teacher, str) and self.processing_class is not None:
+            vocab_map = match_vocabularies(self.processing_class, known.tokenizer, *sizes).vocab_map  # type: ignore[arg-type]
+        elif sizes[0] != sizes[1]:
+            raise KdtrainError(
+                f"the heads of student and teacher have {sizes[0]} and {sizes[1]} rows; name the teacher by its folder or hub id "
+                "and give processing_class, so that their tokens can be compared"
+            )
+        self.objective = LanguageObjective(model, args.recipe(), known, vocab_map=vocab_map)
+        known.place(self.accelerator)
+        model.forward = with_distillation(model.forward, self.objective)
+        self.measured = torch.zeros(4, dtype=torch.float64)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one piece of an accumulated batch, inside the wrapped forward of `model`."""
+        piece = padded_batch(inputs)
+        if model.training:
+            self.objective.start_step(self.state.global_step, self.state.max_steps)
+        divisor = (piece.labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss, _ = model(kd_piece=piece, kd_divisor=divisor)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages, this loss is a share of a sum
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Add up what is measured; there are no logits to hand out."""
+        inputs = self._prepare_inputs(inputs)
+        _, sums = model(kd_piece=padded_batch(inputs), kd_divisor=1, kd_measure=True)
+        self.measured = self.measured.to(sums.device) + sums
+        return (sums[0] / sums[3].clamp_min(1)).float(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """As Trainer's, with means over all tokens in place of means of means."""
+        self.measured = torch.zeros_like(self.measured)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        sums = self.accelerator.reduce(self.measured.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
+        assert output.metrics is not None
+        for name, value in zip(("loss", "divergence", "agreement"), sums, strict=False):
+            output.metrics[f"{metric_key_prefix}_{name}"] = value / max(sums[3], 1)
+        return output
+
+
+def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeacher:
+    """A frozen teacher, loaded where a name was given."""
+    if isinstance(teacher, str):
+        return load_language_teacher(teacher, precision, packing=False)
+    teacher.eval().requires_grad_(False)
+    check_model(teacher, "teacher", packing=False)
+    path = str(teacher.config.name_or_path)
+    return LanguageTeacher(path, teacher, None)  # type: ignore[arg-type]
+
+
+def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -> Callable[..., Any]:
+    """The model's own forward, and behind `kd_piece` the objective: what a loss uses is used inside the wrapped forward."""
+
+    @wraps(plain)
+    def forward(
+        *args: Any, kd_piece: Any = None, kd_divisor: Any = 1, kd_measure: bool = False, **options: Any
+    ) -> Any:
+        if kd_piece is None:
+            return plain(*args, **options)
+        return objective(kd_piece, kd_divisor, measure=kd_measure)
+
+    return forward
