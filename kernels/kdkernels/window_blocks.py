@@ -24,9 +24,6 @@ SCRATCH_SHARE = 0.7
 # Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
 LEAST_ROWS = 256
 
-# Elements of scratch for the pairs of one row: directed pairs of 2 W + 1, and bands of the widths used.
-PAIR_ELEMENTS = 40
-
 
 class Rows(Protocol):
     """One side of a block as a stream of R rows x_i; a row that does not count is 0, whatever it holds."""
@@ -70,8 +67,8 @@ class WindowBackend(Protocol):
         ...
 
     @staticmethod
-    def row_elements(student_width: int, teacher_width: int) -> int:
-        """Elements of scratch that the features of one row of a block need."""
+    def row_elements(student_width: int, teacher_width: int, offsets: int) -> int:
+        """Elements of scratch for one row of a block that is related to so many others."""
         ...
 
     @staticmethod
@@ -152,6 +149,7 @@ def _blocks(shape: tuple[int, int, int], rows: int, window: int | None) -> Itera
         return
     several, some = rows // (sequences * length), max(1, rows // length)
     if several:
+        several = -(-batch // -(-batch // several))  # as many blocks, of one size
         for b in range(0, batch, several):
             yield _Block(slice(b, min(b + several, batch)), slice(0, sequences), whole, whole)
         return
@@ -237,8 +235,7 @@ class _AxisPass:
         self.distance_window = max(1, self.length - 1) if self.official else self.angle_window
         self.margin = max(2 * self.angle_window, self.distance_window)
         self.dtype = weight.dtype
-        per_row = self.backend.row_elements(width, teacher.shape[3])
-        per_row += PAIR_ELEMENTS * (self.margin + 1)
+        per_row = self.backend.row_elements(width, teacher.shape[3], self.margin + 1)
         affordable = int(SCRATCH_SHARE * batch * sequences * self.length * width / per_row)
         self.rows = max(LEAST_ROWS, min(self.backend.block_rows(student.device), affordable))
 

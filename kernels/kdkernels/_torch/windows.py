@@ -27,9 +27,9 @@ def block_rows(device: torch.device) -> int:
     return BLOCK_ROWS if device.type == "cpu" else DEVICE_BLOCK_ROWS
 
 
-def row_elements(student_width: int, teacher_width: int) -> int:
-    """Elements of scratch for the features of one row: a copy of both sides, and the student's gradient, in float64."""
-    return 4 * student_width + 2 * teacher_width
+def row_elements(student_width: int, teacher_width: int, offsets: int) -> int:
+    """Elements of scratch for one row: copies of both sides and what is added to the gradient in float64, and pairs."""
+    return 4 * student_width + 2 * teacher_width + 40 * offsets
 
 
 class Rows:
