@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
 from typing import Protocol, cast
 
 import torch
@@ -177,22 +176,6 @@ class Backend(Protocol):
     def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
         """How many rows of logits to hold at a time, at least 1; two fp32 buffers of that many rows are kept."""
         ...
-
-
-# What a back end does not have yet: names of divergences, options and forms of a teacher.
-UNBUILT: dict[Impl, frozenset[str]] = {
-    "torch": frozenset(),
-    "triton": frozenset(),
-    "reference": frozenset(),
-}
-
-
-def refuse_unbuilt(impl: Impl, features: Iterable[str]) -> None:
-    """Raise for what the back end does not have yet, before any work is done."""
-    for feature in features:
-        if feature in UNBUILT[impl]:
-            others = " or ".join(f"impl={other!r}" for other in UNBUILT if feature not in UNBUILT[other])
-            raise NotImplementedError(f"{feature} is not supported yet with impl={impl!r}; use {others}")
 
 
 def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> Impl:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, logit_checks
-from .backends import refuse_unbuilt, resolve_impl
+from .backends import resolve_impl
 from .counting import Counted, count_rows
 from .divergences import Decoupled, Divergence, resolve_divergence
 from .matmul import wide_dtype
@@ -126,7 +126,7 @@ def prepare(
     mode: Mode = "fast",
     sharded_vocabulary: int | None = None,
 ) -> Problem:
-    """Check the teacher, the labels and what the back end has; flatten the rows and count them.
+    """Check the teacher, the labels and how they go together; flatten the rows and count them.
 
     `sharded_vocabulary` is the size of the whole, where `vocabulary` is a rank's slice of it.
     """
@@ -157,8 +157,6 @@ def prepare(
     if mode == "low_memory":
         logit_checks.check_low_memory(teacher, mapping, return_stats)
     impl = resolve_impl(impl, student.device, dtype)
-    sharded = sharded_vocabulary is not None
-    refuse_unbuilt(impl, _features(terms, teacher, mapping, return_stats, mode, sharded))
 
     rows = student.numel() // max(student.shape[-1], 1)
     device, wide = student.device, wide_dtype(student.dtype)
@@ -175,25 +173,6 @@ def prepare(
         terms = replace(terms, divergence=Decoupled())
     teacher = _flat_teacher(teacher)
     return Problem(terms, teacher, labels, counted, decoupled, mapping, impl, cast, return_stats)
-
-
-def _features(
-    terms: RowTerms, teacher: object, vocab_map: object, return_stats: bool, mode: Mode, sharded: bool
-) -> list[str]:
-    """What this call needs of a back end, by the names of `backends.UNBUILT`."""
-    used = {
-        type(terms.divergence).__name__: True,
-        "label_smoothing": terms.label_smoothing != 0.0 and terms.ce_weight != 0.0,
-        "softcap": terms.student_transform.softcap is not None or terms.teacher_transform.softcap is not None,
-        "logit_scale": terms.student_transform.scale != 1.0 or terms.teacher_transform.scale != 1.0,
-        "vocab_map": vocab_map is not None,
-        "return_stats": return_stats,
-        "TeacherTopK": isinstance(teacher, TeacherTopK),
-        "TeacherCrossTerm": isinstance(teacher, TeacherCrossTerm),
-        "mode='low_memory'": mode == "low_memory",
-        "vocab_group": sharded,
-    }
-    return [name for name, needed in used.items() if needed]
 
 
 def _per_row(value: float | Tensor, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,7 @@ from torch import Tensor
 from kdkernels import JSD, ForwardKL, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
-from tests.support.inputs import DEVICE, eager_row_losses, impls_with, make_case
-
-IMPLS = impls_with("softcap", "logit_scale")
+from tests.support.inputs import DEVICE, IMPLS, eager_row_losses, make_case
 
 
 def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

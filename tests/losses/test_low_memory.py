@@ -13,13 +13,11 @@ from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
     DEVICE,
     DIVERGENCES,
+    FAST_IMPLS,
     eager_linear_kd,
-    impls_with,
     loss_and_gradients,
     make_case,
 )
-
-IMPLS = [impl for impl in impls_with("mode='low_memory'") if impl != "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +28,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdkernels.low_memory.TILE_BYTES", 8 * 4 * 16)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.5, 0.7)])
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, Decoupled(1.0, 2.0)], ids=repr)
 def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) -> None:
@@ -49,7 +47,7 @@ def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) ->
         assert_within_budget(ours, low, exact, name)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", [DIVERGENCES[0], DIVERGENCES[2]], ids=repr)
 def test_half_precision(divergence, dtype, impl: Impl) -> None:
@@ -63,7 +61,7 @@ def test_half_precision(divergence, dtype, impl: Impl) -> None:
         assert_within_budget(ours, low, exact, "gradient")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 # The student's ids reach further than the teacher's, and the other way round; stored logits and a head.
@@ -92,7 +90,7 @@ def test_equals_the_fast_mode(stored, teacher_vocabulary, reduction, static_shap
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_a_label_that_is_not_shared(impl: Impl) -> None:
     case = make_case(ignored_every=None)
     case = replace(case, labels=case.labels.fill_(60))
@@ -104,7 +102,7 @@ def test_a_label_that_is_not_shared(impl: Impl) -> None:
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(
     "divergence", [case for case in DIVERGENCES if "Reverse" not in repr(case)][:3], ids=repr
 )

@@ -23,9 +23,8 @@ from kdkernels import (
 from kdkernels.options import Impl
 from kdkernels.teachers import Tail
 from tests.support.budget import assert_within_budget
-from tests.support.inputs import DEVICE, eager_divergence, impls_with, make_case
+from tests.support.inputs import DEVICE, IMPLS, eager_divergence, make_case
 
-IMPLS = impls_with("TeacherTopK")
 KEPT = 6
 RENORMALIZED: list[Divergence] = [
     ForwardKL(),

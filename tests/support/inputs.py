@@ -20,7 +20,6 @@ from kdkernels import (
     TeacherHead,
     linear_kd_loss,
 )
-from kdkernels.backends import UNBUILT
 from kdkernels.options import Impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,11 +27,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Every back end passes the same tests. On a machine without a GPU triton runs in its interpreter.
 IMPLS: list[Impl] = ["reference", "torch", "triton"]
 FAST_IMPLS: list[Impl] = ["torch", "triton"]
-
-
-def impls_with(*features: str) -> list[Impl]:
-    """The back ends that have all of these, by the names of `kdkernels.backends.UNBUILT`."""
-    return [impl for impl in IMPLS if UNBUILT[impl].isdisjoint(features)]
 
 
 # Decoupled, which needs labels, has its own tests; so have the limits of AlphaBeta.
