@@ -51,11 +51,13 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
         if recipe.teacher.path is not None:
             jobs.append((task, "teacher", recipe_to_dict(recipe), True))
     costs: list[Cost] = []
-    context = multiprocessing.get_context("spawn")
+    # A fresh fork for each model, from a server that has loaded the libraries and nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdtrain.evaluate", "kdtrain.materials"])
     with progress(len(jobs), "costs", unit="models") as bar:
         for job in jobs:
             with ProcessPoolExecutor(
-                1, mp_context=context, initializer=_start, initargs=(list(sys.path),)
+                1, mp_context=context, initializer=_start, initargs=(list(sys.path), torch.get_num_threads())
             ) as pool:
                 costs += pool.submit(_measure, *job).result()
             bar.update()
@@ -63,8 +65,9 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     return costs
 
 
-def _start(path: list[str]) -> None:
+def _start(path: list[str], threads: int) -> None:
     sys.path[:] = path
+    torch.set_num_threads(threads)
 
 
 def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) -> list[Cost]:

@@ -49,7 +49,7 @@ def run_cells(
         return
     devices = torch.cuda.device_count()
     workers = min(workers or devices or os.cpu_count() or 1, len(todo))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     say(f"{len(todo)} runs, {workers} side by side, {threads} threads each")
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")

@@ -83,6 +83,7 @@ def test_manifest_says_whose_it_is(tmp_path: Path, model: Teacher, data: Classif
     assert manifest["tokenizer"] == model.tokenizer_hash()
     assert (manifest["max_length"], manifest["focus"], manifest["dtype"]) == (64, FOCUS, "float32")
     assert (manifest["layers"], manifest["classes"], manifest["rows"]) == ([1, 3], 3, 40)
+    assert manifest["sequences"] is False
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,11 @@ def test_manifest_says_whose_it_is(tmp_path: Path, model: Teacher, data: Classif
             "how features are stored (teacher.dtype) is 'float32' there and 'float16' here",
         ),
         ({"classes": 20}, "the number of classes is 3 there and 20 here"),
+        (
+            {"outputs": "[1, 0] []"},
+            "its inserted tokens (teacher.class_order, teacher.insert) is '[] []' there",
+        ),
+        ({"sequences": True}, "stores first tokens only and this run needs whole sequences"),
         ({"layers": (1, 2)}, "stores the layers [1, 3] and this run needs [2] too"),
     ],
 )
@@ -236,3 +242,71 @@ def test_two_tokenizers_see_one_row(model: Teacher, data: ClassificationData) ->
     rows = tokenize(data.test.texts, short.tokenizer, short.max_length, FOCUS)
     outputs = teacher_outputs(short, rows, torch.arange(4), (), CPU)
     assert int(rows.lengths.max()) == 16 and outputs.logits.shape == (4, 3) and outputs.states is None
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_whole_sequences_are_the_teachers(
+    tmp_path: Path,
+    model: Teacher,
+    data: ClassificationData,
+    dtype: str,
+    tolerance: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every real token of every layer, whatever batch it was computed in; first tokens come out of the same cache."""
+    identity = Identity.of(model, focus=FOCUS, dtype=dtype, layers=(0, 2), sequences=True)
+    cache = build(tmp_path, model, identity, data)
+    rows = tokenize(data.test.texts, model.tokenizer, model.max_length, FOCUS)
+    size = {"float32": 4, "float16": 2}[dtype]
+    tokens = int(rows.lengths.sum())
+    assert f"40 rows x (3 logits) + {tokens} tokens x (2 x 48 features in {dtype})" in capsys.readouterr().err
+    stored = sum(shard["states"].numel() * shard["states"].element_size() for shard in cache.shards)
+    assert stored == tokens * 2 * 48 * size
+    found = cache.rows(data.test.keys(), (2, 0))
+    index = torch.tensor([7, 3, 30])
+    states, mask = found.sequences(index)
+    assert mask.sum(1).tolist() == rows.lengths[index].tolist() and states.shape[:2] == (3, 2)
+    for row, i in enumerate(index.tolist()):
+        input_ids, ones = rows.batch(torch.tensor([i]))
+        with torch.inference_mode():
+            hidden = model.model(input_ids, ones, output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[2][0], hidden[0][0]])
+        torch.testing.assert_close(states[row, :, mask[row]], expected, rtol=tolerance, atol=tolerance)
+        assert not bool(states[row, :, ~mask[row]].any())
+        torch.testing.assert_close(found.states(index)[row], states[row, :, 0])
+    assert check(tmp_path, model, replace(identity, sequences=False, layers=(2,)), data) == 10
+
+
+def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    """The second is refused while the first is at work, and finds the rows when it is done; nothing is lost."""
+    holder = (
+        "import sys, pathlib; from kdtrain.cache_build import _writing\n"
+        f"with _writing(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(
+        KdtrainError, match=rf"another run \(process {process.pid}\) is writing the teacher cache"
+    ):
+        build(tmp_path, model, identity_of(model), data)
+    process.kill()  # the lock goes with its holder
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    assert len(build(tmp_path, model, identity_of(model), data)) == 40
+
+
+def test_pairs_are_stored_text_by_text(tmp_path: Path, data: ClassificationData) -> None:
+    """A row of two texts has two states, found under the content of both in their order."""
+    rows = replace(data.test.select([0, 1]), seconds=data.test.texts[2:4])
+    turned = replace(rows, texts=rows.seconds, seconds=rows.texts)
+    assert len({*rows.keys(), *turned.keys()}) == 4
+    assert rows.all_texts() == [*data.test.texts[:2], *data.test.texts[2:4]]
