@@ -19,10 +19,10 @@ from .pairs import AngleGradient, AngleSide, DirectAngles
 from .windows import ROW_STEP, RelationCounts, Variant
 
 # Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
-SCRATCH_SHARE = 0.7
+SCRATCH_SHARE = 0.5
 
 # Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 
 
 class Rows(Protocol):
