@@ -70,20 +70,16 @@ def test_equals_the_eager_lines(
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_keeps_its_digits_where_the_sides_agree(loss: Loss, impl: Impl) -> None:
-    teacher = torch.randn(7, 33, device=DEVICE)
-    student = (3.0 * teacher + 1e-4 * torch.randn_like(teacher)).requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    value, truth = (
-        ours(loss, side, teacher.to(side.dtype), reduction="none", impl=name)
-        for side, name in ((student, impl), (exact, "reference"))
-    )
-    torch.testing.assert_close(value.double(), truth, rtol=5e-3, atol=0.0)
-    for ours_, expected in zip(
-        torch.autograd.grad(value.sum(), student), torch.autograd.grad(truth.sum(), exact), strict=True
-    ):
-        torch.testing.assert_close(
-            ours_.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
-        )
+    """The value is far better than eager's 1 - cosine; the gradient is held to the budget."""
+    teacher = torch.randn(16, 64, device=DEVICE)
+    student = 3.0 * teacher + 1e-3 * torch.randn_like(teacher)
+    inputs: Inputs = (student, teacher, None, None)
+    exact, low = (eager(inputs, loss, "student", None, kind) for kind in (torch.float64, torch.float32))
+    leaf = student.requires_grad_()
+    value = ours(loss, leaf, teacher, impl=impl)
+    assert abs(value.item() / exact[0].item() - 1.0) < 1e-4
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert_within_budget(gradient, low[1], exact[1], "gradient")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -95,8 +91,10 @@ def test_a_zero_vector_has_no_direction(impl: Impl) -> None:
         values = ours(loss, student, teacher, reduction="none", impl=impl)
         torch.testing.assert_close(values[1:], torch.tensor([lone, lone, both], device=DEVICE))
         (gradient,) = torch.autograd.grad(values.sum(), student)
-        assert torch.equal(gradient[[1, 3]], torch.zeros_like(gradient[[1, 3]]))
-        torch.testing.assert_close(gradient[2], torch.zeros_like(gradient[2]), rtol=0, atol=1e-6)
+        if impl == "reference":  # of a teacher without a direction: what autograd's rounding leaves
+            torch.testing.assert_close(gradient[2], torch.zeros_like(gradient[2]), rtol=0, atol=1e-6)
+            gradient[2] = 0.0
+        assert torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
         assert gradient[0].abs().max() > 0
     assert torch.equal(
         F.cosine_similarity(student, teacher)[1:].detach(), torch.zeros(3, device=DEVICE)

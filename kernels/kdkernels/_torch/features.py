@@ -69,7 +69,7 @@ def direction_rows(
     """1 - cosine or squared difference (R,) of the unit vectors a and b; both gradients from a - b.
 
     The contract is `kdkernels.backends.Backend.direction_rows`. 1 - <a, b> is taken as half of |a - b|^2, which keeps
-    its digits where the two sides agree; <a, a - b>, the part of the gradient along a, likewise.
+    its digits where the two sides agree.
     """
     if bias is not None:
         prediction.add_(bias)
@@ -80,15 +80,17 @@ def direction_rows(
     torch.sub(prediction, difference, out=difference)
     squares = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
     if write_grad:
-        factor = one_p.new_full((), 1.0 if cosine else 2.0)
+        # No angle, no gradient: what is left of it where one side is 0 would be rounding.
+        factor = one_p * one_t * (1.0 if cosine else 2.0)
         if row_weight is not None:
             factor = row_weight.unsqueeze(1) * factor
+        # <a, a - b> by a product: what rounding did to the length of a is a multiple of a, and goes with this part.
+        along = (prediction * difference).sum(1, keepdim=True)
         if grad_target is not None:
-            # The target's unit vector is a - difference.
-            along = (squares + one_t - one_p) / 2
-            torch.mul(difference, along - 1.0, out=grad_target)
-            grad_target.addcmul_(prediction, along, value=-1.0).mul_(inverse_t * factor)
-        along = (squares + one_p - one_t) / 2
+            # The target's unit vector b is a - difference, and <b, b - a> is the rest of |a - b|^2.
+            rest = squares - along
+            torch.mul(difference, rest - 1.0, out=grad_target)
+            grad_target.addcmul_(prediction, rest, value=-1.0).mul_(inverse_t * factor)
         torch.addcmul(difference, prediction, along, value=-1.0, out=prediction).mul_(inverse_p * factor)
     if cosine:
         squares = (squares + (2.0 - one_p - one_t)) / 2

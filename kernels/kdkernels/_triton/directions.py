@@ -41,11 +41,12 @@ def _length_step(totals, rows, columns, D, HAS_BIAS: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
-def _distance_step(total, rows, columns, inverses, D, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
-    """Add the squared differences of one tile."""
+def _distance_step(totals, rows, columns, inverses, D, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
+    """Add |a - b|^2 and <a, a - b> of one tile."""
     prediction, target = _load_pair(rows, columns, D, HAS_BIAS, MASKED)
-    difference = prediction * inverses[0] - target * inverses[1]
-    return total + tl.sum(difference * difference, axis=1)
+    unit = prediction * inverses[0]
+    difference = unit - target * inverses[1]
+    return totals[0] + tl.sum(difference * difference, axis=1), totals[1] + tl.sum(unit * difference, axis=1)
 
 
 @triton.jit
@@ -135,17 +136,22 @@ def _direction_rows_kernel(
     target_inverse, target_one = _inverse_length(totals[1])
     inverses = (inverse, target_inverse)
 
-    total = tl.zeros((LANES,), tl.float32)
+    totals = (tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32))
     for block in range(full_blocks):
-        total = _distance_step(total, rows, block * BLOCK + tile, inverses, D, HAS_BIAS, False)
+        totals = _distance_step(totals, rows, block * BLOCK + tile, inverses, D, HAS_BIAS, False)
     if tail < D:
-        total = _distance_step(total, rows, tail + tile, inverses, D, HAS_BIAS, True)
-    squares = tl.sum(total, axis=0)
+        totals = _distance_step(totals, rows, tail + tile, inverses, D, HAS_BIAS, True)
+    squares = tl.sum(totals[0], axis=0)
     # 1 - <a, b> from |a - b|^2, which keeps its digits where the two sides agree.
     tl.store(values_ptr + row, (squares + (2.0 - one - target_one)) * 0.5 if COSINE else squares)
 
     if WRITE_GRAD:
-        along = ((squares + (one - target_one)) * 0.5, (squares + (target_one - one)) * 0.5)
+        # <a, a - b> by a product: what rounding did to the length of a is a multiple of a, and goes with this part.
+        of_unit = tl.sum(totals[1], axis=0)
+        along = (of_unit, squares - of_unit)
+        factor *= (
+            one * target_one
+        )  # no angle, no gradient: what is left of it where one side is 0 would be rounding
         factors = (factor * inverse, factor * target_inverse)
         for block in range(full_blocks):
             columns = block * BLOCK + tile
