@@ -95,6 +95,7 @@ class LinearKD:
     shared: int | None = None  # both vocabularies share their first ids; without a map
     stats: bool = False
     compact: bool = False  # gather the rows that count first, which makes the host wait once
+    logit_dtype: torch.dtype | None = None  # of the buffers; None is float32
 
     @property
     def passed_on(self) -> int:
@@ -128,10 +129,18 @@ class LinearKD:
         d_bias = torch.zeros(vocabulary, dtype=wide, device=head.device) if needs_bias else None
 
         size = self.backend.chunk_rows(max(counted, 1), vocabulary, self.chunk_bytes, hidden.device)
-        buffer = logit_buffer(min(size, counted), vocabulary, head)
-        gradient = _gradient_view(buffer, head.dtype if half else wide, vocabulary) if any(needs) else None
+        buffer = logit_buffer(min(size, counted), vocabulary, head, self.logit_dtype)
+        gradient_dtype = self.logit_dtype or (head.dtype if half else wide)
+        gradient = _gradient_view(buffer, gradient_dtype, vocabulary) if any(needs) else None
         options = RowOptions(
-            self.terms, self.backend, self.form, self.tail, self.shared, self.stats, self.autocast
+            self.terms,
+            self.backend,
+            self.form,
+            self.tail,
+            self.shared,
+            self.stats,
+            self.autocast,
+            self.logit_dtype,
         )
         if self.form == "full":
             work = full_work(options, tuple(teacher), index, len(buffer), tensors_of_rows, results.stats)

@@ -391,3 +391,29 @@ def check_vocab_group(
     for name, (given, reason) in others.items():
         if given:
             raise NotImplementedError(f"with vocab_group, {name} {reason}")
+
+
+def check_logit_dtype(
+    logit_dtype: torch.dtype,
+    head_dtype: torch.dtype,
+    teacher: object,
+    autocast: torch.dtype | None,
+    impl: str,
+    mode: str,
+    vocab_group: object,
+) -> None:
+    """Rounded logits come out of products of that dtype, and in the fast mode."""
+    if impl == "reference":
+        raise ValueError("impl='reference' has float32 logits; leave logit_dtype at None there")
+    if mode != "fast" or vocab_group is not None:
+        other = "vocab_group" if vocab_group is not None else f"mode={mode!r}"
+        raise NotImplementedError(f"logit_dtype is not supported yet with {other}; leave it at None")
+    dtypes = [("student_weight", head_dtype)]
+    if isinstance(teacher, TeacherHead):
+        dtypes.append(("teacher weight", autocast or teacher.weight.dtype))
+    for name, dtype in dtypes:
+        if dtype != logit_dtype:
+            raise ValueError(
+                f"logit_dtype={logit_dtype} rounds the logits of {logit_dtype} heads, but {name} is {dtype}; "
+                "leave it at None, or cast the heads or call the loss inside torch.autocast"
+            )

@@ -14,7 +14,7 @@ from .chunked import LinearKD, LogitKD
 from .compiling import traceable
 from .divergences import Divergence
 from .finite import refuse_bad_rows
-from .logit_checks import check_cross_term_head
+from .logit_checks import check_cross_term_head, check_logit_dtype
 from .low_memory import LowMemoryKD
 from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
 from .prepare import Problem, autocast_dtype, autocast_off, check_options, flat, prepare
@@ -348,7 +348,8 @@ def linear_kd_loss(
             their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
             hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
             vocabulary, the whole gradient of the hidden states, and that of its own slice. Default None: no sharding.
-        logit_dtype: only None is supported yet.
+        logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the memory
+            and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
 
     Returns:
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
@@ -417,6 +418,10 @@ def linear_kd_loss(
         sharded_vocabulary=None if shard is None else shard.total,
     )
     check_cross_term_head(problem.teacher, problem.terms, student_weight, student_bias)
+    if logit_dtype is not None:
+        check_logit_dtype(
+            logit_dtype, cast or student_weight.dtype, problem.teacher, cast, problem.impl, mode, vocab_group
+        )
     hidden, counted = flat(student_hidden), problem.counted
     with autocast_off(hidden):
         if problem.impl == "reference":
@@ -448,6 +453,7 @@ def linear_kd_loss(
                     shared=shared,
                     stats=return_stats,
                     compact=compact,
+                    logit_dtype=logit_dtype,
                 )
             tensors = (
                 hidden, student_weight, student_bias, *_teacher_tensors(problem), *_row_tensors(problem)

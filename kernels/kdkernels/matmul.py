@@ -25,25 +25,31 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def logit_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """(rows, V) for logits of the head `like`; on GPUs rows start at multiples of 16 elements.
+def logit_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(rows, V) for logits of the head `like`, in float32 unless told otherwise; on GPUs rows start at multiples of 16 elements.
 
     The products take such rows as they are, in float32 and as their half alias, and Triton reads them 128 bits at a
     time only when it knows the stride to be a multiple of 16.
     """
     width = -(-vocabulary // 16) * 16 if like.device.type == "cuda" else vocabulary
-    return torch.empty((rows, width), dtype=wide_dtype(like.dtype), device=like.device)
+    return torch.empty((rows, width), dtype=dtype or wide_dtype(like.dtype), device=like.device)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (R, V) = hidden (R, D) @ weight (V, D).T in float32 (float64 for float64)."""
+    """out (R, V) = hidden (R, D) @ weight (V, D).T in float32 (float64 for float64), or rounded to `out` in the weight's half."""
     if has_half_products(weight):
-        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+        if out.dtype == weight.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     elif weight.dtype in HALF:
         wide = hidden.float()
         for start in range(0, weight.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
-            torch.mm(wide, weight[rows].float().t(), out=out[:, rows])
+            if out.dtype == torch.float32:
+                torch.mm(wide, weight[rows].float().t(), out=out[:, rows])
+            else:
+                out[:, rows] = torch.mm(wide, weight[rows].float().t())
     else:
         torch.mm(hidden, weight.t(), out=out)
 
@@ -59,7 +65,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
         out.zero_()
         for start in range(0, weight.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
-            out.addmm_(grad[:, rows], weight[rows].float())
+            out.addmm_(grad[:, rows].to(out.dtype), weight[rows].float())
     else:
         torch.mm(grad, weight, out=out)
 
@@ -80,7 +86,7 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool
         else:
             torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
         return
-    wide = hidden.to(total.dtype)
+    wide, grad = hidden.to(total.dtype), grad.to(total.dtype)
     if first:
         torch.mm(grad.t(), wide, out=total)
     else:

@@ -81,7 +81,10 @@ def check_options(
         return_stats=return_stats,
         check_finite=check_finite,
     )
-    checks.refuse_unbuilt(logit_dtype=(logit_dtype, None))
+    if logit_dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"logit_dtype must be None, which is float32, or torch.bfloat16, got {logit_dtype!r}"
+        )
     return RowTerms(
         resolve_divergence(divergence),
         float(temperature),

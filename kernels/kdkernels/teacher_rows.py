@@ -47,14 +47,19 @@ class TeacherLogitSource:
 
     @staticmethod
     def prepare(
-        source: Tensor, weight: Tensor | None, dtype: torch.dtype | None, index: Tensor | None, chunk: int
+        source: Tensor,
+        weight: Tensor | None,
+        dtype: torch.dtype | None,
+        index: Tensor | None,
+        chunk: int,
+        logit_dtype: torch.dtype | None = None,
     ) -> TeacherLogitSource:
         """`dtype` is what autocast makes of hidden states and weight."""
         if weight is None:
             return TeacherLogitSource(source, None, index, None)
         cast_weight, hidden = weight.to(dtype or weight.dtype), source.to(dtype or source.dtype)
         hidden = hidden if index is None else hidden.index_select(0, index)
-        buffer = logit_buffer(chunk, weight.shape[0], cast_weight)
+        buffer = logit_buffer(chunk, weight.shape[0], cast_weight, logit_dtype)
         return TeacherLogitSource(hidden, cast_weight, None, buffer)
 
     def logits(self, rows: slice) -> Tensor:
@@ -80,6 +85,7 @@ class RowOptions:
     shared: int | None  # both vocabularies share their first ids; without a map
     stats: bool
     autocast: torch.dtype | None
+    logit_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def full_work(
     if options.shared is not None and head is not None and not options.stats:
         # What the student does not share takes no part, so it needs no product either.
         head, bias = head[: options.shared], None if bias is None else bias[: options.shared]
-    logits_of = TeacherLogitSource.prepare(source, head, options.autocast, index, chunk)
+    logits_of = TeacherLogitSource.prepare(source, head, options.autocast, index, chunk, options.logit_dtype)
     both = None if rows.target is None or rows.non_target is None else (rows.target, rows.non_target)
 
     def work(logits: Tensor, here: slice, grad: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """`return_stats=True`: seven numbers per token that cost no other result a digit."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kdkernels import JSD, KDStats, TeacherHead, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.inputs import DEVICE, IMPLS, make_case
 
-OPTIONS = {"divergence": JSD(0.3), "temperature": 2.0, "ce_weight": 0.5}
+OPTIONS: dict[str, Any] = {"divergence": JSD(0.3), "temperature": 2.0, "ce_weight": 0.5}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
