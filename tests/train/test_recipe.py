@@ -20,6 +20,7 @@ from kdtrain.recipe import (
     recipe_to_dict,
     save_recipe,
 )
+from kdtrain.study.plan import load_study, unfold
 
 SECTIONS = (DataRecipe, StudentRecipe, TeacherRecipe, MethodRecipe, TrainingRecipe)
 
@@ -145,10 +146,16 @@ def test_differences_name_the_fields() -> None:
 
 
 def test_the_shipped_recipes_load() -> None:
-    folder = Path(__file__).parents[2] / "recipes"
-    names = set()
-    for path in folder.glob("*.yaml"):
-        recipe = load_recipe(path)
-        names.add(recipe.method.name)
-        assert yaml.safe_load(path.read_text())["output"] == recipe.output
-    assert names == {"ft", "kd", "kd_features"}
+    names, studies = set(), 0
+    for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        task = content.get("task", "classification")
+        if task == "classification":
+            recipe = load_recipe(path)
+            names.add(recipe.method.name)
+            assert content["output"] == recipe.output
+        elif task == "study":
+            cells = unfold(load_study(path))
+            assert len(cells) == 4 * 5 * 3 and len({cell.recipe.output for cell in cells}) == len(cells)
+            studies += 1
+    assert names == {"ft", "kd", "kd_features"} and studies == 2
