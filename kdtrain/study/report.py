@@ -20,7 +20,7 @@ NAMES = {"accuracy": "accuracy", "f1": "F1", "top3": "top-3", "macro_f1": "macro
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
-    "td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}img{max-width:100%}code{background:#f4f4f4}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background:#f4f4f4}"
 )
 
 
@@ -54,7 +54,7 @@ def write_report(name: str, tasks: Sequence[TaskResult], costs: Sequence[Cost], 
     if retained_over_size(tasks, folder / "retained_over_size.png"):
         pictures.append("retained_over_size.png")
     tables = [results_table(task) for task in tasks]
-    tables += [training_table(tasks), *([costs_table(costs)] if costs else [])]
+    tables += [methods_table(tasks), training_table(tasks), *([costs_table(costs)] if costs else [])]
     head = introduction(tasks)
     text = "\n\n".join(
         [
@@ -135,7 +135,7 @@ def results_table(task: TaskResult) -> Table:
                 ""
                 if change is None
                 else f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
-                "" if change is None else f"{change.p:.3f}",
+                "" if change is None else "< 0.001" if change.p < 0.001 else f"{change.p:.3f}",
                 "" if retained is None else f"{100 * retained:.1f} %",
                 *(f"{100 * entry.mean(name):.1f}" for name in others),
                 *([f"{100 * entry.mean('agreement'):.1f}"] if agreement else []),
@@ -145,8 +145,45 @@ def results_table(task: TaskResult) -> Table:
     return Table(title, tuple(headers), tuple(rows))
 
 
+def methods_table(tasks: Sequence[TaskResult]) -> Table:
+    """Every method over all students and tasks: how far from FT, how often better, and the best of how many."""
+    compared = [entry for task in tasks for entry in task.entries if entry.difference is not None]
+    best: dict[tuple[str, str], Entry] = {}
+    for entry in (entry for task in tasks for entry in task.entries):
+        known = best.setdefault((entry.task, entry.student), entry)
+        if entry.mean() > known.mean():
+            best[entry.task, entry.student] = entry
+    rows = []
+    for method in dict.fromkeys(entry.method for entry in compared):
+        changes = [
+            (entry, entry.difference) for entry in compared if entry.method == method and entry.difference
+        ]
+        means = [100 * change.mean for _, change in changes]
+        by_kind = [
+            [100 * change.mean for entry, change in changes if entry.architecture == architecture]
+            for architecture in ("RoBERTa", "BiGRU")
+        ]
+        rows.append(
+            (
+                method,
+                str(len(changes)),
+                f"{sum(means) / len(means):+.1f}",
+                *(f"{sum(kind) / len(kind):+.1f}" if kind else "" for kind in by_kind),
+                str(sum(change.mean > 0 for _, change in changes)),
+                str(sum(change.low > 0 for _, change in changes)),
+                str(sum(change.high < 0 for _, change in changes)),
+                str(sum(one.method == method for one in best.values())),
+            )
+        )
+    headers = ("method", "students and tasks", "points over FT", "of RoBERTa", "of BiGRU", "higher")
+    headers += ("95 % above 0", "95 % below 0", "best of all methods")
+    return Table("The methods over all students and tasks", headers, tuple(rows))
+
+
 def training_table(tasks: Sequence[TaskResult]) -> Table:
-    """What the training of one run took."""
+    """What the training of one run took. Memory on a GPU only: on the CPU a worker's peak is that of all its runs."""
+    entries = [entry for task in tasks for entry in task.entries]
+    on_gpu = all(one.training["device"].startswith("cuda") for entry in entries for one in entry.summaries)
     rows = tuple(
         (
             f"{entry.task}, {entry.student}",
@@ -154,12 +191,18 @@ def training_table(tasks: Sequence[TaskResult]) -> Table:
             f"{entry.cost('steps'):.0f}",
             f"{entry.cost('seconds'):.1f}",
             f"{entry.cost('tokens_per_second'):,.0f}",
-            human_bytes(entry.cost("peak_memory_bytes")),
+            *([human_bytes(entry.cost("peak_memory_bytes"))] if on_gpu else []),
         )
-        for task in tasks
-        for entry in task.entries
+        for entry in entries
     )
-    headers = ("task, student", "method", "steps", "seconds", "tokens/s", "peak memory")
+    headers = (
+        "task, student",
+        "method",
+        "steps",
+        "seconds",
+        "tokens/s",
+        *(["peak memory"] if on_gpu else []),
+    )
     return Table("Training cost of one run (the teacher's outputs come from the cache)", headers, rows)
 
 
