@@ -125,13 +125,14 @@ class Backend(Protocol):
 
     @staticmethod
     def mse_rows(
-        prediction: Tensor,  # (R, D) fp32 or fp64, overwritten with the gradient when write_grad
+        prediction: Tensor,  # (R, D) fp32 or fp64, overwritten
         target: Tensor,  # (R, D)
         *,
         bias: Tensor | None = None,  # (D,) added to the prediction
         row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
         scale: float | Tensor = 1.0,
         write_grad: bool = True,
+        grad: Tensor | None = None,  # (R, D) receives the gradient; None and the prediction: in its place
     ) -> Tensor:  # (R,) sums of squared differences
         """Squared differences of every row; the gradient is 2 * (prediction - target) * row_weight * scale."""
         ...
@@ -144,7 +145,8 @@ class Backend(Protocol):
         cosine: bool,  # 1 - cosine of the angle, or the squared difference of the unit vectors
         bias: Tensor | None = None,  # (D,) added to the prediction
         row_weight: Tensor | None = None,  # (R,) multiplies the gradients only; rows with 0 give exact zeros
-        write_grad: bool = True,  # the prediction becomes its gradient
+        write_grad: bool = True,
+        grad: Tensor | None = None,  # (R, D) receives the gradient; None and the prediction: in its place
         grad_target: Tensor | None = None,  # (R, D) fp32 or fp64, receives the gradient of the target
     ) -> Tensor:  # (R,)
         """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from .autograd import Tensors
 from .backends import Backend
-from .matmul import add_weight_gradient, has_half_products, head_logits, hidden_gradient, wide_dtype
+from .matmul import (
+    add_weight_gradient,
+    has_half_products,
+    head_logits,
+    hidden_gradient,
+    logit_buffer,
+    wide_dtype,
+)
 from .options import Distance, Project
 
 
@@ -49,23 +56,27 @@ class ProjectionDistance:
         d_head = torch.zeros_like(head, dtype=wide) if needs_head and head is not None else None
         d_bias = torch.zeros(width, dtype=wide, device=student.device) if needs_bias else None
         size = self.backend.chunk_rows(max(rows, 1), width, None, student.device)
-        buffer = torch.empty((min(size, rows), width), dtype=wide, device=student.device)
+        buffer = logit_buffer(min(size, rows), width, student)
+        half = head is not None and has_half_products(head)
+        # Narrow numbers go into the memory of the projection they replace, as the products take them.
+        narrow = buffer.view(head.dtype) if half and head is not None else buffer
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
-            prediction = buffer[: here.stop - start]
+            prediction, grad = (side[: here.stop - start, :width] for side in (buffer, narrow))
             if head is None:
                 prediction.copy_(source[here])
             else:
                 head_logits(source[here], head, prediction)
             part = None if weight is None else weight[here]
             d_target = d_student[here] if d_student is not None and self.project == "teacher" else None
-            values[here] = self._compare(prediction, target[here], bias, part, any(needs), d_target)
+            values[here] = self._compare(
+                prediction, target[here], bias, part, grad if any(needs) else None, d_target
+            )
             if d_bias is not None:
-                d_bias.add_(prediction.sum(0))
-            grad = prediction.to(head.dtype) if head is not None and has_half_products(head) else prediction
+                d_bias.add_(grad.sum(0, dtype=wide))
             if d_student is not None and self.project == "student":
                 if head is None:
-                    d_student[here] = prediction
+                    d_student[here] = grad
                 else:
                     hidden_gradient(grad, head, d_student[here])
             if d_head is not None:
@@ -77,11 +88,12 @@ class ProjectionDistance:
 
     def _compare(
         self,
-        prediction: Tensor,  # (R, D), becomes its gradient if `write_grad`
+        prediction: Tensor,  # (R, D), overwritten
         target: Tensor,  # (R, D)
         bias: Tensor | None,
         weight: Tensor | None,  # (R,)
-        write_grad: bool,
+        grad: Tensor
+        | None,  # (R, D) receives the gradient: the prediction, or narrower numbers in its memory
         d_target: Tensor | None,  # (R, D) receives the gradient of the target
     ) -> Tensor:
         """(R,) distances of one chunk."""
@@ -92,12 +104,17 @@ class ProjectionDistance:
                 cosine=self.distance == "cosine",
                 bias=bias,
                 row_weight=weight,
-                write_grad=write_grad,
+                write_grad=grad is not None,
+                grad=grad,
                 grad_target=d_target,
             )
-        values = self.backend.mse_rows(
-            prediction, target, bias=bias, row_weight=weight, write_grad=write_grad
-        )
-        if d_target is not None:
-            torch.neg(prediction, out=d_target)
+        if d_target is None or grad is None:
+            return self.backend.mse_rows(
+                prediction, target, bias=bias, row_weight=weight, write_grad=grad is not None, grad=grad
+            )
+        # The other side's gradient is the same numbers with the other sign; it takes them before they are rounded.
+        values = self.backend.mse_rows(prediction, target, bias=bias, row_weight=weight)
+        torch.neg(prediction, out=d_target)
+        if grad.dtype != prediction.dtype:
+            grad.copy_(prediction.to(grad.dtype))
         return values

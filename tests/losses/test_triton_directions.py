@@ -1,5 +1,7 @@
 """The direction kernel by itself, in the interpreter: tiles, tails, strides, dtypes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ pytest.importorskip("triton")
 
 from kdkernels._triton.configs import RowConfig
 from kdkernels._triton.directions import direction_rows
+from kdkernels._triton.projection import mse_rows
 from kdkernels.reference_features import unit_rows
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE
@@ -23,8 +26,8 @@ def reference(
     sides = [side.detach().to(dtype).requires_grad_() for side in (prediction, target)]
     a, b = unit_rows(sides[0] + bias.to(dtype)), unit_rows(sides[1])
     values = 1.0 - (a * b).sum(-1) if cosine else (a - b).square().sum(-1)
-    gradients = torch.autograd.grad((values * weight.to(dtype)).sum(), sides)
-    return values.detach(), *gradients
+    grad_prediction, grad_target = torch.autograd.grad((values * weight.to(dtype)).sum(), sides)
+    return values.detach(), grad_prediction, grad_target
 
 
 # 1, 37: one masked tile; 64: one full tile; 130: full tiles and a tail.
@@ -60,6 +63,29 @@ def test_directions(cosine: bool, dtype: torch.dtype, width: int) -> None:
     )
     torch.testing.assert_close(only_values, values, rtol=0, atol=0)
     torch.testing.assert_close(kept, torch.where(weight[:, None] == 0, float("nan"), kept), equal_nan=True)
+
+
+# 130: full tiles and a tail, all of them over tiles that were read.
+@pytest.mark.parametrize("width", [37, 130])
+@pytest.mark.parametrize("kind", ["squared", "direction"])
+def test_a_half_gradient_in_the_memory_of_the_prediction(kind: str, width: int) -> None:
+    buffer, target = torch.randn(2, ROWS, 144, device=DEVICE)
+    prediction, target = buffer[:, :width], target[:, :width].bfloat16()
+    bias = torch.randn(width, device=DEVICE)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0], device=DEVICE)
+    options: dict[str, Any] = {"bias": bias, "row_weight": weight, "config": SMALL}
+
+    def solve(rows: Tensor, **gradient: Tensor) -> Tensor:
+        if kind == "squared":
+            return mse_rows(rows, target, **gradient, **options)
+        return direction_rows(rows, target, cosine=True, **gradient, **options)
+
+    in_place = prediction.clone()
+    expected = solve(in_place)
+    narrow = buffer.view(torch.bfloat16)[:, :width]
+    assert torch.equal(solve(prediction, grad=narrow), expected)
+    # Within one step: the interpreter cuts digits off where a device rounds.
+    torch.testing.assert_close(narrow.float(), in_place, rtol=2.0**-7, atol=0.0)
 
 
 def test_refusals_and_no_rows() -> None:

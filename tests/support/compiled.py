@@ -164,7 +164,8 @@ def _sparse_gradient() -> Variant:
 
 
 def _mse(prediction: str, target: str = "bf16", **rest: Any) -> Variant:
-    flags = {"HAS_BIAS": False, "HAS_ROW_WEIGHT": True, "SCALE_IN_MEMORY": False, "WRITE_GRAD": True}
+    off = dict.fromkeys(("HAS_BIAS", "SCALE_IN_MEMORY", "ALIASED"), False)
+    flags = {**off, "HAS_ROW_WEIGHT": True, "WRITE_GRAD": True}
     options = {key: rest.pop(key) for key in ("aligned", "wide") if key in rest}
     words = [key.lower() for key, value in rest.items() if value is True]
     words += ["ragged"] if options.get("aligned") is False else []

@@ -23,7 +23,7 @@ class Variant:
     to be multiples of 16."""
 
     name: str
-    kernel: str  # "direction_rows", "relation_values" or "relation_gradient"
+    kernel: str  # "mse_rows", "direction_rows", "relation_values" or "relation_gradient"
     dtype: str
     dtypes: dict[str, str]
     flags: dict[str, Any]
@@ -49,6 +49,7 @@ def _direction(name: str, **rest: Any) -> Variant:
         "HAS_ROW_WEIGHT": True,
         "WRITE_GRAD": True,
         "HAS_GRAD_TARGET": True,
+        "ALIASED": False,
     }
     loose = rest.pop("loose", ())
     return Variant(f"directions {name}", "direction_rows", "fp32", {"target": "bf16"}, flags | rest, loose)
@@ -75,7 +76,16 @@ def _relation(name: str, kernel: str, dtype: str, widths: tuple[int, int], **res
 
 def variants(architecture: str) -> list[Variant]:
     """Everything for sm_90, what most steps run for the others."""
-    chosen = [_direction("both gradients")]
+    mse = {
+        "HAS_BIAS": True,
+        "HAS_ROW_WEIGHT": True,
+        "SCALE_IN_MEMORY": False,
+        "WRITE_GRAD": True,
+        "ALIASED": True,
+    }
+    half = {"target": "bf16", "grad": "bf16"}
+    chosen = [Variant("mse half gradient over fp32", "mse_rows", "fp32", half, mse)]
+    chosen += [_direction("half gradient over fp32", ALIASED=True, HAS_GRAD_TARGET=False)]
     for kernel in ("relation_values", "relation_gradient"):
         chosen += [
             _relation("", kernel, "bf16", (64, 128)),
@@ -91,6 +101,7 @@ def variants(architecture: str) -> list[Variant]:
     if architecture != "sm_90":
         return chosen
     chosen += [
+        _direction("both gradients"),
         _direction("cosine of one side", COSINE=True, HAS_GRAD_TARGET=False, HAS_BIAS=False),
         _direction("values", WRITE_GRAD=False, HAS_GRAD_TARGET=False),
         _direction("ragged", loose=("D", "stride")),
@@ -114,15 +125,16 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels._triton import configs, directions, relation_configs, relations
+    from kdkernels._triton import configs, directions, projection, relation_configs, relations
 
     kernels: dict[str, Any] = {
+        "mse_rows": projection._mse_rows_kernel,
         "direction_rows": directions._direction_rows_kernel,
         "relation_values": relations._relation_values_kernel,
         "relation_gradient": relations._relation_gradient_kernel,
     }
     kernel = kernels[variant.kernel]
-    if variant.kernel == "direction_rows":
+    if variant.kernel in ("mse_rows", "direction_rows"):
         row = configs.row_config(architecture)
         constants = variant.flags | {"BLOCK": row.block, "WIDTH": row.width}
         options: dict[str, Any] = configs.launch_options(row, 1 if variant.loose else 16)
@@ -144,7 +156,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = f"*{variant.dtypes.get(name.removesuffix('_ptr'), variant.dtype)}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif name.endswith("_scale"):
+        elif name.endswith("scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

@@ -16,6 +16,7 @@ def mse_rows(
     row_weight: Tensor | None = None,
     scale: float | Tensor = 1.0,
     write_grad: bool = True,
+    grad: Tensor | None = None,
 ) -> Tensor:
     """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight * scale.
 
@@ -32,7 +33,14 @@ def mse_rows(
     if write_grad:
         factor = 2.0 * scale
         prediction.mul_(factor if row_weight is None else row_weight.unsqueeze(1) * factor)
+        _narrow(prediction, grad)
     return total
+
+
+def _narrow(gradient: Tensor, grad: Tensor | None) -> None:
+    """Write a gradient that is not yet where it belongs; `grad` may be narrower numbers in the same memory."""
+    if grad is not None and grad.dtype != gradient.dtype:
+        grad.copy_(gradient.to(grad.dtype))
 
 
 def _dead(row_weight: Tensor | None) -> Tensor | None:
@@ -64,6 +72,7 @@ def direction_rows(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     write_grad: bool = True,
+    grad: Tensor | None = None,
     grad_target: Tensor | None = None,
 ) -> Tensor:
     """1 - cosine or squared difference (R,) of the unit vectors a and b; both gradients from a - b.
@@ -92,6 +101,7 @@ def direction_rows(
             torch.mul(difference, rest - 1.0, out=grad_target)
             grad_target.addcmul_(prediction, rest, value=-1.0).mul_(inverse_t * factor)
         torch.addcmul(difference, prediction, along, value=-1.0, out=prediction).mul_(inverse_p * factor)
+        _narrow(prediction, grad)
     if cosine:
         squares = (squares + (2.0 - one_p - one_t)) / 2
         if dead is not None:

@@ -52,6 +52,7 @@ def _distance_step(totals, rows, columns, inverses, D, HAS_BIAS: tl.constexpr, M
 @triton.jit
 def _gradient_step(
     rows,
+    grad_row,
     grad_target_row,
     columns,
     inverses,
@@ -60,13 +61,18 @@ def _gradient_step(
     D,
     HAS_BIAS: tl.constexpr,
     HAS_GRAD_TARGET: tl.constexpr,
+    ALIASED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Write the gradients of one tile."""
     prediction, target = _load_pair(rows, columns, D, HAS_BIAS, MASKED)
     unit, target_unit = prediction * inverses[0], target * inverses[1]
     difference = unit - target_unit
-    store_tile(rows[0], columns, (difference - unit * along[0]) * factors[0], D, MASKED)
+    if ALIASED:
+        # Tile i of the gradient lies over the prediction's tile i // 2: all warps have read as far as i before one writes,
+        # and the tiles ascend.
+        tl.debug_barrier()
+    store_tile(grad_row, columns, (difference - unit * along[0]) * factors[0], D, MASKED)
     if HAS_GRAD_TARGET:
         store_tile(grad_target_row, columns, -(difference + target_unit * along[1]) * factors[1], D, MASKED)
 
@@ -81,14 +87,16 @@ def _inverse_length(totals):
 
 @triton.jit
 def _direction_rows_kernel(
-    prediction_ptr,  # (R, D), overwritten when WRITE_GRAD
+    prediction_ptr,  # (R, D)
     target_ptr,  # (R, D)
     bias_ptr,  # (D,), read when HAS_BIAS
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
+    grad_ptr,  # (R, D), written when WRITE_GRAD
     grad_target_ptr,  # (R, D), written when HAS_GRAD_TARGET
     values_ptr,  # (R,) fp32, written
     stride_prediction_row,
     stride_target_row,
+    stride_grad_row,
     stride_grad_target_row,
     D,
     COSINE: tl.constexpr,
@@ -96,6 +104,7 @@ def _direction_rows_kernel(
     HAS_ROW_WEIGHT: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     HAS_GRAD_TARGET: tl.constexpr,
+    ALIASED: tl.constexpr,  # grad holds narrower numbers in the prediction's own row
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -104,6 +113,7 @@ def _direction_rows_kernel(
     LANES: tl.constexpr = BLOCK // WIDTH
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     prediction_row = prediction_ptr + row * stride_prediction_row
+    grad_row = grad_ptr + row * stride_grad_row
     grad_target_row = grad_target_ptr + row * stride_grad_target_row
     rows = (prediction_row, target_ptr + row * stride_target_row, bias_ptr)
     full_blocks = D // BLOCK
@@ -117,11 +127,11 @@ def _direction_rows_kernel(
             if WRITE_GRAD:
                 zeros = tl.zeros((LANES, WIDTH), tl.float32)
                 for block in range(full_blocks):
-                    store_tile(prediction_row, block * BLOCK + tile, zeros, D, False)
+                    store_tile(grad_row, block * BLOCK + tile, zeros, D, False)
                     if HAS_GRAD_TARGET:
                         store_tile(grad_target_row, block * BLOCK + tile, zeros, D, False)
                 if tail < D:
-                    store_tile(prediction_row, tail + tile, zeros, D, True)
+                    store_tile(grad_row, tail + tile, zeros, D, True)
                     if HAS_GRAD_TARGET:
                         store_tile(grad_target_row, tail + tile, zeros, D, True)
             return
@@ -156,12 +166,34 @@ def _direction_rows_kernel(
         for block in range(full_blocks):
             columns = block * BLOCK + tile
             _gradient_step(
-                rows, grad_target_row, columns, inverses, along, factors, D, HAS_BIAS, HAS_GRAD_TARGET, False
+                rows,
+                grad_row,
+                grad_target_row,
+                columns,
+                inverses,
+                along,
+                factors,
+                D,
+                HAS_BIAS,
+                HAS_GRAD_TARGET,
+                ALIASED,
+                False,
             )
         if tail < D:
             columns = tail + tile
             _gradient_step(
-                rows, grad_target_row, columns, inverses, along, factors, D, HAS_BIAS, HAS_GRAD_TARGET, True
+                rows,
+                grad_row,
+                grad_target_row,
+                columns,
+                inverses,
+                along,
+                factors,
+                D,
+                HAS_BIAS,
+                HAS_GRAD_TARGET,
+                ALIASED,
+                True,
             )
 
 
@@ -173,13 +205,14 @@ def direction_rows(
     bias: Tensor | None = None,  # (D,)
     row_weight: Tensor | None = None,  # (R,)
     write_grad: bool = True,
+    grad: Tensor | None = None,  # (R, D)
     grad_target: Tensor | None = None,  # (R, D)
     config: RowConfig | None = None,
 ) -> Tensor:  # (R,) fp32
     """1 - cosine or squared difference of the unit vectors of every row, and both gradients.
 
     fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32. Rows of weight 0 are not read; their
-    value is 0 and their gradients are exactly 0. `config` replaces the table's configuration.
+    value is 0 and their gradients are exactly 0. `grad` is the prediction, or narrower numbers in the memory of its rows. `config` replaces the table's configuration.
     """
     for name, values in (("prediction", prediction), ("target", target)):
         if values.dtype == torch.float64:
@@ -193,6 +226,7 @@ def direction_rows(
     if config is None:
         config = row_config(architecture_of(prediction.device))
     # A pointer that its flag leaves unread is given the prediction, so that one signature serves all.
+    grad = prediction if grad is None else grad
     written = prediction if grad_target is None else grad_target
     with device_guard(prediction.device):
         _direction_rows_kernel[(rows,)](
@@ -200,10 +234,12 @@ def direction_rows(
             target_ptr=target,
             bias_ptr=prediction if bias is None else bias.contiguous(),
             row_weight_ptr=prediction if row_weight is None else row_weight.contiguous(),
+            grad_ptr=grad,
             grad_target_ptr=written,
             values_ptr=distances,
             stride_prediction_row=prediction.stride(0),
             stride_target_row=target.stride(0),
+            stride_grad_row=grad.stride(0),
             stride_grad_target_row=written.stride(0),
             D=width,
             COSINE=cosine,
@@ -211,8 +247,11 @@ def direction_rows(
             HAS_ROW_WEIGHT=row_weight is not None,
             WRITE_GRAD=write_grad,
             HAS_GRAD_TARGET=grad_target is not None,
+            ALIASED=grad.dtype != prediction.dtype,
             BLOCK=config.block,
             WIDTH=config.width,
-            **launch_options(config, width, prediction.stride(0), target.stride(0), written.stride(0)),
+            **launch_options(
+                config, width, prediction.stride(0), target.stride(0), grad.stride(0), written.stride(0)
+            ),
         )
     return distances

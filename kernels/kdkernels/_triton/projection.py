@@ -1,6 +1,7 @@
 """Row kernel of the projection MSE: squared differences of a row, and the gradient written over the prediction.
 
-One pass: a read of prediction and target and one write, 12 bytes an element with fp32 on both sides.
+One pass: a read of prediction and target and one write, 12 bytes an element with fp32 on both sides, 8 with a half target and
+a half gradient in the prediction's own memory.
 """
 
 import torch
@@ -18,11 +19,13 @@ def _difference_step(
     prediction_row,
     target_row,
     bias_ptr,
+    grad_row,
     columns,
     factor,
     D,
     HAS_BIAS: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
+    ALIASED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile: add its squares, write its gradient."""
@@ -33,25 +36,32 @@ def _difference_step(
         difference += tl.load(bias_ptr + columns, mask=inside, other=other).to(tl.float32)
     difference -= tl.load(target_row + columns, mask=inside, other=other).to(tl.float32)
     if WRITE_GRAD:
-        store_tile(prediction_row, columns, difference * factor, D, MASKED)
+        if ALIASED:
+            # Tile i of the gradient lies over the prediction's tile i // 2: all warps have read as far as i before one
+            # writes, and the tiles ascend.
+            tl.debug_barrier()
+        store_tile(grad_row, columns, difference * factor, D, MASKED)
     return total + tl.sum(difference * difference, axis=1)
 
 
 @triton.jit
 def _mse_rows_kernel(
-    prediction_ptr,  # (R, D), overwritten when WRITE_GRAD
+    prediction_ptr,  # (R, D)
     target_ptr,  # (R, D)
     bias_ptr,  # (D,), read when HAS_BIAS
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
     scale,  # a number, or a pointer to one when SCALE_IN_MEMORY
+    grad_ptr,  # (R, D), written when WRITE_GRAD
     squares_ptr,  # (R,) fp32, written
     stride_prediction_row,
     stride_target_row,
+    stride_grad_row,
     D,
     HAS_BIAS: tl.constexpr,
     HAS_ROW_WEIGHT: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
+    ALIASED: tl.constexpr,  # grad holds narrower numbers in the prediction's own row
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -61,6 +71,7 @@ def _mse_rows_kernel(
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     prediction_row = prediction_ptr + row * stride_prediction_row
     target_row = target_ptr + row * stride_target_row
+    grad_row = grad_ptr + row * stride_grad_row
     full_blocks = D // BLOCK
     tail = full_blocks * BLOCK
 
@@ -72,9 +83,9 @@ def _mse_rows_kernel(
             if WRITE_GRAD:
                 zeros = tl.zeros((LANES, WIDTH), tl.float32)
                 for block in range(full_blocks):
-                    store_tile(prediction_row, block * BLOCK + tile, zeros, D, False)
+                    store_tile(grad_row, block * BLOCK + tile, zeros, D, False)
                 if tail < D:
-                    store_tile(prediction_row, tail + tile, zeros, D, True)
+                    store_tile(grad_row, tail + tile, zeros, D, True)
             return
         factor *= weight
 
@@ -82,11 +93,33 @@ def _mse_rows_kernel(
     for block in range(full_blocks):
         columns = block * BLOCK + tile
         total = _difference_step(
-            total, prediction_row, target_row, bias_ptr, columns, factor, D, HAS_BIAS, WRITE_GRAD, False
+            total,
+            prediction_row,
+            target_row,
+            bias_ptr,
+            grad_row,
+            columns,
+            factor,
+            D,
+            HAS_BIAS,
+            WRITE_GRAD,
+            ALIASED,
+            False,
         )
     if tail < D:
         total = _difference_step(
-            total, prediction_row, target_row, bias_ptr, tail + tile, factor, D, HAS_BIAS, WRITE_GRAD, True
+            total,
+            prediction_row,
+            target_row,
+            bias_ptr,
+            grad_row,
+            tail + tile,
+            factor,
+            D,
+            HAS_BIAS,
+            WRITE_GRAD,
+            ALIASED,
+            True,
         )
     tl.store(squares_ptr + row, tl.sum(total, axis=0))
 
@@ -99,9 +132,12 @@ def mse_rows(
     row_weight: Tensor | None = None,  # (R,)
     scale: float | Tensor = 1.0,
     write_grad: bool = True,
+    grad: Tensor | None = None,  # (R, D)
     config: RowConfig | None = None,
 ) -> Tensor:  # (R,) fp32
-    """Sum of squared differences of every row; the prediction becomes 2 * (prediction - target) * row_weight * scale.
+    """Sum of squared differences of every row; `grad` becomes 2 * (prediction - target) * row_weight * scale.
+
+    `grad` is the prediction, or narrower numbers in the memory of its rows.
 
     fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of the
     prediction. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `scale` may be a tensor
@@ -118,6 +154,7 @@ def mse_rows(
         return squares
     if config is None:
         config = row_config(architecture_of(prediction.device))
+    grad = prediction if grad is None else grad
     with device_guard(prediction.device):
         _mse_rows_kernel[(rows,)](
             prediction_ptr=prediction,
@@ -126,16 +163,19 @@ def mse_rows(
             bias_ptr=prediction if bias is None else bias.contiguous(),
             row_weight_ptr=prediction if row_weight is None else row_weight.contiguous(),
             scale=scale if isinstance(scale, Tensor) else float(scale),
+            grad_ptr=grad,
             squares_ptr=squares,
             stride_prediction_row=prediction.stride(0),
             stride_target_row=target.stride(0),
+            stride_grad_row=grad.stride(0),
             D=width,
             HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHT=row_weight is not None,
             SCALE_IN_MEMORY=isinstance(scale, Tensor),
             WRITE_GRAD=write_grad,
+            ALIASED=grad.dtype != prediction.dtype,
             BLOCK=config.block,
             WIDTH=config.width,
-            **launch_options(config, width, prediction.stride(0), target.stride(0)),
+            **launch_options(config, width, prediction.stride(0), target.stride(0), grad.stride(0)),
         )
     return squares
