@@ -116,6 +116,7 @@ def test_tvd_is_at_most_one_and_symmetric(divergence: TVD, impl: Impl) -> None:
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.interpreted(5)
 def test_decoupled(dtype, temperature, divergence: Decoupled, impl: Impl) -> None:
     case = make_case(dtype=dtype)
     options = {"divergence": divergence, "temperature": temperature, "ce_weight": 0.5}

@@ -135,6 +135,7 @@ def test_upstream_gradient_without_strides(impl: Impl) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 # Every subset of (hidden, weight, bias) that a user may freeze.
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+@pytest.mark.interpreted(5)
 def test_frozen_inputs_get_no_gradient_and_change_no_other(wanted, reduction, impl: Impl) -> None:
     case = make_case(rows=6)
     full = case.leaves()

@@ -46,6 +46,7 @@ def assert_close_to_fp64(student: Tensor, teacher: Tensor, divergence, impl: Imp
 @pytest.mark.parametrize(
     ("up", "down"), [(100.0, 100.0), (-100.0, -100.0), (100.0, -50.0), (25.0, -15.0), (9e3, 0.0)]
 )
+@pytest.mark.interpreted(3)
 def test_shifted_logits(up, down, divergence, impl: Impl) -> None:
     student, teacher = pair()
     assert_close_to_fp64(student + up, teacher + down, divergence, impl)
@@ -63,6 +64,7 @@ def test_peaked_rows(scale, divergence, impl: Impl) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.interpreted(5)
 def test_student_next_to_its_teacher(distance, divergence, impl: Impl) -> None:
     """The loss is tiny here, and most of it is lost when it is a difference of two large numbers."""
     teacher, noise = pair(rows=24)

@@ -31,6 +31,7 @@ def eager(student: Tensor, teacher: Tensor, labels: Tensor, **options) -> tuple[
 @pytest.mark.parametrize("classes", [2, 3, 20, 517])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JSD(0.3)], ids=repr)
+@pytest.mark.interpreted(5)
 def test_values_and_gradient(divergence, dtype, classes, impl: Impl) -> None:
     student, teacher, labels = logits(10, classes, dtype)
     options = {"divergence": divergence, "temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.7}

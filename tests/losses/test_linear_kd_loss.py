@@ -48,6 +48,7 @@ def assert_matches_eager(case_sizes, dtype, impl, *, labels=True, chunk_bytes=No
 # T=1 shares one softmax between divergence and cross entropy, T=2.5 needs two.
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (1.0, 0.7), (2.5, 0.0), (2.5, 0.7)])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.interpreted(5)
 def test_every_term(divergence, temperature, ce_weight, impl: Impl) -> None:
     options = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight, "kd_weight": 0.6}
     assert_matches_eager({}, torch.float32, impl, **options)
@@ -64,6 +65,7 @@ def test_half_precision(divergence, dtype, impl: Impl) -> None:
 # Two classes, one row, a vocabulary wider than the rows are many, and more rows than classes.
 @pytest.mark.parametrize(("rows", "vocabulary"), [(5, 2), (1, 67), (3, 515), (22, 5)])
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JSD(0.3)], ids=repr)
+@pytest.mark.interpreted(5)
 def test_ragged_sizes(divergence, rows, vocabulary, impl: Impl) -> None:
     sizes = {"rows": rows, "vocabulary": vocabulary, "ignored_every": None}
     assert_matches_eager(sizes, torch.float32, impl, divergence=divergence, ce_weight=0.5)

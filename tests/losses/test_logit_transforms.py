@@ -38,6 +38,7 @@ def eager(case, student: tuple, teacher: tuple, **options) -> tuple[Tensor, ...]
 )
 @pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.interpreted(3)
 def test_values_and_gradients(dtype, divergence, student, teacher, impl: Impl) -> None:
     case = make_case(dtype=dtype)
     options = {"divergence": divergence, "temperature": 2.0, "ce_weight": 0.5}

@@ -31,6 +31,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.5, 0.7)])
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, Decoupled(1.0, 2.0)], ids=repr)
+@pytest.mark.interpreted(5)
 def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) -> None:
     case = make_case()
     options = {
@@ -67,6 +68,7 @@ def test_half_precision(divergence, dtype, impl: Impl) -> None:
 # The student's ids reach further than the teacher's, and the other way round; stored logits and a head.
 @pytest.mark.parametrize("teacher_vocabulary", [40, 80])
 @pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.interpreted(3)
 def test_equals_the_fast_mode(stored, teacher_vocabulary, reduction, static_shapes, impl: Impl) -> None:
     case = make_case()
     head = torch.randn(teacher_vocabulary, 12, device=DEVICE)

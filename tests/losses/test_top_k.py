@@ -82,6 +82,7 @@ def by_hand(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.6)])
 @pytest.mark.parametrize(("divergence", "tail"), CASES, ids=str)
+@pytest.mark.interpreted(5)
 def test_values_and_gradients(divergence, tail, temperature, ce_weight, impl: Impl) -> None:
     case = make_case()
     teacher = top_k(case.teacher_logits, tail)

@@ -35,6 +35,7 @@ def cut(student: Tensor, teacher: Tensor, vocab_map: str | Tensor) -> tuple[Tens
 @pytest.mark.parametrize("kind", ["shared_prefix", "index"])
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (1.0, 0.6), (2.0, 0.6)])
 @pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)], ids=repr)
+@pytest.mark.interpreted(5)
 def test_the_divergence_runs_over_the_shared_ids(
     divergence, temperature, ce_weight, kind, student_vocabulary, teacher_vocabulary, impl: Impl
 ) -> None:
