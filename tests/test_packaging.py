@@ -41,6 +41,7 @@ FOUNDATIONS = {
     "finite": {"prepare", "reference", "teachers"},
     "reference": {"options", "divergences", "matmul"},
     "reference_sparse": {"options", "reference", "teachers"},
+    "reference_rows": {"prepare", "reference", "reference_sparse", "teachers"},
     "backends": {"options"},
     "autograd": {"options", "traced"},
     "two_way": set[str](),

@@ -25,8 +25,8 @@ from .matmul import (
     wide_dtype,
 )
 from .options import RowTerms
-from .teacher_rows import CrossTermWork, Form, RowOptions, RowTensors, full_work, take, top_k_work
-from .teachers import Tail
+from .teacher_rows import CrossTermWork, RowOptions, RowTensors, full_work, take, top_k_work
+from .teachers import Form, Tail
 
 
 def _put(rows: int, index: Tensor | None, tensor: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class RowResults:
 
 @dataclass(frozen=True)
 class LinearKD:
-    """`linear_kd_loss`: tensors are student hidden, weight, bias; the teacher's three (`teacher_rows.Form`); labels; the
+    """`linear_kd_loss`: tensors are student hidden, weight, bias; the teacher's three (`teachers.Form`); labels; the
     weights of `Decoupled`; the vocabulary's index map."""
 
     terms: RowTerms
@@ -173,7 +173,7 @@ class LinearKD:
 
 @dataclass(frozen=True)
 class LogitKD:
-    """`kd_loss`: tensors are student logits; the teacher's three (`teacher_rows.Form`); labels; the weights of
+    """`kd_loss`: tensors are student logits; the teacher's three (`teachers.Form`); labels; the weights of
     `Decoupled`; the vocabulary's index map."""
 
     terms: RowTerms

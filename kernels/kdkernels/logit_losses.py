@@ -7,7 +7,7 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks
 from .autograd import reduce_rows, row_loss_and_rest
 from .backends import load_backend
 from .chunked import LinearKD, LogitKD
@@ -17,12 +17,12 @@ from .finite import refuse_bad_rows
 from .logit_checks import check_cross_term_head, check_logit_dtype
 from .low_memory import LowMemoryKD
 from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
-from .prepare import Problem, autocast_dtype, autocast_off, check_options, flat, prepare
-from .reference_sparse import cross_term_row_terms, top_k_row_terms
+from .prepare import autocast_dtype, autocast_off, check_options, flat, prepare
+from .reference import linear, wide
+from .reference_rows import cast_to, reference_rows
 from .sharded import ShardedKD, shard_of
 from .stats import KDStats, stats_from_rows
-from .teacher_rows import Form
-from .teachers import Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teachers import Teacher, TeacherCrossTerm
 
 # Logits of at most this many elements keep their gradient from the forward pass of `kd_loss`: 256 KiB in float32.
 SMALL_LOGITS = 1 << 16
@@ -33,62 +33,6 @@ def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
     return (
         max(abs(terms.kd_scale) / terms.temperature, abs(terms.ce_weight)) if dtype == torch.float16 else None
     )
-
-
-def _teacher_tensors(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The three tensors of `teacher_rows.Form`."""
-    teacher = problem.teacher
-    if isinstance(teacher, TeacherLogits):
-        return teacher.logits, None, None
-    if isinstance(teacher, TeacherHead):
-        return teacher.hidden, teacher.weight, teacher.bias
-    if isinstance(teacher, TeacherTopK):
-        return teacher.logprobs, teacher.indices, None
-    return teacher.cross, teacher.bias, teacher.entropy
-
-
-def _teacher_form(problem: Problem) -> tuple[Form, Tail]:
-    """What these tensors are."""
-    if isinstance(problem.teacher, TeacherTopK):
-        return "top_k", problem.teacher.tail
-    return "cross_term" if isinstance(problem.teacher, TeacherCrossTerm) else "full", "renormalize"
-
-
-def _row_tensors(problem: Problem) -> tuple[Tensor | None, ...]:
-    """Labels, the weights of `Decoupled` and the vocabulary's index map."""
-    mapping = problem.vocab_map if isinstance(problem.vocab_map, Tensor) else None
-    return problem.labels, *(problem.decoupled or (None, None)), mapping
-
-
-def _reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Row losses (N,) and, where they are wanted, the statistics (7, N), by plain autograd."""
-    terms, labels, weight = problem.terms, problem.labels, problem.counted.weight
-    statistics = None
-    if isinstance(problem.teacher, TeacherTopK):
-        kd, ce = top_k_row_terms(logits, problem.teacher, labels, weight, terms)
-    elif isinstance(problem.teacher, TeacherCrossTerm):
-        assert hidden is not None
-        kd, ce = cross_term_row_terms(hidden, logits, problem.teacher, labels, weight, terms)
-    else:
-        source, head, bias = _teacher_tensors(problem)
-        teacher = reference.linear(
-            _cast(source, problem.autocast if head is not None else None),
-            None if head is None else _cast(head, problem.autocast),
-            bias,
-        )
-        mapping = problem.vocab_map
-        kd, ce = reference.kd_row_terms(
-            logits, teacher, labels, weight, terms, vocab_map=mapping, decoupled=problem.decoupled
-        )
-        if problem.return_stats:
-            others = reference.kd_row_stats(logits, teacher, labels, weight, terms, vocab_map=mapping)
-            statistics = torch.cat((kd.detach().unsqueeze(0), ce.detach().unsqueeze(0), others))
-    loss = terms.kd_scale * kd
-    return (loss if terms.ce_weight == 0.0 else loss + terms.ce_weight * ce), statistics
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _finish(
@@ -244,7 +188,7 @@ def kd_loss(
     logits, counted = flat(student_logits), problem.counted
     with autocast_off(logits):
         if problem.impl == "reference":
-            values, statistics = _reference_rows(problem, None, reference.wide(logits))
+            values, statistics = reference_rows(problem, None, wide(logits))
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
             solver = LogitKD(
@@ -252,11 +196,11 @@ def kd_loss(
                 load_backend(problem.impl),
                 problem.autocast,
                 None,
-                *_teacher_form(problem),
+                *problem.form,
                 shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
                 stats=return_stats,
             )
-            tensors = (logits, *_teacher_tensors(problem), *_row_tensors(problem))
+            tensors = (logits, *problem.teacher_tensors, *problem.row_tensors)
             # A few classes cost more in calls than in memory: take the gradient along instead of starting again.
             small = logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
             loss, statistics = row_loss_and_rest(
@@ -428,8 +372,8 @@ def linear_kd_loss(
             kept = hidden
             if counted.weight is not None:
                 kept = hidden.masked_fill((counted.weight == 0).unsqueeze(1), 0.0)
-            student = reference.linear(_cast(kept, cast), _cast(student_weight, cast), student_bias)
-            values, statistics = _reference_rows(problem, kept, student)
+            student = linear(cast_to(kept, cast), cast_to(student_weight, cast), student_bias)
+            values, statistics = reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
             shared = problem.vocab_map if isinstance(problem.vocab_map, int) else None
@@ -449,14 +393,14 @@ def linear_kd_loss(
                     chunk_bytes,
                     cast,
                     half_bound,
-                    *_teacher_form(problem),
+                    *problem.form,
                     shared=shared,
                     stats=return_stats,
                     compact=compact,
                     logit_dtype=logit_dtype,
                 )
             tensors = (
-                hidden, student_weight, student_bias, *_teacher_tensors(problem), *_row_tensors(problem)
+                hidden, student_weight, student_bias, *problem.teacher_tensors, *problem.row_tensors
             )  # fmt: skip
             loss, statistics = row_loss_and_rest(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True

@@ -15,7 +15,7 @@ from .counting import Counted, count_rows
 from .divergences import Decoupled, Divergence, resolve_divergence
 from .matmul import wide_dtype
 from .options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
-from .teachers import Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teachers import Form, Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -109,6 +109,31 @@ class Problem:
     impl: Impl
     autocast: torch.dtype | None
     return_stats: bool
+
+    @property
+    def teacher_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The three tensors of `teachers.Form`."""
+        teacher = self.teacher
+        if isinstance(teacher, TeacherLogits):
+            return teacher.logits, None, None
+        if isinstance(teacher, TeacherHead):
+            return teacher.hidden, teacher.weight, teacher.bias
+        if isinstance(teacher, TeacherTopK):
+            return teacher.logprobs, teacher.indices, None
+        return teacher.cross, teacher.bias, teacher.entropy
+
+    @property
+    def form(self) -> tuple[Form, Tail]:
+        """What these tensors are."""
+        if isinstance(self.teacher, TeacherTopK):
+            return "top_k", self.teacher.tail
+        return "cross_term" if isinstance(self.teacher, TeacherCrossTerm) else "full", "renormalize"
+
+    @property
+    def row_tensors(self) -> tuple[Tensor | None, ...]:
+        """Labels, the weights of `Decoupled` and the vocabulary's index map."""
+        mapping = self.vocab_map if isinstance(self.vocab_map, Tensor) else None
+        return self.labels, *(self.decoupled or (None, None)), mapping
 
 
 def prepare(

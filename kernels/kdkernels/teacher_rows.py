@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +17,10 @@ from .backends import Backend
 from .matmul import head_logits, logit_buffer
 from .options import RowTerms
 from .sparse import cross_term_rows, top_k_rows
-from .teachers import Tail
+from .teachers import Form, Tail
 
 # Logits, which rows of all they are, and where their gradient goes > divergence and cross entropy.
 RowWork = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
-# What the teacher's tensors are: source, weight, bias; logprobs, indices, None; or cross, bias, entropy.
-Form = Literal["full", "top_k", "cross_term"]
 
 
 def take(tensor: Tensor | None, index: Tensor | None) -> Tensor | None:
