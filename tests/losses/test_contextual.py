@@ -149,8 +149,11 @@ def test_mask_counts_existing_relations(impl: Impl, window: int) -> None:
     torch.testing.assert_close(loss, masked_loss(student, teacher, mask, window))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("impl", IMPLS)
+# The official variant differs in arithmetic that both back ends share, so Triton's slow interpreter takes one.
+@pytest.mark.parametrize(
+    ("impl", "variant"),
+    [(impl, variant) for impl in IMPLS for variant in VARIANTS if (impl, variant) != ("triton", "official")],
+)
 def test_padding_may_hold_anything_and_have_any_length(impl: Impl, variant: Variant) -> None:
     student, teacher = features(2, 2, 8, 4), features(2, 2, 8, 5)
     mask = torch.arange(8, device=DEVICE) < torch.tensor([[6], [4]], device=DEVICE)

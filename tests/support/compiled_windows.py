@@ -26,39 +26,38 @@ def variants() -> Iterator[tuple[str, Any, dict[str, int | bool], str]]:
     products = tile | {
         "BLOCK_ROWS": window_rows.BLOCK_ROWS,
         "BLOCK_NEIGHBOURS": window_rows.BLOCK_NEIGHBOURS,
+        "CENTRED": True,
     }
-    for dtype in ("fp32", "bf16"):
-        for length in (64, 8):
-            constants = tile | {"BLOCK_M": length, "BLOCK_S": window_rows.BLOCK_ROWS // length}
-            yield f"means of {length} {dtype}", window_rows._sequence_means_kernel, constants, dtype
-        for centred in (False, True):
-            constants = products | {"CENTRED": centred}
-            name = f"{dtype} {'centred' if centred else 'as they are'}"
-            yield f"products {name}", window_rows._band_products_kernel, constants, dtype
-            yield f"apply {name}", window_rows._band_apply_kernel, constants, dtype
-        for gradient in (False, True):
-            constants = {
-                "WRITE_GRAD": gradient,
-                "BLOCK_N": window_direct.BLOCK_NEIGHBOURS,
-                "BLOCK_D": window_direct.BLOCK_D,
-            }
-            yield (
-                f"direct {dtype}{' gradient' * gradient}",
-                window_direct._direct_angles_kernel,
-                constants,
-                dtype,
-            )
+    direct = {
+        "WRITE_GRAD": True,
+        "BLOCK_N": window_direct.BLOCK_NEIGHBOURS,
+        "BLOCK_D": window_direct.BLOCK_D,
+    }
+    for length in (64, 8):
+        constants = tile | {"BLOCK_M": length, "BLOCK_S": window_rows.BLOCK_ROWS // length}
+        yield f"means of {length}", window_rows._sequence_means_kernel, constants, "fp32"
+    for name, dtype in (("", "fp32"), (" bf16", "bf16"), (" ragged", "fp32")):
+        yield f"products{name}", window_rows._band_products_kernel, products, dtype
+        yield f"apply{name}", window_rows._band_apply_kernel, products, dtype
+        yield f"direct{name}", window_direct._direct_angles_kernel, direct, dtype
+    plain, values = products | {"CENTRED": False}, direct | {"WRITE_GRAD": False}
+    yield "products, as they are", window_rows._band_products_kernel, plain, "fp32"
+    yield "apply, as they are", window_rows._band_apply_kernel, plain, "fp32"
+    yield "direct, values", window_direct._direct_angles_kernel, values, "fp32"
     for kernel in ("values", "sides", "band"):
         function = getattr(window_angles, f"_angle_{kernel}_kernel")
         yield f"angle {kernel}", function, {"BLOCK": window_angles.BLOCK}, "fp32"
 
 
-def compile_kernel(kernel: Any, constants: dict[str, int | bool], dtype: str, architecture: str) -> Any:
-    """Triton's compiled kernel, for rows that start at multiples of 16 elements."""
+def compile_kernel(
+    kernel: Any, constants: dict[str, int | bool], dtype: str, architecture: str, ragged: bool
+) -> Any:
+    """Triton's compiled kernel, for rows that start at multiples of 16 elements unless they are ragged."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from kdkernels._triton.window_direct import DIRECT_OPTIONS
     from kdkernels._triton.window_rows import OPTIONS
 
     signature, attributes = {}, {}
@@ -72,7 +71,7 @@ def compile_kernel(kernel: Any, constants: dict[str, int | bool], dtype: str, ar
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.startswith("stride") or name == "D":
+            if name.startswith(("stride", "D")) and not ragged:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
@@ -80,7 +79,8 @@ def compile_kernel(kernel: Any, constants: dict[str, int | bool], dtype: str, ar
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    return triton.compile(source, target=target, options=OPTIONS)
+    options = DIRECT_OPTIONS if "WRITE_GRAD" in constants else OPTIONS
+    return triton.compile(source, target=target, options=options)
 
 
 def count(compiled: Any, architecture: str) -> dict[str, int]:
@@ -112,9 +112,10 @@ def main() -> None:
     for architecture in ARCHITECTURES:
         for name, kernel, constants, dtype in variants():
             # One architecture sees every variant, the others those of float32 with every flag on.
-            if architecture != "sm_90" and ("bf16" in name or "as they are" in name):
+            if architecture != "sm_90" and any(word in name for word in ("bf16", "ragged", ",", "of 8")):
                 continue
-            found = count(compile_kernel(kernel, constants, dtype, architecture), architecture)
+            compiled = compile_kernel(kernel, constants, dtype, architecture, "ragged" in name)
+            found = count(compiled, architecture)
             print(json.dumps({"kernel": name, "architecture": architecture, **found}), flush=True)
 
 

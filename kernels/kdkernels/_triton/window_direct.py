@@ -10,8 +10,9 @@ from ..windows import SHORTEST
 from .configs import device_guard
 from .window_rows import OPTIONS, row_offsets
 
-# Neighbours and columns of a tile; four warps, as fewer would spill.
+# Neighbours and columns of a tile. Two warps: with one it spills, and with four the compiler aims at 96 registers and misses.
 BLOCK_NEIGHBOURS, BLOCK_D = 16, 32
+DIRECT_OPTIONS = OPTIONS | {"num_warps": 2}
 
 
 @triton.jit
@@ -213,6 +214,6 @@ def direct_angles(block: DirectAngles, grad: Tensor | None) -> Tensor:
             WRITE_GRAD=grad is not None,
             BLOCK_N=BLOCK_NEIGHBOURS,
             BLOCK_D=BLOCK_D,
-            **OPTIONS,
+            **DIRECT_OPTIONS,
         )
     return values
