@@ -27,9 +27,10 @@ from tests.support.row_kernels import (
 KINDS: list[Divergence] = [ForwardKL(), ReverseKL(), SkewKL(0.3), AlphaBeta(0.4, 0.8), Decoupled()]
 
 
-@pytest.mark.parametrize("divergence", KINDS, ids=name)
-# 1: CE shares the sums of the divergence; 2: it has its own.
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+# At 1 CE shares the sums of the divergence; at 2 it has its own.
+@pytest.mark.parametrize(
+    ("divergence", "temperature"), [(ForwardKL(), 1.0), *((kind, 2.0) for kind in KINDS)], ids=name
+)
 def test_label_smoothing(divergence: Divergence, temperature: float):
     student, teacher, labels = inputs(130)
     check(student, teacher, labels, RowTerms(divergence, temperature, ce_weight=0.7, label_smoothing=0.1))
@@ -55,9 +56,12 @@ TRANSFORMS = [
 ]
 
 
-@pytest.mark.parametrize("divergence", KINDS, ids=name)
 # Scale on one side; softcap and scale; a softcap near its limits and one that hardly bends.
-@pytest.mark.parametrize("transforms", TRANSFORMS, ids=["scale", "softcap", "both"])
+@pytest.mark.parametrize(
+    ("divergence", "transforms"),
+    [(ForwardKL(), TRANSFORMS[0]), (ForwardKL(), TRANSFORMS[1]), *((kind, TRANSFORMS[2]) for kind in KINDS)],
+    ids=name,
+)
 def test_transforms(divergence: Divergence, transforms: tuple[LogitTransform, LogitTransform]):
     student, teacher, labels = inputs(130)
     bias = torch.randn(2, 130, device=DEVICE)
@@ -75,10 +79,17 @@ def test_a_softcap_makes_minus_infinity_finite():
     check(student, teacher, labels, terms)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name)
 # The student's columns: more than a tile behind the prefix; as many as the prefix, with more of the teacher's.
-@pytest.mark.parametrize(("student_size", "teacher_size", "shared"), [(210, 70, 70), (128, 210, 128)])
-def test_shared_prefix(divergence: Divergence, student_size: int, teacher_size: int, shared: int):
+BEHIND, BEYOND = (210, 70, 70), (128, 210, 128)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "sizes"),
+    [*((divergence, BEHIND) for divergence in DIVERGENCES), (ForwardKL(), BEYOND), (JSD(), BEYOND)],
+    ids=name,
+)
+def test_shared_prefix(divergence: Divergence, sizes: tuple[int, int, int]):
+    student_size, teacher_size, shared = sizes
     student, _, labels = inputs(student_size)
     _, teacher, _ = inputs(teacher_size)
     student[0, -1], teacher[0, -1] = 40.0, 50.0  # what is not shared may be large
@@ -206,10 +217,12 @@ def test_ties_go_to_the_first_column():
 LIMITS = [(0.7, 0.0), (0.0, 0.7), (0.6, -0.6), (-0.6, 0.6), (0.0, 0.0), (1.5, -0.4), (1.0, 0.0), (0.0, 1.0)]
 
 
-# Every limit of the alpha-beta family, both signs, and the two that have kernels of their own.
-@pytest.mark.parametrize(("alpha", "beta"), LIMITS)
-# Far from the teacher, and so near that every column takes the series.
-@pytest.mark.parametrize("distance", [1.0, 0.02])
+# Every limit of the alpha-beta family, both signs, and the two that have kernels of their own, far from the teacher; some
+# so near that every column takes the series.
+@pytest.mark.parametrize(
+    ("alpha", "beta", "distance"),
+    [*((*powers, 1.0) for powers in LIMITS), (0.7, 0.0, 0.02), (0.0, 0.0, 0.02), (1.5, -0.4, 0.02)],
+)
 def test_powers(alpha: float, beta: float, distance: float):
     _, teacher, labels = inputs(130)
     student = teacher + distance * torch.randn_like(teacher)

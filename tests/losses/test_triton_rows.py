@@ -3,6 +3,8 @@
 A block of 64 columns stands in for the real ones, so that few columns already make several tiles and a ragged tail.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -35,19 +37,26 @@ def test_terms(divergence: Divergence, temperature: float, ce_weight: float):
     check(student, teacher, labels if with_labels else None, terms)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name)
 # 1: a certain row; 37: one masked tile; 64: full tiles only; 65: a tail of one column.
-@pytest.mark.parametrize("vocabulary", [1, 37, 64, 65])
+@pytest.mark.parametrize(
+    ("divergence", "vocabulary"),
+    [*product(DIVERGENCES, (1, 65)), *product((ForwardKL(), JSD(), AlphaBeta(0.3, 0.6)), (37, 64))],
+    ids=name,
+)
 def test_ragged_vocabularies(divergence: Divergence, vocabulary: int):
     student, teacher, labels = inputs(vocabulary)
     check(student, teacher, labels, RowTerms(divergence, 2.0, ce_weight=0.5, t_squared=False))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name)
+# Both sides half, for each divergence; a half against fp32, either way.
 @pytest.mark.parametrize(
-    ("dtype", "teacher_dtype"),
-    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
-    ids=["bf16", "fp16-fp32", "fp32-bf16"],
+    ("divergence", "dtype", "teacher_dtype"),
+    [
+        *((divergence, torch.bfloat16, torch.bfloat16) for divergence in DIVERGENCES),
+        (ForwardKL(), torch.float16, torch.float32),
+        (JSD(), torch.float32, torch.bfloat16),
+    ],
+    ids=name,
 )
 def test_dtypes_into_a_gradient_of_its_own(
     divergence: Divergence, dtype: torch.dtype, teacher_dtype: torch.dtype
@@ -295,7 +304,11 @@ def test_chunk_rows():
     assert chunk_rows(8192, 32000, 1, device) == 1
 
 
-def test_only_ragged_rows_on_nvidia_are_given_registers():
-    assert "maxnreg" not in launch_options(row_config("sm_90"), 32000, 32000)
-    assert launch_options(row_config("sm_90"), 50257, 50272)["maxnreg"] == 128
-    assert "maxnreg" not in launch_options(row_config("gfx942"), 50257, 50257)
+def test_only_ragged_rows_and_rich_code_on_nvidia_are_given_registers():
+    nvidia, amd = row_config("sm_90"), row_config("gfx942")
+    assert "maxnreg" not in launch_options(nvidia, 32000, 32000)
+    assert launch_options(nvidia, 50257, 50272)["maxnreg"] == 128
+    assert launch_options(nvidia, 32000, 32000, lean=False)["maxnreg"] == 128
+    assert launch_options(nvidia, 50257, 50257)["maxnreg"] == 128
+    assert launch_options(nvidia, 50257, 50257, lean=False)["maxnreg"] == 192
+    assert "maxnreg" not in launch_options(amd, 50257, 50257, lean=False)

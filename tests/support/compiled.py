@@ -126,6 +126,7 @@ def other_variants() -> list[Variant]:
         _kd("fp32 in place", "forward_kl", "fp32", "fp32", "fp32", **plain),
         _kd("fp32 values, CE", "jsd", "fp32", "fp32", "fp32", write_grad=False),
         _kd("bf16, ragged, biases", "forward_kl", "bf16", "bf16", "bf16", **biases, **ragged),
+        _kd("fp32 > bf16, ragged, stats", "skew_reverse_kl", *over, aliased=True, **stats, **ragged),
         _kd("fp32 and bf16", "forward_kl", "fp32", "bf16", "fp32"),
         _kd("fp32, ragged, CE", "reverse_kl", "fp32", "fp32", "fp32", **ragged),
         _tile("statistics", "forward_kl"),
@@ -198,27 +199,22 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     biases = dict.fromkeys(("student_bias", "teacher_bias", "bias"), variant.dtypes.get("grad", "fp32"))
     pointers = fixed | biases | variant.dtypes
     unspecialized = ("R", "offset", "stride_stats_row", "stride_state_row")
-    signature, attributes, sizes = {}, {}, []
+    size, stride = 16 if variant.aligned else 1, 16 if variant.aligned or variant.padded else 1
+    signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr") or (name == "scale" and variant.flags["SCALE_IN_MEMORY"]):
             signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'fp32')}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif (name.startswith("stride") and name not in unspecialized) or name in (
-            "V",
-            "V_teacher",
-            "shared",
-            "C",
-            "D",
-        ):
+        elif name in unspecialized:
             signature[name] = "i32"
-            known = variant.aligned or (variant.padded and name.startswith("stride"))
-            sizes.append(16 if known else 1)
-            if known:
+        elif name.startswith("stride") or name in ("V", "V_teacher", "shared", "C", "D"):
+            signature[name] = "i32"
+            if (stride if name.startswith("stride") else size) == 16:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if name in unspecialized else "fp32"
+            signature[name] = "fp32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     if architecture.startswith("sm_"):
@@ -226,7 +222,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     else:
         target = GPUTarget("hip", architecture, 64)
     lean = variant.kernel != "tile" and ("FLAGS" not in variant.flags or variant.flags["FLAGS"].is_lean)
-    return triton.compile(source, target=target, options=launch_options(config, *sizes, lean=lean))
+    return triton.compile(source, target=target, options=launch_options(config, size, stride, lean=lean))
 
 
 def _cuobjdump(cubin: Path, option: str) -> str:

@@ -20,7 +20,7 @@ class RowConfig:
     load of halves or two of fp32, all in one thread. num_warps: warps of a program. All powers of two, width < block.
     registers: how many a thread may have where the code is not lean or the sizes of a row are not multiples of 16; None
     leaves the choice to the compiler. NVIDIA's aims at 64 or 80, and around the narrow loads of a ragged tail, or with a
-    dozen numbers of the row to keep, it then spills a word now and then.
+    dozen numbers of the row to keep, it then spills a word now and then. Half as many more where both come together.
     """
 
     block: int
@@ -44,12 +44,15 @@ def row_config(architecture: str) -> RowConfig:
     return _AMD if architecture.startswith("gfx") else _NVIDIA
 
 
-def launch_options(config: RowConfig, *sizes: int, lean: bool = True) -> dict[str, int | bool]:
-    """Options of a launch over rows of these sizes and strides; lean code is known not to spill when left alone."""
+def launch_options(
+    config: RowConfig, vocabulary: int, *strides: int, lean: bool = True
+) -> dict[str, int | bool]:
+    """Options of a launch over rows of this size and these strides; lean code is known not to spill when left alone."""
     # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it.
     options: dict[str, int | bool] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    if config.registers is not None and (not lean or any(size % 16 for size in sizes)):
-        options["maxnreg"] = config.registers
+    narrow = any(stride % 16 for stride in strides)  # rows start anywhere, and are read column by column
+    if config.registers is not None and (not lean or narrow or vocabulary % 16):
+        options["maxnreg"] = config.registers if lean or not narrow else config.registers * 3 // 2
     return options
 
 
