@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .autograd import Tensors, reduce_rows, row_loss
 from .backends import Backend, load_backend, resolve_impl
+from .compiling import traceable
 from .counting import count_rows
 from .feature_checks import check_relations
 from .matmul import wide_dtype
@@ -18,6 +20,7 @@ from .prepare import autocast_dtype, autocast_off
 from .reference_features import relation_row_losses
 
 
+@traceable
 def relation_kl(
     student_q: Tensor,
     teacher_q: Tensor,
@@ -78,7 +81,8 @@ def relation_kl(
     checks.check_flag("causal", causal)
     counts = check_relations(student_q, teacher_q, student_k, teacher_k, heads, mask)
     impl = resolve_impl(impl, student_q.device, student_q.dtype)
-    batch, length, _ = student_q.shape
+    # Whole numbers also under a compiler that would leave them open: a graph is for one shape.
+    batch, length = int(student_q.shape[0]), int(student_q.shape[1])
     pairs = max(counts)
     cast = autocast_dtype(student_q)
     with autocast_off(student_q):
@@ -116,7 +120,7 @@ def relation_kl(
     return loss.reshape(batch, length) if reduction == "none" else loss
 
 
-@dataclass
+@dataclass(frozen=True)
 class RelationKL:
     """`relation_kl` as rows: tensors are student and teacher q (B * N, D), student and teacher k, mask (B, N)."""
 
@@ -126,8 +130,9 @@ class RelationKL:
     causal: bool
     autocast: torch.dtype | None
     half_bound: float | None
-    # Of the values, for the gradients that follow; see `Backend.relation_rows`.
-    statistics: Tensor | None = field(default=None, compare=False)
+    # Statistics of the last values, by the tensors that they are of, for the gradients that follow. A compiled graph uses
+    # one solver for all calls with its options, so whose they are is looked at.
+    kept: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
@@ -140,7 +145,9 @@ class RelationKL:
         )
         assert student_q is not None and teacher_q is not None
         wanted = (needs[0], needs[2])
-        values, gradients, self.statistics = self.backend.relation_rows(
+        place = tuple(side if side is None else (side.data_ptr(), side.shape) for side in tensors)
+        known = self.kept.pop(place, None) if any(wanted) else None
+        values, gradients, statistics = self.backend.relation_rows(
             (student_q, student_q if student_k is None else student_k),
             (teacher_q, teacher_q if teacher_k is None else teacher_k),
             mask,
@@ -148,7 +155,10 @@ class RelationKL:
             self.causal,
             row_weight=weight.view(self.shape) if weight is not None and any(wanted) else None,
             needs=wanted,
-            statistics=self.statistics,
+            statistics=known,
         )
+        if statistics is not None and not any(wanted):
+            self.kept.clear()
+            self.kept[place] = statistics
         d_q, d_k = (None if side is None else side.flatten(0, 1) for side in gradients)
         return values.flatten(), (d_q, None, d_k, None, None)

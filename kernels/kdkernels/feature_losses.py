@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks
 from .autograd import reduce_rows, row_loss
 from .backends import load_backend, resolve_impl
+from .compiling import traceable
 from .counting import count_rows
 from .feature_checks import check_layer_pairs
 from .matmul import wide_dtype
@@ -27,6 +28,7 @@ Projections = Tensor | Sequence[Tensor | None] | None
 HALF_BOUND = 32.0
 
 
+@traceable
 def projection_mse(
     student: Features,
     teacher: Features,
@@ -81,6 +83,7 @@ def projection_mse(
     return _pairs_loss(student, teacher, weight, bias, project, distance, mask, reduction, impl)
 
 
+@traceable
 def cosine_loss(
     student: Features,
     teacher: Features,
