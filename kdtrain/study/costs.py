@@ -16,6 +16,7 @@ import torch
 from kdtrain.files import write_json
 from kdtrain.progress import progress
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
+from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 
 FILE = "costs.json"
@@ -57,7 +58,10 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     with progress(len(jobs), "costs", unit="models") as bar:
         for job in jobs:
             with ProcessPoolExecutor(
-                1, mp_context=context, initializer=_start, initargs=(list(sys.path), torch.get_num_threads())
+                1,
+                mp_context=context,
+                initializer=_start,
+                initargs=(list(sys.path), torch.get_num_threads(), os.getpid()),
             ) as pool:
                 costs += pool.submit(_measure, *job).result()
             bar.update()
@@ -65,8 +69,9 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     return costs
 
 
-def _start(path: list[str], threads: int) -> None:
+def _start(path: list[str], threads: int, parent: int) -> None:
     sys.path[:] = path
+    end_with(parent)
     torch.set_num_threads(threads)
 
 

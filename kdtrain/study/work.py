@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
@@ -20,11 +18,9 @@ from kdtrain.data.classification import ClassificationData
 from kdtrain.errors import KdtrainError
 from kdtrain.progress import progress, say
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
+from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 from kdtrain.summary import FILE, Summary
-
-PARENT_SECONDS = 2.0
-"""How often a worker looks whether its parent is still there."""
 
 
 def run_cells(
@@ -106,13 +102,7 @@ def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, p
     log = open(Path(logs) / f"worker-{number}.log", "a", buffering=1)  # noqa: SIM115, it lives as long as the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)
+    end_with(parent)
 
 
 _materials: Any = None
