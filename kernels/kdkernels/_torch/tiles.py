@@ -1,6 +1,6 @@
 """Row work on tiles of the vocabulary; the slots are those of `kdkernels.tile_state`.
 
-Tiles are worked on in blocks of rows like whole rows are, always with the maximum subtracted: this mode is for memory.
+Tiles are worked on in blocks of rows like whole rows are, always with the maximum subtracted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import tile_state as slots
 from ..divergences import Decoupled
 from ..options import RowTerms
+from .arithmetic import Arithmetic
 from .blocks import Block, Sums, load
 from .divergences import arithmetic_of
 from .rows import block_rows
@@ -30,6 +31,7 @@ class _Tile(NamedTuple):
     label: Tensor | None  # (R, 1) its column, 0 elsewhere
     rows: slice
     chain: Tensor | None
+    room: Tensor  # (6, R, C)
 
 
 def _blocks(
@@ -49,7 +51,7 @@ def _blocks(
         None if bias is None else bias.to(dtype) for bias in (student_bias, teacher_bias)
     )
     sizes = block_rows(rows, width, student.device)
-    scratch = torch.empty((3, sizes[0] if sizes else 0, width), dtype=dtype, device=student.device)
+    scratch = torch.empty((9, sizes[0] if sizes else 0, width), dtype=dtype, device=student.device)
     capped = derivative and terms.student_transform.softcap is not None
     start = 0
     for size in sizes:
@@ -65,19 +67,20 @@ def _blocks(
             label = labels[here].unsqueeze(1) - offset
             inside = (label >= 0) & (label < width)
             label = label.masked_fill(~inside, 0)
-        yield _Tile(own, its, state[:, here], inside, label, here, chain)
+        yield _Tile(own, its, state[:, here], inside, label, here, chain, scratch[3:, :size])
 
 
 def _finite(largest: Tensor) -> Tensor:
     return largest.masked_fill(largest == -math.inf, 0.0)
 
 
-def _merge(state: Tensor, largest: int, total: int, logits: Tensor, temperature: float) -> None:
+def _merge(state: Tensor, largest: int, total: int, logits: Tensor, temperature: float, room: Tensor) -> None:
     """Take (R, C) logits into a running maximum and sum."""
     before = state[largest].clone()
     after = torch.maximum(before, logits.amax(1))
     zero = _finite(after)
-    terms = torch.sub(logits, zero.unsqueeze(1)).div_(temperature).exp_().sum(1)
+    shifted = torch.sub(logits, zero.unsqueeze(1), out=room)
+    terms = (shifted if temperature == 1.0 else shifted.div_(temperature)).exp_().sum(1)
     state[total] = state[total] * ((before - zero) / temperature).exp() + terms
     state[largest] = after
 
@@ -88,9 +91,9 @@ def _keep(state: Tensor, row_weight: Tensor | None, before: Tensor | None) -> No
         state.copy_(torch.where(row_weight == 0, before, state))
 
 
-def _without_label(logits: Tensor, tile: _Tile) -> Tensor:
+def _without_label(logits: Tensor, tile: _Tile, room: Tensor) -> Tensor:
     """A copy in which the label's column is excluded."""
-    copy = logits.clone()
+    copy = room.copy_(logits)
     if tile.label is not None and tile.inside is not None:
         own = copy.gather(1, tile.label)
         copy.scatter_(1, tile.label, own.masked_fill(tile.inside, -math.inf))
@@ -125,39 +128,56 @@ def tile_statistics(
                 )
                 tile.state[slots.TEACHER_LABEL] += its.reshape(-1).masked_fill(~tile.inside.squeeze(1), 0.0)
             if terms.ce_weight != 0.0:
-                _merge(tile.state, slots.CE_MAX, slots.CE_SUM, tile.student, 1.0)
+                _merge(tile.state, slots.CE_MAX, slots.CE_SUM, tile.student, 1.0, tile.room[0])
                 tile.state[slots.LOGIT_SUM] += tile.student.sum(1)
         if tile.teacher is not None:
             pair = (tile.student, tile.teacher)
             if split:
-                pair = (_without_label(tile.student, tile), _without_label(tile.teacher, tile))
-            _merge(tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, pair[0], terms.temperature)
-            _merge(tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, pair[1], terms.temperature)
+                pair = (
+                    _without_label(tile.student, tile, tile.room[1]),
+                    _without_label(tile.teacher, tile, tile.room[2]),
+                )
+            heat, room = terms.temperature, tile.room[0]
+            _merge(tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, pair[0], heat, room)
+            _merge(tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, pair[1], heat, room)
     _keep(state, row_weight, before)
 
 
-def _normalised(logits: Tensor, state: Tensor, largest: int, total: int, temperature: float) -> Tensor:
-    """log p (R, C), in place of the logits' copy."""
+def _normalise_(log_p: Tensor, state: Tensor, largest: int, total: int, temperature: float) -> Tensor:
+    """Logits to log p (R, C), in place."""
     log_sum = state[total].log()
     log_sum = log_sum.masked_fill(log_sum == -math.inf, 0.0)
-    log_p = torch.sub(logits, _finite(state[largest]).unsqueeze(1)).div_(temperature)
-    return log_p.sub_(log_sum.unsqueeze(1))
+    log_p.sub_(_finite(state[largest]).unsqueeze(1))
+    return (log_p if temperature == 1.0 else log_p.div_(temperature)).sub_(log_sum.unsqueeze(1))
 
 
 def _block(tile: _Tile, terms: RowTerms) -> Block:
     """The tile as a block of normalised logs; for Decoupled the label's column is excluded."""
     assert tile.teacher is not None
-    student, teacher = tile.student, tile.teacher
+    log_s, log_t, exp_s, exp_t, ratio, spare = tile.room.unbind()
     if isinstance(terms.divergence, Decoupled):
-        student, teacher = _without_label(student, tile), _without_label(teacher, tile)
-    log_s = _normalised(student, tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, terms.temperature)
-    log_t = _normalised(teacher, tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, terms.temperature)
+        _without_label(tile.student, tile, log_s)
+        _without_label(tile.teacher, tile, log_t)
+    else:
+        log_s.copy_(tile.student)
+        log_t.copy_(tile.teacher)
+    _normalise_(log_s, tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, terms.temperature)
+    _normalise_(log_t, tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, terms.temperature)
     sums = Sums(*log_s.new_ones((len(Sums._fields), log_s.shape[0], 1)).unbind())
-    exp_s, exp_t, ratio, spare = torch.empty(
-        (4, *log_s.shape), dtype=log_s.dtype, device=log_s.device
-    ).unbind()
     mean = tile.state[slots.MEAN].unsqueeze(1)
     return Block(log_s, log_t, exp_s, exp_t, ratio, spare, sums, careful=True, mean=mean)
+
+
+def _accumulate(arithmetic: Arithmetic, block: Block) -> None:
+    """On a CPU first as if all logs were finite, since masking costs more than all else; then with care if they are not."""
+    if block.log_s.device.type == "cpu":
+        block.careful = False
+        arithmetic.accumulate(block)
+        sums = block.sums
+        if math.isfinite((sums.first + sums.second + sums.third).sum().item()):
+            return
+        block.careful = True
+    arithmetic.accumulate(block)
 
 
 def tile_sums(
@@ -179,7 +199,7 @@ def tile_sums(
         block = _block(tile, terms)
         # Of Decoupled only what the others add: the label's part is known from the normalisers.
         block.sums.target.zero_()
-        arithmetic.accumulate(block)
+        _accumulate(arithmetic, block)
         value = arithmetic.values(Sums(*(number.double() for number in block.sums)), block.sums)
         tile.state[slots.VALUE] += value.squeeze(1).to(state.dtype)
         tile.state[slots.MEAN] += arithmetic.mean(block.sums).squeeze(1)
@@ -209,7 +229,7 @@ def tile_gradient(
     for tile in blocks:
         weight = unit[tile.rows]
         if tile.teacher is None:
-            out = torch.zeros_like(tile.student)
+            out = tile.room[1].zero_()
         else:
             block = _block(tile, terms)
             out, factor = block.log_t, weight * (terms.kd_scale / terms.temperature)
@@ -217,17 +237,14 @@ def tile_gradient(
                 _set_labels(block.sums, tile.state, terms.temperature)
                 block.sums.target.copy_(decoupled[0][tile.rows].unsqueeze(1))
                 block.sums.non_target.copy_(decoupled[1][tile.rows].unsqueeze(1))
+            _accumulate(arithmetic, block)
+            if decoupled is not None:
+                # Only now, as the logs are without the label's column already.
                 block.labels, block.absent = tile.label, None if tile.inside is None else ~tile.inside
-            labels_of_block, block.labels = (
-                block.labels,
-                None,
-            )  # the logs are without the label's column already
-            arithmetic.accumulate(block)
-            block.labels = labels_of_block
             arithmetic.write_gradient(block, factor, None, out)
         if terms.ce_weight != 0.0 and tile.label is not None and tile.inside is not None:
             of_ce, smoothing = weight * terms.ce_weight, terms.label_smoothing
-            p = torch.sub(tile.student, tile.state[slots.CE_MAX].unsqueeze(1)).exp_()
+            p = torch.sub(tile.student, tile.state[slots.CE_MAX].unsqueeze(1), out=tile.room[0]).exp_()
             out.addcmul_(p, of_ce / tile.state[slots.CE_SUM].unsqueeze(1))
             if smoothing != 0.0:
                 out.sub_(of_ce * (smoothing / vocabulary))
