@@ -11,12 +11,14 @@ from torch import Tensor
 from . import checks, contextual_checks, reference_contextual
 from .autograd import row_loss
 from .backends import resolve_impl
+from .compiling import traceable
 from .matmul import wide_dtype
 from .options import Impl
-from .window_blocks import ContextualRelations, make_axis
+from .window_blocks import ContextualRelations
 from .windows import RelationCounts, Variant, count_relations
 
 
+@traceable
 def contextual_relation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -71,8 +73,11 @@ def contextual_relation_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
 
-    Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), equations 3 to 8;
-    study: arXiv 2508.15423, whose code compares every position with plain mean squared errors.
+    Memory beyond the inputs is the gradient and scratch of half the student's features, or a few MiB if that is more,
+    for any window; wide windows cost time. Backward computes the relations again.
+
+    Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), word relation and
+    layer-transforming relation; study: arXiv 2508.15423, whose code compares them by plain mean squared errors.
     """
     contextual_checks.check_layer_features(student, teacher, mask)
     contextual_checks.check_window(window)
@@ -88,13 +93,16 @@ def contextual_relation_loss(
     with torch.autocast(student.device.type, enabled=False):
         if impl == "reference":
             return _reference_loss(student, teacher, mask, window, variant, factors)
-        axes = tuple(
-            make_axis(transposed, counts, distance, angle)
-            for transposed, counts, distance, angle in _axes(student, mask, window, variant, factors)
+        axes = list(_axes(student, mask, window, variant, factors))
+        scales = torch.stack(
+            [
+                torch.stack([distance / counts.pairs, angle / counts.triples])
+                for _, counts, distance, angle in axes
+            ]
         )
-        solver = ContextualRelations(impl, window, variant, axes)
+        solver = ContextualRelations(impl, window, variant, distance_weight != 0.0, angle_weight != 0.0)
         one = torch.ones((), dtype=wide_dtype(student.dtype), device=student.device)
-        return row_loss(solver, (student, teacher, mask), None, one, "sum", gradient_in_forward=False)
+        return row_loss(solver, (student, teacher, mask, scales), None, one, "sum", gradient_in_forward=False)
 
 
 class _Factors(NamedTuple):

@@ -16,7 +16,7 @@ from .backends import load_backend
 from .matmul import wide_dtype
 from .options import Impl
 from .pairs import AngleGradient, AngleSide, DirectAngles
-from .windows import ROW_STEP, RelationCounts, Variant
+from .windows import ROW_STEP, Variant
 
 # Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
 SCRATCH_SHARE = 0.5
@@ -101,7 +101,7 @@ class WindowBackend(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Axis:
+class _Axis:
     """The relations of one axis and what their sums are multiplied with; None is not computed."""
 
     transposed: bool  # False: tokens of a layer; True: layers of a token
@@ -121,15 +121,6 @@ class _Block:
     def of(self, tensor: Tensor) -> Tensor:
         """The block's part of a tensor (B, Q, M, ...)."""
         return tensor[self.batch, self.sequences, self.positions]
-
-
-def make_axis(transposed: bool, counts: RelationCounts, distance_weight: float, angle_weight: float) -> Axis:
-    """Weights over counts, and None for a weight of 0."""
-    return Axis(
-        transposed,
-        None if distance_weight == 0.0 else distance_weight / counts.pairs,
-        None if angle_weight == 0.0 else angle_weight / counts.triples,
-    )
 
 
 def _blocks(shape: tuple[int, int, int], rows: int, window: int | None) -> Iterator[_Block]:
@@ -158,27 +149,46 @@ def _blocks(shape: tuple[int, int, int], rows: int, window: int | None) -> Itera
             yield _Block(slice(b, b + 1), slice(q, min(q + some, sequences)), whole, whole)
 
 
+@dataclass(frozen=True)
 class ContextualRelations:
-    """Solver of `autograd` whose rows are the samples of a batch: tensors student, teacher, mask."""
+    """Solver of `autograd` whose rows are the samples of a batch.
 
-    half_bound = None  # gradients are summed in float32 whatever the dtype, with every factor in them
+    Its tensors are student (B, L, N, D_s), teacher (B, L, N, D_t), mask (B, N) or None, and what the sums are multiplied
+    with: distances and angles of tokens, and in a second row, where wanted, of layers.
+    """
 
-    def __init__(self, impl: Impl, window: int, variant: Variant, axes: tuple[Axis, ...]) -> None:
-        self.backend = cast(WindowBackend, cast(Any, load_backend(impl)).windows)
-        self.window, self.variant, self.axes = window, variant, axes
+    impl: Impl
+    window: int
+    variant: Variant
+    distances: bool
+    angles: bool
+
+    @property
+    def half_bound(self) -> float | None:
+        """None: gradients are summed in float32 whatever the dtype, with every factor in them."""
+        return None
+
+    @property
+    def backend(self) -> WindowBackend:
+        """The functions that do the work."""
+        return cast(WindowBackend, cast(Any, load_backend(self.impl)).windows)
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Values (B,) and the gradient of the student's features."""
-        student, teacher, mask = tensors
-        assert student is not None and teacher is not None
+        student, teacher, mask, scales = tensors
+        assert student is not None and teacher is not None and scales is not None
+        axes = [
+            _Axis(bool(index), scale[0] if self.distances else None, scale[1] if self.angles else None)
+            for index, scale in enumerate(scales)
+        ]
         dtype, batch = wide_dtype(student.dtype), student.shape[0]
         values = torch.zeros(batch, dtype=dtype, device=student.device)
         weight = torch.ones_like(values) if weight is None else weight
         if not needs[0]:
-            self._add(student, teacher, mask, weight, values, None)
-            return values, (None, None, None)
+            self._add(axes, student, teacher, mask, weight, values, None)
+            return values, (None, None, None, None)
         grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
         # In half precision the sums of few samples at a time are kept in float32.
         per_sample = max(1, student.shape[1] * student.shape[2])
@@ -188,13 +198,14 @@ class ContextualRelations:
             part = slice(start, start + some)
             total = grad[part] if grad.dtype == dtype else grad[part].to(dtype)
             part_mask = None if mask is None else mask[part]
-            self._add(student[part], teacher[part], part_mask, weight[part], values[part], total)
+            self._add(axes, student[part], teacher[part], part_mask, weight[part], values[part], total)
             if total.dtype != grad.dtype:
                 grad[part] = total
-        return values, (grad, None, None)
+        return values, (grad, None, None, None)
 
     def _add(
         self,
+        axes: list[_Axis],
         student: Tensor,
         teacher: Tensor,
         mask: Tensor | None,
@@ -203,7 +214,7 @@ class ContextualRelations:
         grad: Tensor | None,  # (B, L, N, D_s), float32 or float64
     ) -> None:
         """Add values and gradient of every axis."""
-        for axis in self.axes:
+        for axis in axes:
             tensors = (student, teacher, grad)
             if axis.transposed:
                 tensors = tuple(None if tensor is None else tensor.transpose(1, 2) for tensor in tensors)
@@ -221,7 +232,7 @@ class _AxisPass:
     def __init__(
         self,
         solver: ContextualRelations,
-        axis: Axis,
+        axis: _Axis,
         student: Tensor,  # (B, Q, M, D_s)
         teacher: Tensor,
         valid: Tensor | None,  # (B, Q, M) bool

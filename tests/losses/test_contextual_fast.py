@@ -135,6 +135,21 @@ def test_autograd_is_not_surprised(impl: Impl) -> None:
     assert not contextual_relation_loss(student.detach(), teacher, window=2, impl=impl).requires_grad
 
 
+def test_a_call_is_one_node_of_a_compiled_graph() -> None:
+    student, teacher = normal(2, 3, 12, 6).requires_grad_(), normal(2, 3, 12, 5)
+    mask = torch.arange(12, device=DEVICE) < torch.tensor([[12], [7]], device=DEVICE)
+
+    def loss(student: Tensor) -> Tensor:
+        return 2.0 * contextual_relation_loss(student, teacher, window=2, mask=mask, layer_weight=0.5)
+
+    plain = loss(student)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(student)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, student), torch.autograd.grad(plain, student), rtol=1e-6, atol=1e-9
+    )
+
+
 def test_the_kernels_agree_with_the_torch_back_end_on_wide_windows() -> None:
     """Windows and widths beyond one tile of every kernel."""
     pytest.importorskip("triton")

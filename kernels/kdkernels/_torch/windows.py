@@ -36,20 +36,10 @@ class Rows:
     """One side of a block as contiguous rows in float32 or float64, zeros where they do not count and around them."""
 
     def __init__(
-        self,
-        features: Tensor,
-        valid: Tensor | None,
-        rows: int,
-        margin: int,
-        dtype: torch.dtype,
+        self, features: Tensor, valid: Tensor | None, rows: int, margin: int, dtype: torch.dtype
     ) -> None:
-        self.shape, self.count, self.rows, self.margin = (
-            features.shape,
-            features[..., 0].numel(),
-            rows,
-            margin,
-        )
-        self.dtype = dtype
+        self.shape, self.count = features.shape, features[..., 0].numel()
+        self.rows, self.margin, self.dtype = rows, margin, dtype
         self.valid = None if valid is None else valid[: self.count]
         self.buffer = features.new_zeros(rows + 2 * margin, features.shape[3], dtype=dtype)
         own = self.buffer[margin : margin + self.count]
