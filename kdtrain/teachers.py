@@ -97,7 +97,7 @@ def load_teacher(
                 f"{list(recipe.class_order)}"
             )
     elif outputs == len(classes):
-        id2label = dict(model.config.id2label or {})
+        id2label: dict[Any, str] = dict(model.config.id2label or {})
         named = [str(id2label[i]) for i in range(len(classes))]
         if named != list(classes) and not all(name == f"LABEL_{i}" for i, name in enumerate(named)):
             i = next(i for i, (a, b) in enumerate(zip(named, classes, strict=True)) if a != b)
