@@ -11,6 +11,7 @@ from kdtrain.recipe.files import read_recipe
 EXAMINERS = {
     "classification": "kdtrain.commands.doctor:examine_classification",
     "study": "kdtrain.commands.doctor:examine_study",
+    "code_lm": "kdtrain.language.doctor:examine_language",
 }
 """By a recipe's `task`: the function from its content to its findings."""
 
@@ -18,6 +19,11 @@ EXAMINERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe of any task; everything behind it overrides fields."""
     parser.add_argument("recipe", help="YAML file of a run or a study; any field can follow, as in --seed 1")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="task code_lm: memory and communication of 1 to 1024 devices, from shapes alone",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -26,6 +32,8 @@ def main(arguments: argparse.Namespace) -> int:
     task = content.get("task", "study" if "tasks" in content else "classification")
     if task not in EXAMINERS:
         raise KdtrainError(f"kdtrain doctor knows the tasks {', '.join(EXAMINERS)}, got task: {task}")
+    if arguments.plan:
+        return print_plan(task, content)
     module, _, function = EXAMINERS[task].partition(":")
     findings: list[Finding] = getattr(importlib.import_module(module), function)(content)
     for finding in findings:
@@ -33,6 +41,17 @@ def main(arguments: argparse.Namespace) -> int:
     count = sum(finding.level == "wrong" for finding in findings)
     print(f"{count} wrong, {sum(finding.level == 'suspicious' for finding in findings)} suspicious")
     return 1 if count else 0
+
+
+def print_plan(task: str, content: dict[str, Any]) -> int:
+    """Where the memory of one device goes, without opening data or weights."""
+    if task != "code_lm":
+        raise KdtrainError(f"--plan is for recipes of task code_lm, got task: {task}")
+    from kdtrain.language.plan import plan_table
+    from kdtrain.language.recipe import language_recipe_from_dict
+
+    print(plan_table(language_recipe_from_dict(content)))
+    return 0
 
 
 def examine_classification(content: dict[str, Any]) -> list[Finding]:

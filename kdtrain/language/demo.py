@@ -48,7 +48,7 @@ class LanguageDemoPlan:
 
     vocab_size: int = 16384
     train_characters: int = 3_000_000
-    valid_characters: int = 90_000
+    valid_characters: int = 60_000
     max_length: int = 256
     teacher: LanguageStudentRecipe = field(
         default_factory=lambda: LanguageStudentRecipe(
@@ -61,8 +61,8 @@ class LanguageDemoPlan:
         )
     )
     batch_size: int = 6
-    teacher_steps: int = 360
-    steps: int = 160
+    teacher_steps: int = 320
+    steps: int = 140
     methods: Mapping[str, LanguageMethodRecipe] = field(default_factory=_methods)
     trees: tuple[Path, ...] = ()
     """folders to take the Python code from, in place of what is installed"""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from kdtrain.language.objective import LanguageObjective
 
 EVALUATION_TOKENS = 4096
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time while measuring."""
 
 
 @torch.no_grad()
@@ -51,35 +49,28 @@ def language_metrics(
 def token_sums(
     objective: "LanguageObjective", hidden: Tensor, teacher: TeacherHead | None, labels: Tensor
 ) -> Tensor:
-    """(4,) float64 sums over counted labels: cross entropy, divergence, agreement, count; a few tokens at a time."""
+    """(4,) float64 sums over counted labels: cross entropy, divergence, agreement, count."""
     head = head_of(objective.student)
     counted = labels != IGNORED
-    labels, hidden = labels[counted], hidden[counted]
-    known = None if teacher is None else teacher.hidden[counted]
-    sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+    hidden = hidden[counted].to(head.weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        for first in range(0, len(labels), CHUNK_TOKENS):
-            part = slice(first, first + CHUNK_TOKENS)
-            states = hidden[part].to(head.weight.dtype)
-            _, stats = linear_kd_loss(
-                states,
-                head.weight,
-                silent_teacher(states, head.weight.shape[0])
-                if teacher is None or known is None
-                else replace(teacher, hidden=known[part]),
-                labels[part],
-                student_bias=head.bias,
-                ce_weight=1.0,
-                softcap=head.softcap,
-                logit_scale=head.scale,
-                vocab_map=None if teacher is None else objective.vocab_map,
-                reduction="sum",
-                impl="reference",
-                return_stats=True,
-            )
-            values = (stats.ce, stats.kd, stats.agrees, torch.ones_like(stats.ce))
-            sums += torch.stack([value.double().sum() for value in values])
-    return sums
+        _, stats = linear_kd_loss(
+            hidden,
+            head.weight,
+            silent_teacher(hidden, head.weight.shape[0])
+            if teacher is None
+            else replace(teacher, hidden=teacher.hidden[counted]),
+            labels[counted],
+            student_bias=head.bias,
+            ce_weight=1.0,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            vocab_map=None if teacher is None else objective.vocab_map,
+            reduction="sum",
+            return_stats=True,
+        )
+    values = (stats.ce, stats.kd, stats.agrees, torch.ones_like(stats.ce))
+    return torch.stack([value.double().sum() for value in values])
 
 
 def silent_teacher(hidden: Tensor, vocabulary: int) -> TeacherLogits:

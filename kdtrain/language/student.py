@@ -1,11 +1,13 @@
 """Student language models: started from a checkpoint, or new in the shape that the recipe gives."""
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -14,7 +16,7 @@ from transformers import (
 from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.teacher import LanguageTeacher, load_causal
-from kdtrain.models import load_tokenizer, special_ids
+from kdtrain.models import load_config, load_tokenizer, special_ids
 
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
@@ -55,19 +57,7 @@ def build_language_student(
         if teacher is not None and given.tokenizer is None:
             rows = max(rows, teacher.head.weight.shape[0])
         model = AutoModelForCausalLM.from_config(
-            FAMILIES[given.architecture](
-                vocab_size=rows,
-                hidden_size=given.hidden_size,
-                intermediate_size=given.intermediate_size,
-                num_hidden_layers=given.layers,
-                num_attention_heads=given.heads,
-                num_key_value_heads=given.heads,
-                head_dim=given.hidden_size // given.heads,
-                max_position_embeddings=recipe.data.max_length,
-                tie_word_embeddings=given.tie_embeddings,
-                **special_ids(tokenizer),
-            ),
-            dtype=torch.float32,
+            new_config(recipe, rows, special_ids(tokenizer)), dtype=torch.float32
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.data.max_length > longest:
@@ -81,6 +71,34 @@ def build_language_student(
         )
         enable()
     return model
+
+
+def new_config(recipe: LanguageRecipe, rows: int, special: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a new student with `rows` rows in its head."""
+    given = recipe.student
+    return FAMILIES[given.architecture](
+        vocab_size=rows,
+        hidden_size=given.hidden_size,
+        intermediate_size=given.intermediate_size,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.heads,
+        num_key_value_heads=given.heads,
+        head_dim=given.hidden_size // given.heads,
+        max_position_embeddings=recipe.data.max_length,
+        tie_word_embeddings=given.tie_embeddings,
+        **special,
+    )
+
+
+def student_config(recipe: LanguageRecipe) -> PreTrainedConfig:
+    """The configuration of the recipe's student, without building it."""
+    if recipe.student.path is not None:
+        return load_config(recipe.student.path, "student.path")
+    if recipe.student.tokenizer is None and recipe.teacher.path is not None:
+        return new_config(
+            recipe, load_config(recipe.teacher.path, "teacher.path").get_text_config().vocab_size, {}
+        )
+    return new_config(recipe, len(student_tokenizer(recipe)), {})
 
 
 def check_tokenizer_survives(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

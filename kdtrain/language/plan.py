@@ -1,0 +1,171 @@
+"""Where the memory of one device goes, and what the devices send each other, computed from shapes alone."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kdtrain.files import human_bytes
+from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.student import student_config
+from kdtrain.models import load_config
+
+DEVICES = (1, 8, 64, 256, 1024)
+CPU_CHUNK_ROWS = 256
+GPU_CHUNK_ROWS = 1024
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know of a model."""
+
+    parameters: int
+    """all, embeddings included, a tied head once"""
+    whole: int
+    """of these, embeddings and head"""
+    vocabulary: int
+    width: int
+    layers: int
+    inner: int
+    """width inside the feed-forward layers"""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "ModelShape":
+        """Counted on a model without memory."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        heads = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        text = config.get_text_config()
+        inner = (
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        )
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            whole=sum(weight.numel() for weight in heads),
+            vocabulary=text.vocab_size,
+            width=text.hidden_size,
+            layers=text.num_hidden_layers,
+            inner=inner,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one device, by what they are for, and bytes it sends in one optimizer step."""
+
+    devices: int
+    tokens: int
+    """in one piece of a batch"""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    teacher: int
+    sent: int
+    eager_loss: int
+    """what logits, log-probabilities and their gradients would take in place of `loss`"""
+
+    @property
+    def total(self) -> int:
+        """The sum of what is held at the worst moment."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.teacher
+
+
+def plan_step(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    recipe: LanguageRecipe,
+    devices: int,
+    *,
+    sharded: bool,
+    chunk_rows: int = GPU_CHUNK_ROWS,
+) -> Plan:
+    """Memory and communication of one device.
+
+    Args:
+        sharded: FSDP2: weights, gradients and optimizer state are spread; one layer is whole at a time, embeddings
+            and head while the step lasts. Otherwise (DDP) every device holds everything.
+    """
+    share = devices if sharded else 1
+    half = recipe.training.precision != "fp32"
+    unit = 2 if half else 4
+    rows = max(1, recipe.training.batch_size // (recipe.training.accumulation * devices))
+    tokens = rows * recipe.data.max_length
+    layer = (student.parameters - student.whole) // max(1, student.layers)
+    gathered = (student.whole + 2 * layer) * unit if sharded else (student.parameters * unit if half else 0)
+    # Kept for backward of one layer and token: four norms' inputs and outputs, q, k, v, the attention's output, the two
+    # sums; gate, up, their activation and product in the feed-forward part.
+    one_layer = tokens * unit * (10 * student.width + 4 * student.inner)
+    if recipe.training.checkpointing:
+        activations = student.layers * tokens * student.width * unit + one_layer
+    else:
+        activations = student.layers * one_layer
+    chunk = min(chunk_rows, tokens)
+    two = 2 if teacher is not None and recipe.method.name != "ft" else 1
+    loss = (
+        4 * two * chunk * student.vocabulary
+        + 4 * student.vocabulary * student.width
+        + 4 * tokens * student.width
+    )
+    eager = (
+        tokens * student.vocabulary * (4 * 2 * two + 4)
+    )  # logits and log-probabilities of each side, one gradient
+    held, sent_teacher = 0, 0
+    if teacher is not None and recipe.method.name != "ft":
+        size = WEIGHT_BYTES[recipe.teacher.precision]
+        held = teacher.whole * size + tokens * teacher.width * size
+        if recipe.teacher.signal == "online":
+            body = teacher.parameters - teacher.whole
+            held += body * size // share + (2 * body * size // teacher.layers if sharded else 0)
+            held += tokens * size * (4 * teacher.width + 3 * teacher.inner)  # the widest moment of one layer
+            sent_teacher = recipe.training.accumulation * body * size if sharded else 0
+    sent = 0
+    if devices > 1 and sharded:
+        sent = (
+            recipe.training.accumulation * 2 * student.parameters * unit
+            + student.parameters * 4
+            + sent_teacher
+        )
+    elif devices > 1:
+        sent = 2 * student.parameters * 4
+    return Plan(
+        devices=devices,
+        tokens=tokens,
+        weights=4 * student.parameters // share + gathered,
+        gradients=4 * student.parameters // share,
+        optimizer=8 * student.parameters // share,
+        activations=activations,
+        loss=loss,
+        teacher=held,
+        sent=sent,
+        eager_loss=eager,
+    )
+
+
+def plan_table(recipe: LanguageRecipe) -> str:
+    """The table that `kdtrain doctor --plan` prints, in Markdown: one line for each number of devices, with FSDP2."""
+    config = student_config(recipe)
+    student = ModelShape.of(config)
+    path = recipe.teacher.path
+    teacher = None if path is None else ModelShape.of(load_config(path, "teacher.path"))
+    lines = [
+        f"student {student.parameters:,} parameters, V {student.vocabulary:,}, D {student.width}"
+        + ("" if teacher is None else f"; teacher {teacher.parameters:,} parameters, D {teacher.width}")
+        + f"; {recipe.training.batch_size} rows of {recipe.data.max_length} tokens a step, {recipe.training.precision}",
+        "",
+        "| devices | tokens a piece | weights | gradients | optimizer | activations | loss | (eager loss) | teacher | total | sent a step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for devices in DEVICES:
+        if devices > 1 and recipe.training.batch_size < devices:
+            lines.append(
+                f"| {devices} | training.batch_size {recipe.training.batch_size} is less than a row for each |"
+            )
+            continue
+        plan = plan_step(student, teacher, recipe, devices, sharded=devices > 1)
+        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.loss, plan.eager_loss,
+                 plan.teacher, plan.total, plan.sent)  # fmt: skip
+        lines.append(f"| {devices} | {plan.tokens} | {' | '.join(human_bytes(part) for part in parts)} |")
+    return "\n".join(lines)

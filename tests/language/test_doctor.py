@@ -1,0 +1,203 @@
+"""The doctor's findings and the plan's bytes, against runs that are wrong in one known way and a measured peak."""
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from kdtrain.cli import main
+from kdtrain.language.doctor import examine_language
+from kdtrain.language.heads import head_of
+from kdtrain.language.objective import LanguageObjective
+from kdtrain.language.packing import LanguageBatch
+from kdtrain.language.plan import CPU_CHUNK_ROWS, ModelShape, plan_step
+from kdtrain.language.recipe import (
+    LanguageDataRecipe,
+    LanguageMethodRecipe,
+    LanguageRecipe,
+    LanguageStudentRecipe,
+    LanguageTeacherRecipe,
+    LanguageTrainingRecipe,
+    load_language_recipe,
+)
+from kdtrain.language.teacher import LanguageTeacher
+from kdtrain.recipe import recipe_to_dict, save_recipe
+
+
+def findings(recipe: LanguageRecipe) -> dict[str, str]:
+    """Text and level of everything the doctor says."""
+    return {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
+
+
+def said(found: dict[str, str], words: str) -> str:
+    """The level of the one finding with these words."""
+    levels = [level for text, level in found.items() if words in text]
+    assert len(levels) == 1, (words, found)
+    return levels[0]
+
+
+def test_a_sound_run(
+    language_distillation: LanguageRecipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = findings(language_distillation)
+    assert set(found.values()) == {"note"}
+    assert said(found, "the same 286 tokens, compared one by one") == "note"
+    assert said(found, "labels are shifted once") == "note"
+    assert said(found, "the student's head is 286 x 16, tied to the embeddings") == "note"
+    assert said(found, "a step holds about") == "note"
+    save_recipe(language_distillation, tmp_path / "recipe.yaml")
+    assert main(["doctor", str(tmp_path / "recipe.yaml")]) == 0
+    assert "0 wrong, 0 suspicious" in capsys.readouterr().out
+
+
+def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Path, tmp_path: Path) -> None:
+    """Another tokenizer, a teacher that knows nothing, padding by hand, a cache and its cost, padded heads."""
+    recipe = language_distillation
+    lost = replace(recipe, teacher=replace(recipe.teacher, path="/nowhere"))
+    assert findings(lost) == {"teacher.path: there is no folder /nowhere": "wrong"}
+    loose = replace(recipe, data=replace(recipe.data, packing=False, max_length=128))
+    assert said(findings(loose), "the rest is padding; set data.packing: true") == "suspicious"
+    cached = replace(
+        recipe,
+        method=LanguageMethodRecipe(),
+        teacher=replace(recipe.teacher, signal="hidden", cache=str(tmp_path / "cache")),
+    )
+    assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
+    model = AutoModelForCausalLM.from_pretrained(language_teacher)
+    with torch.no_grad():  # every token now stands for its neighbour
+        table = head_of(model).weight
+        table.copy_(table.roll(1, 0))
+    model.save_pretrained(tmp_path / "confused")
+    PreTrainedTokenizerFast.from_pretrained(language_teacher).save_pretrained(tmp_path / "confused")
+    confused = replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "confused")))
+    assert said(findings(confused), "is likelier than the next one") == "suspicious"
+
+
+def test_padded_head_of_the_teacher(
+    language_distillation: LanguageRecipe, language_teacher: Path, tmp_path: Path
+) -> None:
+    """A teacher whose head has more rows than the student's: told, and trained over the shared tokens."""
+    model = AutoModelForCausalLM.from_pretrained(language_teacher)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language_teacher)
+    tokenizer.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = replace(
+        language_distillation,
+        student=replace(language_distillation.student, tokenizer=str(tmp_path / "tokenizer")),
+        teacher=LanguageTeacherRecipe(path=str(tmp_path / "padded")),
+    )
+    found = findings(recipe)
+    assert (
+        said(found, "the heads have 286 (student) and 300 (teacher) rows; ids 0 to 285 are the same tokens")
+        == "note"
+    )
+    assert said(found, "before training: cross entropy") == "note"
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages made under it that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor) and value.untyped_storage() not in self.seen:
+                storage = value.untyped_storage()
+                size = storage.nbytes()
+                self.seen.add(storage)
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.forget, size)
+        return result
+
+    def forget(self, size: int) -> None:
+        """A storage is gone."""
+        self.alive -= size
+
+
+# The head alone, layers alone, both: each is the largest part of one of them.
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "layers", "rows"), [(16000, 64, 2, 4), (600, 128, 6, 4), (6000, 64, 4, 4)]
+)
+def test_plan_is_near_the_measured_peak(vocabulary: int, width: int, layers: int, rows: int) -> None:
+    """Everything but the weights themselves, which are counted exactly: within 20 %."""
+    configs = [
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=d,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=3 * d,
+            max_position_embeddings=256,
+        )
+        for d in (width, 2 * width)
+    ]
+    student, teacher = (AutoModelForCausalLM.from_config(config) for config in configs)
+    teacher.eval().requires_grad_(False)
+    objective = LanguageObjective(student, LanguageMethodRecipe(), LanguageTeacher("teacher", teacher, None))  # type: ignore[arg-type]
+    ids = torch.randint(vocabulary, (rows, 256))
+    batch = LanguageBatch(ids, torch.arange(256).expand(rows, -1), ids.roll(-1, 1))
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+    with PeakMemory() as memory:
+        for _ in range(2):
+            loss, _ = objective(batch, ids.numel())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+    shapes = [ModelShape.of(config) for config in configs]
+    recipe = LanguageRecipe(
+        data=LanguageDataRecipe(train="-", max_length=256),
+        teacher=LanguageTeacherRecipe(path="-"),
+        training=LanguageTrainingRecipe(batch_size=rows),
+    )
+    plan = plan_step(shapes[0], shapes[1], recipe, 1, sharded=False, chunk_rows=CPU_CHUNK_ROWS)
+    weights = 4 * (shapes[0].parameters + shapes[1].parameters)
+    assert plan.total == pytest.approx(memory.peak + weights, rel=0.2)
+
+
+def test_plan_of_many_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards shrink with the devices, buffers of the loss do not grow with the batch; the command prints it."""
+    for name, width in (("student", 64), ("teacher", 128)):
+        LlamaConfig(
+            vocab_size=1000, hidden_size=width, num_hidden_layers=4, intermediate_size=256
+        ).save_pretrained(tmp_path / name)
+    recipe = LanguageRecipe(
+        data=LanguageDataRecipe(train="-", max_length=512),
+        student=LanguageStudentRecipe(path=str(tmp_path / "student")),
+        teacher=LanguageTeacherRecipe(path=str(tmp_path / "teacher"), precision="bf16"),
+        training=LanguageTrainingRecipe(batch_size=256, precision="bf16"),
+    )
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "| 8 | 16384 |" in out and "| 256 | 512 |" in out
+    assert "| 1024 | training.batch_size 256 is less than a row for each |" in out
+    shapes = [ModelShape.of(LlamaConfig.from_pretrained(tmp_path / name)) for name in ("student", "teacher")]
+    few, many = (plan_step(shapes[0], shapes[1], recipe, count, sharded=True) for count in (8, 64))
+    assert many.optimizer * 8 == few.optimizer and many.sent == few.sent
+    assert many.loss < few.eager_loss
+
+
+def test_shipped_recipe_and_configurations_are_read() -> None:
+    """accelerate takes the files of recipes/accelerate, and the recipe is complete."""
+    folder = Path(__file__).parents[2] / "recipes"
+    recipe = load_language_recipe(folder / "code-lm-kd.yaml")
+    assert recipe.training.batch_size % (8 * recipe.training.accumulation) == 0
+    assert load_config_from_file(str(folder / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"
+    config: Any = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
