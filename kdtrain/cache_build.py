@@ -252,6 +252,7 @@ def _write_shard(folder: Path, parts: list[tuple[list[str], Outputs]], dtype: st
 
 
 def checksum(shard: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a shard's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(shard.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
