@@ -41,6 +41,7 @@ class AngleGradient(NamedTuple):
     band: Tensor  # (2 W + 1, R) with respect to <c_j, c_k>, each unordered pair once; row 0 is 0
     lift: Tensor  # (2 W + 1, R) with respect to lift_j
     log_scale: Tensor  # (2 W + 1, R) with respect to the logarithm of scale_j
+    values: Tensor  # (R,) the sums themselves
 
 
 def directed(band: Tensor, window: int, rows: int, margin: int) -> Tensor:

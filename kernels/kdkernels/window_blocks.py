@@ -19,7 +19,7 @@ from .pairs import AngleGradient, AngleSide, DirectAngles
 from .windows import ROW_STEP, Variant
 
 # Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
-SCRATCH_SHARE = 0.5
+SCRATCH_SHARE = 0.6
 
 # Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
 LEAST_ROWS = 128
@@ -78,7 +78,7 @@ class WindowBackend(Protocol):
 
     @staticmethod
     def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
-        """Derivatives of the sum of `angle_values` by the student's band, lifts and scales."""
+        """`angle_values`, and derivatives of their sum by the student's band, lifts and scales."""
         ...
 
     @staticmethod
@@ -330,9 +330,11 @@ class _AxisPass:
         near = self.backend.direct_rows(near)
         for side in (student, teacher):
             side.scale.masked_fill_(near | ~related, 0.0)
-        value = self.backend.angle_values(student, teacher)
-        if grad is not None:
+        if grad is None:
+            value = self.backend.angle_values(student, teacher)
+        else:
             gradient = self.backend.angle_gradient(student, teacher)
+            value = gradient.values
             factors = pairs.angle_coefficients(student, gradient)
             sides[0].apply(factors.mul_(row_scale), grad)
         direct = DirectAngles(block.of(self.student), block.of(self.teacher), near, related, row_scale)

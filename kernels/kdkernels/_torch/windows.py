@@ -110,11 +110,10 @@ def angle_values(student: AngleSide, teacher: AngleSide) -> Tensor:
 
 
 def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
-    """Derivatives of the sum of `angle_values` by the student's band, lifts and scales."""
+    """`angle_values`, and derivatives of their sum by the student's band, lifts and scales."""
     offsets, rows = student.lift.shape
     window = offsets // 2
-    lift, log_scale = torch.zeros_like(student.lift), torch.zeros_like(student.lift)
-    band = torch.zeros_like(student.lift)
+    lift, log_scale, band, total = (torch.zeros_like(student.lift) for _ in range(4))
     scratch_s, scratch_t = torch.empty_like(lift), torch.empty_like(lift)
     # Zeros on either side, so that the same pair seen from every row is a slanted column of this buffer.
     slanted = lift.new_zeros(offsets, rows + 2 * window)
@@ -124,6 +123,7 @@ def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
         torch.sub(cosine, error, out=error)
         cosine.mul_(error)
         count = offsets - difference
+        total[:count].addcmul_(error, error)
         log_scale[:count].add_(cosine)
         log_scale[difference:].add_(cosine)
         product = slanted[:count, window : window + rows]
@@ -133,7 +133,8 @@ def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
         by_pair = slanted.as_strided((count, rows), (slanted.stride(0) - 1, 1), 2 * window)
         torch.sum(by_pair, 0, out=band[difference])
     # Squares of differences, of every unordered pair twice.
-    return AngleGradient(*(part.mul_(4.0) for part in (band, lift, log_scale)))
+    band, lift, log_scale = (part.mul_(4.0) for part in (band, lift, log_scale))
+    return AngleGradient(band, lift, log_scale, total.sum(0).mul_(2.0))
 
 
 def widen(near: Tensor) -> bool:

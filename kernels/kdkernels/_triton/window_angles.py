@@ -201,8 +201,9 @@ def angle_values(student: AngleSide, teacher: AngleSide) -> Tensor:
 
 
 def angle_gradient(student: AngleSide, teacher: AngleSide) -> AngleGradient:
-    """Derivatives of the sum of `angle_values` by the student's band, lifts and scales."""
-    gradient = AngleGradient(*(torch.empty_like(student.lift) for _ in range(3)))
+    """`angle_values`, and derivatives of their sum by the student's band, lifts and scales."""
+    band, lift, log_scale = (torch.empty_like(student.lift) for _ in range(3))
+    gradient = AngleGradient(band, lift, log_scale, angle_values(student, teacher))
     offsets, rows = student.lift.shape
     grid = (triton.cdiv(rows, BLOCK), offsets)
     with device_guard(student.lift.device):
