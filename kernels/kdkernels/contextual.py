@@ -73,7 +73,7 @@ def contextual_relation_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
 
-    Memory beyond the inputs is the gradient and scratch of half the student's features, or a few MiB if that is more,
+    Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or a few MiB if that is more,
     for any window; wide windows cost time. Backward computes the relations again.
 
     Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), word relation and
