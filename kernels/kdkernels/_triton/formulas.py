@@ -2,8 +2,8 @@
 
 With r = log(p_s / p_t) and f = dD/dp_s, `divergence_terms` gives for every column a term of the value and its part of
 dD/d(student logit / T) = p_s f - p_s <f>, <f> = sum p_s f; constants of f drop out.
-Forward KL and the decoupled divergence need no <f>. Reverse KL and the alpha-beta divergence sum it up online, while the
-normalisers are not known yet (`ratio_step`). The mixtures need both normalisers first, so a pass of their own.
+Forward KL and the decoupled divergence need no <f>. Reverse KL sums it up online, while the normalisers are not known yet
+(`ratio_step`). The mixtures need both normalisers first, so a pass of their own, and alpha-beta goes with them.
 
 Log-ratios come from the difference of the shifted logits, which is exact where the rows agree, and probabilities from
 products: neither goes through a rounded logarithm of a probability.
@@ -27,7 +27,9 @@ from ..divergences import (
 )
 from .numeric import LN_2, LOG2_E, times_unless_zero
 
-MIXTURES = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "tvd"})
+# Of alpha-beta <f> could be summed up online, but it is subtracted from terms of the last pass: only a sum of the same terms
+# drops out to its last digit in a row with nearly everything in one entry.
+MIXTURES = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta"})
 
 
 class KernelDivergence(NamedTuple):
@@ -183,7 +185,9 @@ def divergence_terms(ratios, first, second, DIVERGENCE: tl.constexpr):
         value, slope = kl_terms(p_teacher, p_student, log_ratio * LN_2)
     elif DIVERGENCE == "reverse_kl":
         value, _ = kl_terms(p_student, p_teacher, -log_ratio * LN_2)
-        slope = log_ratio * LN_2
+        slope = (
+            log_ratio  # in log2, as `mean_slope` has it: the same roundings, which drop out of the difference
+        )
     elif DIVERGENCE == "alpha_beta":
         value, slope = _alpha_beta_terms(ratios, first, second)
     elif DIVERGENCE == "tvd":
@@ -218,13 +222,16 @@ def far_slope(ratios, first):
 
 @triton.jit
 def slope_sums(mean, far_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
-    """Add one tile to <f>; of skew KL with and without the constant, to be chosen between when the row is known."""
+    """Add one tile to <f>; of skew KL with and without the constant, to be chosen between when the row is known; of TVD
+    also to the sum of p_s, which is 1 but for its rounding: f is a half nearly everywhere, and <f> has to be as exact."""
     if DIVERGENCE == "alpha_beta":
         mean += tl.sum(slope, axis=1)
     elif DIVERGENCE != "forward_kl" and DIVERGENCE != "decoupled":
         mean += tl.sum(times_unless_zero(ratios.p_student, slope), axis=1)
     if DIVERGENCE == "skew_kl":
         far_mean += tl.sum(times_unless_zero(ratios.p_student, far_slope(ratios, first)), axis=1)
+    elif DIVERGENCE == "tvd":
+        far_mean += tl.sum(ratios.p_student, axis=1)
     return mean, far_mean
 
 
@@ -235,65 +242,36 @@ def centred_slope(ratios, slope, mean, is_far, first, DIVERGENCE: tl.constexpr):
         slope = tl.where(is_far, far_slope(ratios, first), slope)
     if DIVERGENCE == "alpha_beta":
         slope = slope - ratios.p_student * mean
+    elif DIVERGENCE == "reverse_kl":
+        slope = times_unless_zero(ratios.p_student, (slope - mean) * LN_2)
     elif DIVERGENCE != "forward_kl" and DIVERGENCE != "decoupled":
         slope = times_unless_zero(ratios.p_student, slope - mean)
     return slope
 
 
 @triton.jit
-def ratio_step(
-    power_sum, ratio_sum, student_shifted, teacher_shifted, scale, inverse_temperature, first, second,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
-    """Add one tile to the online sums, both measured from the row's maxima, so that an offset costs no digits.
-
-    Reverse KL: ratio_sum of exp(student) (student - teacher), in logits. Alpha-beta: power_sum of p_s^(alpha + beta), and
-    ratio_sum of p_s f, all but for the normalisers.
-    """
+def ratio_step(ratio_sum, student_shifted, teacher_shifted, scale, DIVERGENCE: tl.constexpr):
+    """Add one tile to the online sum of reverse KL: exp(student) (student - teacher), in logits, both measured from the
+    row's maxima, so that an offset costs no digits."""
     if DIVERGENCE == "reverse_kl":
         ratios = times_unless_zero(tl.exp2(student_shifted * scale), student_shifted - teacher_shifted)
         ratio_sum += tl.sum(ratios, axis=1)
-    elif DIVERGENCE == "alpha_beta":
-        student, _, cross = _powers(student_shifted * scale, teacher_shifted * scale, first, second)
-        x = (teacher_shifted - student_shifted) * inverse_temperature
-        power_sum += tl.sum(student, axis=1)
-        ratio_sum -= tl.sum(_power_quotient(student, cross, x, first), axis=1)
-    return power_sum, ratio_sum
+    return ratio_sum
 
 
 @triton.jit
-def ratio_move(
-    power_sum, ratio_sum, student_total, rescale, student_move, teacher_move, inverse_temperature, first, second,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
-    """The online sums measured from other maxima: shifted logits are larger by the moves, exponentials by `rescale`."""
+def ratio_move(ratio_sum, student_total, rescale, student_move, teacher_move, DIVERGENCE: tl.constexpr):
+    """The online sum measured from other maxima: shifted logits are larger by the moves, exponentials by `rescale`."""
     if DIVERGENCE == "reverse_kl":
         moved = times_unless_zero(student_total, student_move - teacher_move) + ratio_sum
         ratio_sum = times_unless_zero(rescale, moved)
-    elif DIVERGENCE == "alpha_beta":
-        unit = inverse_temperature * LOG2_E
-        student = tl.exp2((first + second) * student_move * unit)
-        cross = tl.exp2((first * teacher_move + second * student_move) * unit)
-        x = (teacher_move - student_move) * inverse_temperature
-        added = times_unless_zero(power_sum, _power_quotient(student, cross, x, first))
-        ratio_sum = times_unless_zero(ratio_sum, cross) - added
-        power_sum = times_unless_zero(power_sum, student)
-    return power_sum, ratio_sum
+    return ratio_sum
 
 
 @triton.jit
-def mean_slope(
-    power_sum, ratio_sum, student_log, teacher_log, log_sum_gap, inverse_student, inverse_temperature, first, second,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
-    """<f> of a row from its online sums; the logarithms are log2 of the row's sums of exponentials."""
+def mean_slope(ratio_sum, log_sum_gap, inverse_student, inverse_temperature, DIVERGENCE: tl.constexpr):
+    """<f> of reverse KL from its online sum, in log2."""
     mean = 0.0
     if DIVERGENCE == "reverse_kl":
-        mean = ratio_sum * inverse_student * inverse_temperature - log_sum_gap * LN_2
-    elif DIVERGENCE == "alpha_beta":
-        # Divided by the normalisers: a move of the reference points by their logarithms.
-        student = tl.exp2(-(first + second) * student_log)
-        cross = tl.exp2(-(first * teacher_log + second * student_log))
-        x = log_sum_gap * LN_2
-        mean = ratio_sum * cross - power_sum * _power_quotient(student, cross, x, first)
+        mean = (ratio_sum * inverse_student) * (inverse_temperature * LOG2_E) - log_sum_gap
     return mean

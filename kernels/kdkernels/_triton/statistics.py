@@ -27,7 +27,6 @@ class State(NamedTuple):
     teacher_max: Any
     teacher_total: Any
     total_at_one: Any  # the student's at temperature 1, from the same maximum
-    power_sum: Any
     ratio_sum: Any
     student_own: Own
     teacher_own: Own
@@ -66,7 +65,7 @@ def new_state(LANES: tl.constexpr):
     lowest = tl.full((LANES,), float("-inf"), tl.float32)
     nothing = tl.zeros((LANES,), tl.float32)
     own = new_own(LANES)
-    return State(lowest, nothing, lowest, nothing, nothing, nothing, nothing, own, own, nothing)
+    return State(lowest, nothing, lowest, nothing, nothing, nothing, own, own, nothing)
 
 
 @triton.jit
@@ -114,29 +113,15 @@ def statistics_step(
     if FLAGS.ce_sum == "at_one":
         rescale = tl.exp2((state.student_max - finite_or_zero(student_max)) * LOG2_E)
         total_at_one = total_at_one * rescale + tl.sum(tl.exp2(student_shifted * LOG2_E), axis=1)
-    power_sum, ratio_sum = ratio_move(
-        state.power_sum,
+    ratio_sum = ratio_move(
         state.ratio_sum,
         state.student_total,
         tl.exp2((state.student_max - finite_or_zero(student_max)) * numbers.scale),
         finite_or_zero(state.student_max) - finite_or_zero(student_max),
         finite_or_zero(state.teacher_max) - finite_or_zero(teacher_max),
-        numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
         FLAGS.divergence,
     )
-    power_sum, ratio_sum = ratio_step(
-        power_sum,
-        ratio_sum,
-        student_shifted,
-        teacher_shifted,
-        numbers.scale,
-        numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
-        FLAGS.divergence,
-    )
+    ratio_sum = ratio_step(ratio_sum, student_shifted, teacher_shifted, numbers.scale, FLAGS.divergence)
     student_own = state.student_own
     teacher_own = state.teacher_own
     if FLAGS.ce_sum == "own":
@@ -155,7 +140,6 @@ def statistics_step(
         teacher_max,
         teacher_total,
         total_at_one,
-        power_sum,
         ratio_sum,
         student_own,
         teacher_own,
@@ -193,6 +177,8 @@ def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "skew_kl":
         is_far = mean > 0.5 * (1.0 - first)
         mean = tl.where(is_far, far_mean, mean)
+    elif DIVERGENCE == "tvd":
+        mean = mean / far_mean
     return Totals(
         totals.student_reference,
         totals.student_inverse,
@@ -212,31 +198,22 @@ def join_statistics(state, numbers, FLAGS: tl.constexpr):
     student_reference, student_total = join_lanes(state.student_max, state.student_total, numbers.scale)
     teacher_reference, teacher_total = join_lanes(state.teacher_max, state.teacher_total, numbers.scale)
     totals = new_totals(student_reference, student_total, teacher_reference, teacher_total, FLAGS.divergence)
-    power_sum, ratio_sum = ratio_move(
-        state.power_sum,
+    ratio_sum = ratio_move(
         state.ratio_sum,
         state.student_total,
         tl.exp2((state.student_max - student_reference) * numbers.scale),
         finite_or_zero(state.student_max) - student_reference,
         finite_or_zero(state.teacher_max) - teacher_reference,
-        numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
         FLAGS.divergence,
     )
     mean = mean_slope(
-        tl.sum(power_sum, axis=0),
         tl.sum(ratio_sum, axis=0),
-        totals.student_log,
-        totals.teacher_log,
         totals.log_sum_gap,
         totals.student_inverse,
         numbers.inverse_temperature,
-        numbers.first,
-        numbers.second,
         FLAGS.divergence,
     )
-    if FLAGS.divergence == "reverse_kl" or FLAGS.divergence == "alpha_beta":
+    if FLAGS.divergence == "reverse_kl":
         totals = with_mean(totals, mean, mean, numbers.first, FLAGS.divergence)
     return totals
 
