@@ -129,7 +129,6 @@ class Decoupled:
 
 
 Divergence = ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD | AlphaBeta | Decoupled
-BuiltDivergence = Divergence
 
 NAMES: dict[str, type[ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD]] = {
     "forward_kl": ForwardKL,
