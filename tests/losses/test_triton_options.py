@@ -23,7 +23,7 @@ from tests.support.row_kernels import (
     reference,
 )
 
-# One of each kind: two passes, two with an online mean, three with either form of the mean, a softmax of its own for CE.
+# One of each kind: two passes, two with an online mean, three with two means, three with powers, two without the label.
 KINDS: list[Divergence] = [ForwardKL(), ReverseKL(), SkewKL(0.3), AlphaBeta(0.4, 0.8), Decoupled()]
 
 
