@@ -138,7 +138,7 @@ def test_modes() -> None:
 
 
 def test_sharded_vocabularies() -> None:
-    group = {"vocab_group": "a process group"}
+    group: dict[str, Any] = {"vocab_group": "a process group"}
     refused(
         linear,
         "vocab_group must be a process group of torch.distributed, got str; "
@@ -152,7 +152,7 @@ def test_sharded_vocabularies() -> None:
         ("check_finite", True, "looks at whole rows; leave it at False"),
     ):
         sentence = f"with vocab_group, {option}={value!r} {reason}"
-        refused(linear, sentence, NotImplementedError, **group, **{option: value})
+        refused(linear, sentence, NotImplementedError, **{**group, option: value})
 
 
 def test_numbers_of_divergences() -> None:

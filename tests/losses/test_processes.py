@@ -171,7 +171,9 @@ def sharded_kernels(rank: int) -> list[list[Tensor]]:
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes are on the CPU: kernels in the interpreter")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the processes are on the CPU: kernels in the interpreter"
+)
 def test_a_sharded_vocabulary_through_the_kernels(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     found = run_processes(sharded_kernels, 2, tmp_path)

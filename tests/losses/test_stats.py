@@ -19,7 +19,7 @@ def test_numbers(reduction, impl: Impl) -> None:
     counted = case.labels != -100
     hidden, weight, bias = case.leaves()
     arguments = (hidden, weight, case.teacher, case.labels)
-    options = {**OPTIONS, "student_bias": bias, "impl": impl, "reduction": reduction}
+    options: dict[str, Any] = {**OPTIONS, "student_bias": bias, "impl": impl, "reduction": reduction}
     loss, stats = linear_kd_loss(*arguments, return_stats=True, **options)
     assert isinstance(stats, KDStats)
     plain = linear_kd_loss(*arguments, **options)
@@ -46,7 +46,8 @@ def test_numbers(reduction, impl: Impl) -> None:
         torch.testing.assert_close(
             getattr(stats, name)[counted].double(), exact[counted], rtol=1e-5, atol=1e-6
         )
-    rows = linear_kd_loss(*arguments, **{**options, "reduction": "none"})
+    options["reduction"] = "none"
+    rows = linear_kd_loss(*arguments, **options)
     torch.testing.assert_close(4.0 * stats.kd + 0.5 * stats.ce, rows)
 
 

@@ -75,9 +75,7 @@ def test_a_sharded_parameter_is_refused(tmp_path) -> None:
         case = make_case()
         weight = DTensor.from_local(case.student_weight.detach().cpu(), mesh, [Replicate()])
         hidden = case.student_hidden.detach().cpu()
-        teacher = TeacherHead(
-            *(tensor.detach().cpu() for tensor in (case.teacher.hidden, case.teacher.weight))
-        )
+        teacher = TeacherHead(case.teacher.hidden.detach().cpu(), case.teacher.weight.detach().cpu())
         with pytest.raises(ValueError, match="student_weight is a DTensor, of which each rank holds a part"):
             linear_kd_loss(hidden, weight, teacher)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_processes(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -19,7 +19,7 @@ def run_processes(function: Callable[..., Any], world: int, folder: Path, *argum
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.spawn(_process, (function, world, port, str(folder), arguments), nprocs=world)
+    spawn(_process, (function, world, port, str(folder), arguments), nprocs=world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
