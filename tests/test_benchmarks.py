@@ -14,7 +14,7 @@ import benchmarks.gpu
 import benchmarks.rows
 from benchmarks import numerics, publish
 from benchmarks.cases import SUITES, Case, make_inputs
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, LABELS
 from benchmarks.measure import peak_bytes_of, quartiles
 from benchmarks.report import markdown, records
 from benchmarks.runner import Row, run_case
@@ -87,7 +87,7 @@ def test_the_command_prints_a_table_and_writes_csv_and_json(tmp_path: Path) -> N
     command += ["--contenders", "products", "copy", "--skip-tests", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "| floor: four bare matrix products |" in done.stdout
+    assert f"| {LABELS['products']} |" in done.stdout
     (table,) = tmp_path.glob("*.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
