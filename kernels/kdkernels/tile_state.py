@@ -20,7 +20,8 @@ LABEL, TEACHER_LABEL = 6, 7
 # Sum of z over all of the student's columns, for label smoothing.
 LOGIT_SUM = 8
 # Second pass: the value of the divergence (of Decoupled that of the distributions without the label), and the mean
-# slope <f>, up to the constant that the back end's f leaves out; skew KL keeps it with and without that constant.
+# slope <f>, up to the constant that the back end's f leaves out; FAR_MEAN is skew KL's without that constant, and for
+# TVD the sum of p_s.
 VALUE, MEAN, FAR_MEAN = 9, 10, 11
 SLOTS = 12
 
