@@ -26,8 +26,10 @@ DEVICE_BLOCK_ELEMENTS = 1 << 24
 # logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
 LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
 
-# Rows of logits held at a time on the CPU: enough for the matrix products to run at full speed.
-CHUNK_ROWS = 352
+# Rows of logits held at a time on the CPU: enough for the matrix products to run near full speed. From a vocabulary of
+# 48,000 on fewer, so that the two buffers stay within 128 MiB, down to what products at half the rows still bear.
+CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 352, 176
+CPU_CHUNK_BYTES = 1 << 27
 
 # Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that feed the products.
 CHUNK_BYTES = 1 << 30
@@ -39,7 +41,8 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     if chunk_bytes is not None:
         return max(1, min(rows, chunk_bytes // (8 * vocabulary)))
     if device.type == "cpu":
-        most = max(CHUNK_ROWS, BLOCK_ELEMENTS // vocabulary)
+        fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
+        most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
         return max(1, math.ceil(rows / math.ceil(rows / most)))  # equal chunks: a small last one is slow
     return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
 
