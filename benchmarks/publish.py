@@ -1,6 +1,6 @@
 """Committed results into the README's table and two plots: `python -m benchmarks.publish`.
 
-The README's lines between the two marks are written anew from the newest `<date>.csv` of every device; the plots show
+The README's lines between the two marks are written anew from the newest `<date>.csv` and `<date>-family.csv` of every device; the plots show
 time and memory against the number of tokens, from the newest `<date>-sweep.csv`. A test holds the README to the files.
 """
 
@@ -57,10 +57,38 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def family_table(rows: list[Row]) -> str:
+    """One line a case: ours against eager, the bare products, and the same products with results in fresh memory."""
+    first = rows[0]
+    cases: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        cases[row["case"]][row["contender"]] = row
+    lines = [
+        f"Every divergence and form of teacher ({first['device']}, {first['date']}, commit {first['commit']}), kdkernels only:",
+        "",
+        "| case | median s | peak extra MiB | of eager's | x eager | x products | x products, fresh memory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case, found in cases.items():
+        ours, eager, plain = found["ours"], found["eager"], found["plain_products"]
+        peak = int(ours["peak_extra_bytes"])
+        floor, fresh = float(ours["times_floor"]), plain["times_floor"]
+        lines.append(
+            f"| {case} | {float(ours['median_s']):.3f} | {peak / 2**20:.0f} | {peak / int(eager['peak_extra_bytes']):.2f} "
+            f"| {float(ours['times_eager']):.2f} | {floor:.2f} | {f'{floor / float(fresh):.2f}' if fresh else ''} |"
+        )
+    return "\n".join(lines)
+
+
 def published() -> str:
     """What stands between the marks: every device with results, in alphabetical order."""
-    paths = [newest(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
-    return "\n\n".join(table(read(path)) for path in paths if path is not None)
+    found = []
+    for folder in sorted(folder for folder in RESULTS.iterdir() if folder.is_dir()):
+        for suffix, make in (("", table), ("-family", family_table)):
+            path = newest(folder, suffix)
+            if path is not None:
+                found.append(make(read(path)))
+    return "\n\n".join(found)
 
 
 def into(text: str, content: str) -> str:
