@@ -20,7 +20,7 @@ demo: .venv/.train ## distil a real code model on this machine, nothing download
 	$(BIN)/kdtrain demo
 
 test: .venv/.dev ## run the tests (under 10 minutes on two cores)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .

@@ -25,6 +25,9 @@ from tests.support.compiled import (
     work,
 )
 
+# One process of a parallel run makes the table for all of these tests.
+pytestmark = pytest.mark.xdist_group(__name__)
+
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 

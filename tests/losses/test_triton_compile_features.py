@@ -12,6 +12,9 @@ pytest.importorskip("triton")
 
 from tests.support.compiled_features import ARCHITECTURES, Counts, table, work
 
+# One process of a parallel run makes the table for all of these tests.
+pytestmark = pytest.mark.xdist_group(__name__)
+
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 
