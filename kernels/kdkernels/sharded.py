@@ -9,6 +9,7 @@ every rank has the loss and the gradient that one process with the whole vocabul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -181,33 +182,19 @@ class ShardedKD:
         terms, backend, group = self.terms, self.backend, self.shard.group
         state = new_state(len(student), wide_dtype(student.dtype), student.device)
         arguments = (student, teacher, labels, terms, state)
-        offset = self.shard.offset
-        backend.tile_statistics(
-            *arguments,
-            offset=offset,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            row_weight=row_weight,
-        )
+        options: dict[str, Any] = {
+            "offset": self.shard.offset,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+            "row_weight": row_weight,
+        }
+        backend.tile_statistics(*arguments, **options)
         _merge_statistics(state, terms.temperature, group)
-        backend.tile_sums(
-            *arguments,
-            offset=offset,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            row_weight=row_weight,
-        )
+        backend.tile_sums(*arguments, **options)
         _sum_over_ranks(state, _SECOND_SUMS, group)
         if grad is not None:
             backend.tile_gradient(
-                *arguments,
-                offset=offset,
-                vocabulary=self.shard.total,
-                student_bias=student_bias,
-                teacher_bias=teacher_bias,
-                row_weight=row_weight,
-                decoupled=decoupled,
-                grad=grad,
+                *arguments, vocabulary=self.shard.total, decoupled=decoupled, grad=grad, **options
             )
         kd, ce = tiles.finish(
             state, labels, terms, vocabulary=self.shard.total, decoupled=decoupled, row_weight=row_weight
