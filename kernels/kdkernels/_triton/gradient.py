@@ -39,8 +39,8 @@ def sums_step(sums, row, columns, numbers, totals, FLAGS: tl.constexpr, MASKED: 
     value, mean, far_mean = sums
     pair = load_pair(row, columns, FLAGS, MASKED)
     ratios = tile_ratios(pair, totals, numbers.scale)
-    terms, slope = divergence_terms(ratios, numbers.first, numbers.second, FLAGS.divergence)
-    mean, far_mean = slope_sums(mean, far_mean, ratios, slope, numbers.first, FLAGS.divergence)
+    terms, slope = divergence_terms(ratios, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence))
+    mean, far_mean = slope_sums(mean, far_mean, ratios, slope, numbers.first, tl.constexpr(FLAGS.divergence))
     return value + tl.sum(terms, axis=1), mean, far_mean
 
 
@@ -78,9 +78,11 @@ def last_step(
     """One tile of the last pass: add the terms of the value, (LANES,), and write the gradient."""
     pair = load_pair(row, columns, FLAGS, MASKED)
     ratios = tile_ratios(pair, totals, numbers.scale)
-    terms, slope = divergence_terms(ratios, numbers.first, numbers.second, FLAGS.divergence)
+    terms, slope = divergence_terms(ratios, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence))
     if FLAGS.write_grad:
-        slope = centred_slope(ratios, slope, totals.mean, totals.is_far, numbers.first, FLAGS.divergence)
+        slope = centred_slope(
+            ratios, slope, totals.mean, totals.is_far, numbers.first, tl.constexpr(FLAGS.divergence)
+        )
         if FLAGS.divergence == "decoupled":
             # Inside the rest a forward KL; between the rest and the label a KL of two categories.
             slope = slopes.rest * slope + slopes.label_difference * ratios.p_student
@@ -96,7 +98,7 @@ def last_step(
                 p_at_one = tl.exp2(shifted * LOG2_E) * slopes.ce_inverse
             gradient += ce_slope(p_at_one, columns, row, slopes, FLAGS.has_smoothing)
         if FLAGS.student_transform != "none":
-            gradient *= chain_factor(pair.student_own, row.student, FLAGS.student_transform)
+            gradient *= chain_factor(pair.student_own, row.student, tl.constexpr(FLAGS.student_transform))
         if FLAGS.aliased:
             # Tile i of the gradient lies over logits of tile i // 2. All warps have read as far as i before one writes,
             # and the tiles ascend, so nothing is overwritten that is still to be read.

@@ -20,7 +20,9 @@ def _load_one(side, column, valid, other, HAS_BIAS: tl.constexpr, TRANSFORM: tl.
 @triton.jit
 def student_label(row, label, valid, FLAGS: tl.constexpr):
     """The student's logit of the label; NaN for a label out of range: the host would wait for the device to see it."""
-    return _load_one(row.student, label, valid, float("nan"), FLAGS.has_student_bias, FLAGS.student_transform)
+    return _load_one(
+        row.student, label, valid, float("nan"), FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
+    )
 
 
 @triton.jit
@@ -33,7 +35,12 @@ def teacher_label(row, label, valid, FLAGS: tl.constexpr):
     else:
         shared = valid & (label < row.shared)
     logit = _load_one(
-        row.teacher, place, shared, float("-inf"), FLAGS.has_teacher_bias, FLAGS.teacher_transform
+        row.teacher,
+        place,
+        shared,
+        float("-inf"),
+        FLAGS.has_teacher_bias,
+        tl.constexpr(FLAGS.teacher_transform),
     )
     return logit, shared
 

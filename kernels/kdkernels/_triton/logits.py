@@ -82,24 +82,28 @@ def load_logits(side, columns, inside, HAS_BIAS: tl.constexpr, TRANSFORM: tl.con
 def load_pair(row, columns, FLAGS: tl.constexpr, MASKED: tl.constexpr):
     """One tile of both rows; without MASKED all columns are below `row.shared`."""
     in_row = columns < row.V if MASKED else None
-    student_own = load_logits(row.student, columns, in_row, FLAGS.has_student_bias, FLAGS.student_transform)
+    student_own = load_logits(
+        row.student, columns, in_row, FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
+    )
     if FLAGS.vocab_map == "index":
         places = tl.load(row.map_ptr + columns, mask=in_row, other=-1 if MASKED else None)
         both = places >= 0
-        teacher_own = load_logits(row.teacher, places, both, FLAGS.has_teacher_bias, FLAGS.teacher_transform)
+        teacher_own = load_logits(
+            row.teacher, places, both, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
+        )
         student = tl.where(both, student_own, float("-inf"))
         teacher = teacher_own
     elif FLAGS.vocab_map == "prefix" and MASKED:
         both = columns < row.shared
         inside = columns < row.V_teacher if FLAGS.has_stats else both
         teacher_own = load_logits(
-            row.teacher, columns, inside, FLAGS.has_teacher_bias, FLAGS.teacher_transform
+            row.teacher, columns, inside, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
         student = tl.where(both, student_own, float("-inf"))
         teacher = tl.where(both, teacher_own, float("-inf"))
     else:
         teacher_own = load_logits(
-            row.teacher, columns, in_row, FLAGS.has_teacher_bias, FLAGS.teacher_transform
+            row.teacher, columns, in_row, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
         student = student_own
         teacher = teacher_own

@@ -173,7 +173,7 @@ def _kd_rows_kernel(
     if FLAGS.mixture:
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
         tl.store(kd_ptr + row_index, value)
-        totals = with_mean(totals, mean, far_mean, first, FLAGS.divergence)
+        totals = with_mean(totals, mean, far_mean, first, tl.constexpr(FLAGS.divergence))
     if FLAGS.write_grad or not FLAGS.mixture:
         slopes = Slopes(
             weight * kd_scale * inverse_temperature,

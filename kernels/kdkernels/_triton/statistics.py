@@ -119,9 +119,11 @@ def statistics_step(
         tl.exp2((state.student_max - finite_or_zero(student_max)) * numbers.scale),
         finite_or_zero(state.student_max) - finite_or_zero(student_max),
         finite_or_zero(state.teacher_max) - finite_or_zero(teacher_max),
-        FLAGS.divergence,
+        tl.constexpr(FLAGS.divergence),
     )
-    ratio_sum = ratio_step(ratio_sum, student_shifted, teacher_shifted, numbers.scale, FLAGS.divergence)
+    ratio_sum = ratio_step(
+        ratio_sum, student_shifted, teacher_shifted, numbers.scale, tl.constexpr(FLAGS.divergence)
+    )
     student_own = state.student_own
     teacher_own = state.teacher_own
     if FLAGS.ce_sum == "own":
@@ -197,24 +199,26 @@ def join_statistics(state, numbers, FLAGS: tl.constexpr):
     """The statistics of the whole row, with <f> where it was summed up online."""
     student_reference, student_total = join_lanes(state.student_max, state.student_total, numbers.scale)
     teacher_reference, teacher_total = join_lanes(state.teacher_max, state.teacher_total, numbers.scale)
-    totals = new_totals(student_reference, student_total, teacher_reference, teacher_total, FLAGS.divergence)
+    totals = new_totals(
+        student_reference, student_total, teacher_reference, teacher_total, tl.constexpr(FLAGS.divergence)
+    )
     ratio_sum = ratio_move(
         state.ratio_sum,
         state.student_total,
         tl.exp2((state.student_max - student_reference) * numbers.scale),
         finite_or_zero(state.student_max) - student_reference,
         finite_or_zero(state.teacher_max) - teacher_reference,
-        FLAGS.divergence,
+        tl.constexpr(FLAGS.divergence),
     )
     mean = mean_slope(
         tl.sum(ratio_sum, axis=0),
         totals.log_sum_gap,
         totals.student_inverse,
         numbers.inverse_temperature,
-        FLAGS.divergence,
+        tl.constexpr(FLAGS.divergence),
     )
     if FLAGS.divergence == "reverse_kl":
-        totals = with_mean(totals, mean, mean, numbers.first, FLAGS.divergence)
+        totals = with_mean(totals, mean, mean, numbers.first, tl.constexpr(FLAGS.divergence))
     return totals
 
 
@@ -253,7 +257,11 @@ def teacher_pass(row, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.
     for block in range(tl.cdiv(row.V_teacher, BLOCK)):
         columns = block * BLOCK + tile
         logits = load_logits(
-            row.teacher, columns, columns < row.V_teacher, FLAGS.has_teacher_bias, FLAGS.teacher_transform
+            row.teacher,
+            columns,
+            columns < row.V_teacher,
+            FLAGS.has_teacher_bias,
+            tl.constexpr(FLAGS.teacher_transform),
         )
         own = own_step(own, logits, columns, True)
     return own

@@ -55,7 +55,9 @@ def _student_pass(row, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl
     for block in range(tl.cdiv(row.V, BLOCK)):
         columns = block * BLOCK + tile
         inside = columns < row.V
-        logits = load_logits(row.student, columns, inside, FLAGS.has_student_bias, FLAGS.student_transform)
+        logits = load_logits(
+            row.student, columns, inside, FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
+        )
         own = own_step(own, logits, columns, False)
         if FLAGS.has_smoothing:
             logit_sum += tl.sum(tl.where(inside, logits, 0.0), axis=1)
@@ -70,12 +72,16 @@ def _student_gradient(
     for block in range(tl.cdiv(row.V, BLOCK)):
         columns = block * BLOCK + tile
         logits = load_logits(
-            row.student, columns, columns < row.V, FLAGS.has_student_bias, FLAGS.student_transform
+            row.student,
+            columns,
+            columns < row.V,
+            FLAGS.has_student_bias,
+            tl.constexpr(FLAGS.student_transform),
         )
         p = tl.exp2((logits - slopes.ce_reference) * LOG2_E) * slopes.ce_inverse
         gradient = ce_slope(p, columns, row, slopes, FLAGS.has_smoothing)
         if FLAGS.student_transform != "none":
-            gradient *= chain_factor(logits, row.student, FLAGS.student_transform)
+            gradient *= chain_factor(logits, row.student, tl.constexpr(FLAGS.student_transform))
         if FLAGS.aliased:
             tl.debug_barrier()  # as in `gradient.last_step`
         store_tile(grad_row, columns, gradient, row.V, True)
@@ -118,7 +124,7 @@ def _totals(state_ptr, stride, FLAGS):
         tl.load(state_ptr + STUDENT_SUM * stride),
         finite_or_zero(tl.load(state_ptr + TEACHER_MAX * stride)),
         tl.load(state_ptr + TEACHER_SUM * stride),
-        FLAGS.divergence,
+        tl.constexpr(FLAGS.divergence),
     )
 
 
@@ -158,7 +164,7 @@ def _gradient(
             tl.load(state_ptr + MEAN * stride),
             tl.load(state_ptr + FAR_MEAN * stride),
             numbers.first,
-            FLAGS.divergence,
+            tl.constexpr(FLAGS.divergence),
         )
         label_difference = 0.0
         rest = 1.0
