@@ -4,14 +4,18 @@ import argparse
 from typing import Any
 
 from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import TASK, LanguageRecipe, language_recipe_from_dict
 from kdtrain.progress import say
-from kdtrain.recipe import describe_fields, read_recipe, recipe_from_dict
+from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"fields of a recipe, with their defaults:\n{describe_fields()}"
+    parser.epilog = "\n\n".join(
+        f"fields of a recipe of task {task}, with their defaults:\n{describe_fields(kind)}"
+        for task, kind in (("classification", Recipe), (TASK, LanguageRecipe))
+    )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --teacher.layers '[2, 4]'")
     parser.add_argument("--verify", action="store_true", help="check all checksums and recompute random rows")
     parser.add_argument(
@@ -22,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Fill the recipe's teacher cache, and check it when asked."""
     content = read_recipe(arguments.recipe, arguments.overrides)
-    if content.get("task") == "code_lm":
+    if content.get("task") == TASK:
         return cache_language_model(content, arguments)
     recipe = recipe_from_dict(content)
     if recipe.teacher.path is None:
@@ -62,8 +66,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace) -> int:
     """The same for a recipe of task code_lm."""
-    from kdtrain.language.recipe import language_recipe_from_dict
-
     recipe = language_recipe_from_dict(content)
     if recipe.teacher.path is None or recipe.teacher.signal == "online":
         raise KdtrainError(

@@ -19,11 +19,11 @@ Value = TypeVar("Value")
 TASK = "classification"
 
 
-def describe_fields() -> str:
-    """Every field with its default and its help, as `kdtrain train --help` prints them."""
+def describe_fields(kind: type[Any] = Recipe) -> str:
+    """Every field of a recipe class with its default and its help, as `kdtrain train --help` prints them."""
     lines = []
-    for section in dataclasses.fields(Recipe):
-        inner = typing.get_type_hints(Recipe)[section.name]
+    for section in dataclasses.fields(kind):
+        inner = typing.get_type_hints(kind)[section.name]
         if dataclasses.is_dataclass(inner):
             lines.append(f"\n{section.name}: {inner.__doc__}")
             lines += [_describe(item, f"{section.name}.") for item in dataclasses.fields(inner)]
@@ -33,7 +33,7 @@ def describe_fields() -> str:
 
 
 def _describe(item: dataclasses.Field[Any], prefix: str) -> str:
-    default = "none" if item.default in (None, ()) else item.default
+    default = "none" if item.default in (None, (), "") else item.default
     return f"  --{prefix}{item.name} ({default})\n        {item.metadata['help']}"
 
 
