@@ -2,26 +2,46 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes, write_json
+from kdtrain.recipe import read_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run's folder, the split, and another run to compare with."""
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument(
-        "--split", choices=("test", "valid"), default="test", help="rows to measure on (default: test)"
+        "--split",
+        choices=("test", "valid"),
+        help="rows to measure on (default: test); a language model is always measured on its held-out rows",
     )
     parser.add_argument(
-        "--against", type=Path, metavar="RUN", help="another run: print the paired accuracy difference"
+        "--against",
+        type=Path,
+        metavar="RUN",
+        help="another run: print the paired difference of accuracy, or of held-out loss",
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure the saved student anew, print the figures and keep them in evaluation.json."""
+    path = arguments.run / "recipe.yaml"
+    if path.is_file() and read_recipe(path).get("task") == "code_lm":
+        found = evaluate_language_model(arguments)
+    else:
+        found = evaluate_classifier(arguments)
+    write_json(arguments.run / "evaluation.json", found)
+    return 0
+
+
+def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a run of task classification."""
     from kdtrain.evaluate import compare_runs, evaluate_run
 
-    found = evaluate_run(arguments.run, arguments.split)
+    split = arguments.split or "test"
+    found = evaluate_run(arguments.run, split)
     low, high = found["accuracy_interval"]
     print(f"rows                     {found['rows']}")
     print(f"accuracy                 {found['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]")
@@ -29,13 +49,43 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"macro F1                 {found['macro_f1']:.4f}")
     if "agreement" in found:
         print(f"agreement with teacher   {found['agreement']:.4f}")
-    print(f"parameters               {found['parameters']:,}")
-    print(f"size on disk             {human_bytes(found['bytes'])}")
-    print(f"latency of one row       {found['latency_ms']:.2f} ms (median, float32)")
+    print_size(found)
     if arguments.against is not None:
-        difference, low, high = compare_runs(arguments.run, arguments.against, arguments.split)
+        difference, low, high = compare_runs(arguments.run, arguments.against, split)
         print(
             f"accuracy minus {arguments.against.name}: {difference:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]"
         )
-    write_json(arguments.run / "evaluation.json", {"split": arguments.split, **found})
-    return 0
+    return {"split": split, **found}
+
+
+def evaluate_language_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a run of task code_lm."""
+    if arguments.split is not None:
+        raise KdtrainError(
+            "a language model has no test split, it is measured on its held-out rows; leave --split out"
+        )
+    from kdtrain.language.evaluate_run import compare_language_runs, evaluate_language_run
+
+    found = evaluate_language_run(arguments.run)
+    low, high = found["loss_interval"]
+    print(f"held-out rows, tokens    {found['rows']}, {found['tokens']}")
+    print(f"loss (nats a token)      {found['loss']:.4f}  95 % interval [{low:.4f}, {high:.4f}]")
+    print(f"perplexity               {found['perplexity']:.2f}")
+    if "agreement" in found:
+        print(f"agreement with teacher   {found['agreement']:.4f}")
+        print(f"divergence from teacher  {found['divergence']:.4f}")
+    print_size(found)
+    print(f"generates                {found['generated_per_second']:.1f} tokens/s (one text, float32)")
+    if arguments.against is not None:
+        difference, low, high = compare_language_runs(arguments.run, arguments.against)
+        print(
+            f"loss minus {arguments.against.name}: {difference:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]"
+        )
+    return found
+
+
+def print_size(found: dict[str, Any]) -> None:
+    """What a student of any task costs."""
+    print(f"parameters               {found['parameters']:,}")
+    print(f"size on disk             {human_bytes(found['bytes'])}")
+    print(f"latency of one row       {found['latency_ms']:.2f} ms (median, float32)")

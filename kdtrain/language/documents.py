@@ -61,7 +61,7 @@ def load_documents(
     """
     train = tokenize_documents(read_rows(recipe.train, "data.train", recipe), recipe, tokenizer)
     if recipe.valid is not None:
-        return train, tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
+        return train, load_held_out(recipe, tokenizer)
     ends = train.lengths.cumsum()
     hashes = [
         int.from_bytes(hashlib.sha256(train.tokens[end - length : end].tobytes()).digest()[:4], "big")
@@ -74,6 +74,13 @@ def load_documents(
             f"{(~held_out).sum()} to train on; name a data.valid or change the share"
         )
     return train.select(~held_out), train.select(held_out)
+
+
+def load_held_out(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """The held-out documents alone: the training ones are only read where they are held out from those."""
+    if recipe.valid is None:
+        return load_documents(recipe, tokenizer)[1]
+    return tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
 
 
 def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dict[str, Any]]:

@@ -50,6 +50,13 @@ def token_sums(
     objective: "LanguageObjective", hidden: Tensor, teacher: TeacherHead | None, labels: Tensor
 ) -> Tensor:
     """(4,) float64 sums over counted labels: cross entropy, divergence, agreement, count."""
+    return row_sums(objective, hidden, teacher, labels).sum(0)
+
+
+def row_sums(
+    objective: "LanguageObjective", hidden: Tensor, teacher: TeacherHead | None, labels: Tensor
+) -> Tensor:
+    """(B, 4) float64, the same sums for each row on its own."""
     head = head_of(objective.student)
     counted = labels != IGNORED
     hidden = hidden[counted].to(head.weight.dtype)
@@ -69,8 +76,9 @@ def token_sums(
             reduction="sum",
             return_stats=True,
         )
-    values = (stats.ce, stats.kd, stats.agrees, torch.ones_like(stats.ce))
-    return torch.stack([value.double().sum() for value in values])
+    values = torch.stack([stats.ce, stats.kd, stats.agrees, torch.ones_like(stats.ce)], dim=-1).double()
+    sums = values.new_zeros(len(labels), values.shape[-1])
+    return sums.index_add_(0, counted.nonzero()[:, 0], values)
 
 
 def silent_teacher(hidden: Tensor, vocabulary: int) -> TeacherLogits:

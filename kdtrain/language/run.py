@@ -13,7 +13,7 @@ from kdtrain.claim import claim
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.language.cache import Kind, Signal, build_language_cache
-from kdtrain.language.documents import load_documents
+from kdtrain.language.documents import Documents, load_documents
 from kdtrain.language.evaluate import language_metrics
 from kdtrain.language.heads import check_model
 from kdtrain.language.objective import LanguageObjective
@@ -77,10 +77,25 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     """
     tokenizer = student_tokenizer(recipe)
     documents, held_out = load_documents(recipe.data, tokenizer)
+    rows, valid = (packed(part, recipe, tokenizer) for part in (documents, held_out))
+    objective = open_models(recipe, tokenizer)
+    teacher = objective.teacher
+    identity = {
+        "data": f"{documents.fingerprint()} {held_out.fingerprint()}",
+        "teacher": None if teacher is None else teacher.weights_hash,
+    }
+    return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity)
+
+
+def packed(documents: Documents, recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+    """Documents in rows, as the recipe says."""
     pad = tokenizer.pad_token_id
     pad_id = pad if isinstance(pad, int) else 0  # no padding is ever read: any id will do
-    options = (recipe.data.max_length, pad_id)
-    rows, valid = (pack(part, *options, packing=recipe.data.packing) for part in (documents, held_out))
+    return pack(documents, recipe.data.max_length, pad_id, packing=recipe.data.packing)
+
+
+def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> LanguageObjective:
+    """Teacher and student, checked against each other, behind the recipe's objective."""
     teacher = None
     if recipe.teacher.path is not None:
         teacher = load_language_teacher(
@@ -100,18 +115,13 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
             SAMPLE_CODE,
         )
         vocab_map = match.vocab_map
-    objective = LanguageObjective(
+    return LanguageObjective(
         student,
         recipe.method,
         teacher,
         vocab_map=vocab_map,
         tail=recipe.teacher.tail if recipe.teacher.signal == "topk" else None,
     )
-    identity = {
-        "data": f"{documents.fingerprint()} {held_out.fingerprint()}",
-        "teacher": None if teacher is None else teacher.weights_hash,
-    }
-    return Prepared(tokenizer, student, teacher, objective, rows, valid, identity)
 
 
 def run_language(recipe: LanguageRecipe) -> LanguageSummary:

@@ -1,0 +1,61 @@
+"""kdtrain evaluate on language models: the figures of the run, recomputed from its files, and a comparison of two."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdtrain.cli import main
+from kdtrain.language.evaluate_run import interval_per_token
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.language.run import LanguageSummary, run_language
+
+
+def test_runs_are_measured_and_compared(
+    language_distillation: LanguageRecipe,
+    language_teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The saved student gives what the run measured in training, also next to its teacher."""
+    teacher, student = language_teacher.parent, tmp_path / "student"
+    training = replace(language_distillation.training, max_steps=6, evaluate_every=6)
+    recipe = replace(
+        language_distillation, training=training, method=LanguageMethodRecipe(), output=str(student)
+    )
+    run_language(recipe)
+    assert main(["evaluate", str(student), "--against", str(teacher)]) == 2
+    assert (
+        f"{teacher} has not been measured yet; run kdtrain evaluate {teacher} first"
+        in capsys.readouterr().err
+    )
+    assert main(["evaluate", str(teacher)]) == 0
+    assert "teacher" not in capsys.readouterr().out, "nothing to agree with"
+    assert main(["evaluate", str(student), "--against", str(teacher)]) == 0
+    out = capsys.readouterr().out
+    found, known = ({}, {})
+    for folder, name in ((teacher, "teacher"), (student, "student")):
+        found[name] = json.loads((folder / "evaluation.json").read_text())
+        known[name] = LanguageSummary.load(folder).test
+        for metric, value in known[name].items():
+            assert found[name][metric] == pytest.approx(value, rel=1e-5), (name, metric)
+        low, high = found[name]["loss_interval"]
+        assert low < found[name]["loss"] < high
+        assert found[name]["latency_ms"] > 0 and found[name]["generated_per_second"] > 0
+    difference = found["student"]["loss"] - found["teacher"]["loss"]
+    assert difference > 0.1 and f"loss minus run: {difference:+.4f}" in out
+    assert f"agreement with teacher   {found['student']['agreement']:.4f}" in out
+    assert main(["evaluate", str(student), "--split", "test"]) == 2
+    assert "has no test split" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no finished run" in capsys.readouterr().err
+
+
+def test_interval_weighs_rows_by_their_tokens() -> None:
+    """Rows that all have one loss leave no doubt, whatever their lengths; rows that differ do."""
+    counts = np.array([1.0, 10.0, 100.0])
+    assert interval_per_token(2.5 * counts, counts) == pytest.approx((2.5, 2.5))
+    low, high = interval_per_token(np.array([1.0, 20.0, 300.0]), counts)
+    assert 1.0 <= low < 2.0 < high <= 3.0
