@@ -1,4 +1,4 @@
-"""What a language model minimises: cross entropy and divergence in one fused call, and hidden states of mapped layers.
+"""What a language model minimises: cross entropy and divergence in one fused call, and mapped layers of both sides.
 
 Every term is a sum over the labels that count, divided once by their number in the whole batch. That number is known
 before any piece runs, so pieces, processes, padding and packing change neither loss nor gradient.
@@ -33,6 +33,7 @@ from kdtrain.language.evaluate import silent_teacher, token_sums
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.packing import IGNORED, LanguageBatch
 from kdtrain.language.recipe import LanguageMethodRecipe
+from kdtrain.language.relations import RelationLoss, attention_inputs
 from kdtrain.language.teacher import LanguageTeacher
 from kdtrain.task import Objective
 
@@ -102,6 +103,7 @@ class LanguageObjective(Objective):
         else:  # from kept tokens the two come in one number
             self.names = ("kd", "ce") if tail is None else ("kd_and_ce",)
         self.pairs: tuple[tuple[int, int], ...] = ()
+        self.projections, self.relations = nn.ModuleList(), None
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP2 shards
         if recipe.name == "kd_features":
             assert teacher is not None
@@ -109,10 +111,16 @@ class LanguageObjective(Objective):
             layers = [int(shape.num_hidden_layers) for shape in shapes]
             self.pairs = recipe.layer_map or ((layers[0], layers[1]),)
             check_pairs(self.pairs, layers[0], layers[1])
-            self.names = ("kd", "ce", "feature")
-            self.projections = nn.ModuleList(
-                nn.Linear(int(shapes[0].hidden_size), int(shapes[1].hidden_size)) for _ in self.pairs
-            )
+            if "hidden" in recipe.features:
+                self.names = (*self.names, "feature")
+                self.projections = nn.ModuleList(
+                    nn.Linear(int(shapes[0].hidden_size), int(shapes[1].hidden_size)) for _ in self.pairs
+                )
+            kinds = tuple(kind for kind in recipe.features if kind != "hidden")
+            if kinds:
+                self.names = (*self.names, "relation")
+                self.relations = RelationLoss(kinds, self.pairs, recipe.relation_heads)
+                self.relations.check(student, teacher.model)
 
     @property
     def teacher(self) -> LanguageTeacher | None:
@@ -178,12 +186,18 @@ class LanguageObjective(Objective):
 
         With `measure` nothing is trained: the second part is what `token_sums` gives.
         """
-        hidden, layers = hidden_states(
-            self.student, batch.input_ids, batch.position_ids, tuple(pair[0] for pair in self.pairs)
-        )
         if measure:
+            hidden, _ = hidden_states(self.student, batch.input_ids, batch.position_ids)
             return hidden.new_zeros(()), token_sums(self, hidden, self.teacher_head(batch)[0], batch.labels)
-        teacher, teacher_layers = self.teacher_signal(batch)
+        ours, theirs = (tuple(pair[side] for pair in self.pairs) for side in (0, 1))
+        states, related = bool(self.projections), self.relations is not None
+        with attention_inputs(self.student, ours if related else ()) as student_attention:
+            hidden, layers = hidden_states(
+                self.student, batch.input_ids, batch.position_ids, ours if states else ()
+            )
+        known = None if self.teacher is None else self.teacher.model
+        with attention_inputs(known, theirs if related else ()) as teacher_attention:
+            teacher, teacher_layers = self.teacher_signal(batch, theirs if states else ())
         head, weights = head_of(self.student), self.weights
         values = partial(
             linear_kd_loss,
@@ -211,20 +225,26 @@ class LanguageObjective(Objective):
             "kd": weights.temperature**2 * (stats.kd * token_weight).sum(),
             "ce": (stats.ce * token_weight).sum(),
         }
-        if self.pairs:
+        if self.projections:
             feature = self.feature_loss(layers, teacher_layers, batch)
             loss = loss + self.recipe.feature_weight * feature / divisor
             terms["feature"] = feature.detach()
+        if self.relations is not None:
+            relation = self.relations(student_attention, teacher_attention, batch.position_ids, batch.labels)
+            loss = loss + self.recipe.relation_weight * relation / divisor
+            terms["relation"] = relation.detach()
         return loss, torch.stack([terms[name] for name in self.names])
 
-    def teacher_signal(self, batch: LanguageBatch) -> tuple[Teacher | None, list[Tensor]]:
-        """What the loss learns from: the teacher's distribution in the form it comes in, and its mapped layers."""
+    def teacher_signal(
+        self, batch: LanguageBatch, layers: tuple[int, ...] = ()
+    ) -> tuple[Teacher | None, list[Tensor]]:
+        """What the loss learns from: the teacher's distribution in the form it comes in, and the given layers."""
         if self.recipe.name == "ft":
             return None, []
         if batch.teacher_top is not None:
             assert self.tail is not None
             return TeacherTopK(*batch.teacher_top, tail=self.tail), []
-        return self.teacher_head(batch, tuple(pair[1] for pair in self.pairs))
+        return self.teacher_head(batch, layers)
 
     def teacher_head(
         self, batch: LanguageBatch, layers: tuple[int, ...] = ()

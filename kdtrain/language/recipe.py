@@ -89,11 +89,11 @@ class LanguageTeacherRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageMethodRecipe:
-    """How the student learns: ce_weight * CE + kd_weight * T^2 * divergence [+ feature_weight * hidden MSE] per token."""
+    """How the student learns: ce_weight * CE + kd_weight * T^2 * divergence [+ losses between inner layers] per token."""
 
     name: Literal["ft", "kd", "kd_features"] = option(
         "kd",
-        "ft (next tokens only), kd (and the teacher's distribution), kd_features (and its hidden states)",
+        "ft (next tokens only), kd (and the teacher's distribution), kd_features (and its inner layers)",
     )
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
@@ -110,7 +110,19 @@ class LanguageMethodRecipe:
     )
     last_kd_weight: float | None = option(None, "kd_weight at the last step; changes evenly from `kd_weight`")
     last_ce_weight: float | None = option(None, "ce_weight at the last step; changes evenly from `ce_weight`")
+    features: tuple[Literal["hidden", "attention", "queries", "keys", "values"], ...] = option(
+        ("hidden",),
+        "what kd_features compares of mapped layers: hidden (states, squared error behind a learned projection), "
+        "attention (KL of the attention maps), queries, keys, values (KL of their relations, token to token)",
+    )
     feature_weight: float = option(1.0, "weight of the hidden-state loss (kd_features)")
+    relation_weight: float = option(
+        1.0, "weight of the sum of the KLs of attention, queries, keys and values (kd_features)"
+    )
+    relation_heads: int | None = option(
+        None,
+        "heads that queries, keys and values are cut into for their relations; by default the models' own",
+    )
     layer_map: tuple[tuple[int, int], ...] = option(
         (), "pairs [student layer, teacher layer]; by default the last of both"
     )
@@ -118,10 +130,23 @@ class LanguageMethodRecipe:
     def __post_init__(self) -> None:
         for name in ("temperature", "last_temperature"):
             positive(self, "method", name)
-        for name in ("kd_weight", "ce_weight", "last_kd_weight", "last_ce_weight", "feature_weight"):
+        positive(self, "method", "relation_heads")
+        for name in (
+            "kd_weight",
+            "ce_weight",
+            "last_kd_weight",
+            "last_ce_weight",
+            "feature_weight",
+            "relation_weight",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise KdtrainError(f"method.{name} must be 0 or more, got {value}")
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise KdtrainError(
+                f"method.features must name one or more of hidden, attention, queries, keys, values, each once, got "
+                f"{list(self.features)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,12 +65,15 @@ def build_language_student(
             f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
         )
     if recipe.training.checkpointing:
-        # Older releases of transformers 5 only have gradient_checkpointing_enable.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable()
+        recompute_layers(model)
     return model
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only the inputs of a model's layers for backward, which runs each of them once more."""
+    # Older releases of transformers 5 only have gradient_checkpointing_enable.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def new_config(recipe: LanguageRecipe, rows: int, special: dict[str, Any]) -> PreTrainedConfig:
