@@ -21,7 +21,7 @@ from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.files import folder_bytes
 from kdtrain.models import load_classifier, load_tokenizer, parameter_count
-from kdtrain.prepare import build_method, open_teacher, prepare_cache, start_accelerator
+from kdtrain.prepare import build_method, open_teacher, prepare_cache, start_accelerator, student_insert
 from kdtrain.recipe import load_recipe
 
 EVALUATION_TOKENS = 8192
@@ -156,7 +156,8 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     student.to(accelerator.device)
     tokenizer = load_tokenizer(str(folder / "student"), "student")
     measured = getattr(data, split)
-    tokens = tokenize_split(measured, tokenizer, recipe.student.max_length, data.focus)
+    insert = student_insert(recipe.student, tokenizer)
+    tokens = tokenize_split(measured, tokenizer, recipe.student.max_length, data.focus, insert)
     rows = EvaluationSet.of(measured, tokens, cache)
     return {
         **report(predict(student, rows.rows, accelerator), rows.labels, rows.teacher_logits),

@@ -1,14 +1,15 @@
 """Make the demo's teacher: masked-language-model stage, then fine-tuning, on the training side of the split only.
 
-Run with `kdtrain demo --train-teacher`. The shipped one (kdtrain/teacher/) was made by the same code; its
-teacher.json says from which distributions, and what it scored.
+Run with `kdtrain demo --train-teacher`; recipes/exceptions-mlm.yaml and recipes/exceptions-teacher.yaml are the same two
+stages for larger models. The shipped one (kdtrain/teacher/) was made by an earlier form of the first stage (one loop of its
+own, no held-out measure); its teacher.json says from which distributions, and what it scored.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from kdtrain.data.exceptions import build_exceptions, collect_functions, source_files, without_duplicates
-from kdtrain.data.handlers import HOLE
-from kdtrain.data.sources import split_of
+from kdtrain.data.exceptions import build_exceptions
 from kdtrain.files import atomic_folder, write_json
-from kdtrain.models import parameter_count, roberta_config
-from kdtrain.pretrain import hidden_name_windows, pretrain
-from kdtrain.progress import say
+from kdtrain.masked.recipe import MaskedDataRecipe, MaskedRecipe, MaskedTrainingRecipe
+from kdtrain.masked.run import MaskedSummary, run_masked
+from kdtrain.models import parameter_count
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
 from kdtrain.run import run
 from kdtrain.summary import Summary, installed_versions
-from kdtrain.tokenizers import train_tokenizer
 
 SHAPE = StudentRecipe(
     vocab_size=8000,
@@ -40,6 +38,9 @@ SHAPE = StudentRecipe(
 FINE_TUNING = TrainingRecipe(
     epochs=2, batch_size=32, learning_rate=2.5e-4, evaluate_every=225, best_metric="accuracy", log_every=50
 )
+PRETRAINING = MaskedTrainingRecipe(
+    epochs=1000, max_steps=4500, batch_size=32, learning_rate=1e-3, warmup=0.06, evaluate_every=500
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TeacherPlan:
     """What is trained. The defaults made the shipped teacher: 3.4 million parameters, 6.8 MB in half precision."""
 
     shape: StudentRecipe = SHAPE
-    pretraining_steps: int = 4500
+    pretraining: MaskedTrainingRecipe = PRETRAINING
     fine_tuning: TrainingRecipe = FINE_TUNING
 
 
@@ -62,17 +63,26 @@ def make_teacher(
     """Train a teacher from the code installed here (and in further `site_packages` folders) and save it to `teacher`.
 
     With `trees` the code below those folders is used instead. `work` keeps the intermediate folders; a finished
-    stage is not repeated.
+    stage is not repeated, an unfinished one goes on from its last checkpoint.
     """
     plan = plan or TeacherPlan()
-    data, pretrained = work / "data", work / "pretrained"
-    if not (data / "dataset.json").exists():
-        build_exceptions(data, trees, site_packages=site_packages)
-    if not (pretrained / "pretraining.json").exists():
-        pretrain_on_code(pretrained, plan, trees, site_packages)
+    if not (work / "data" / "dataset.json").exists():
+        build_exceptions(work / "data", trees, site_packages=site_packages)
+    run_masked(
+        MaskedRecipe(
+            data=MaskedDataRecipe(
+                kind="exceptions",
+                train=tuple(str(tree) for tree in trees),
+                site_packages=tuple(str(folder) for folder in site_packages),
+            ),
+            student=plan.shape,
+            training=plan.pretraining,
+            output=str(work / "pretrained"),
+        )
+    )
     recipe = Recipe(
-        data=DataRecipe(path=str(data)),
-        student=StudentRecipe(path=str(pretrained), max_length=plan.shape.max_length),
+        data=DataRecipe(path=str(work / "data")),
+        student=StudentRecipe(path=str(work / "pretrained" / "student"), max_length=plan.shape.max_length),
         method=MethodRecipe(name="ft"),
         training=plan.fine_tuning,
         output=str(work / "fine-tuned"),
@@ -80,38 +90,6 @@ def make_teacher(
     summary = run(recipe)
     export(work, teacher, summary)
     return summary
-
-
-def pretrain_on_code(
-    output: Path, plan: TeacherPlan, trees: Sequence[Path], site_packages: Sequence[Path]
-) -> None:
-    """Train tokenizer and encoder; duplicates of code on the test side are taken out of the training side first."""
-    files, distributions = source_files(trees, site_packages)
-    functions = [
-        function
-        for function in without_duplicates(collect_functions(files, raises=True))
-        if split_of(function.module) == "train"
-    ]
-    say(f"pre-training on {len(functions):,} functions of the training side")
-    tokenizer = train_tokenizer(
-        [function.text for function in functions],
-        vocab_size=plan.shape.vocab_size,
-        max_length=plan.shape.max_length,
-        focus=HOLE,
-    )
-    rows, names = hidden_name_windows(functions, tokenizer, plan.shape.max_length)
-    config = roberta_config(plan.shape, tokenizer)
-    result = pretrain(rows, names, tokenizer, config, output, steps=plan.pretraining_steps)
-    write_json(
-        output / "pretraining.json",
-        {
-            "functions": len(functions),
-            "windows": len(rows),
-            "steps": plan.pretraining_steps,
-            **result,
-            "sources": [asdict(one) for one in distributions],
-        },
-    )
 
 
 def export(work: Path, teacher: Path, summary: Summary) -> None:
@@ -126,7 +104,7 @@ def export(work: Path, teacher: Path, summary: Summary) -> None:
 
 def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, Any]:
     """What the teacher is, what it was trained on and how well it does."""
-    pretraining = json.loads((work / "pretrained" / "pretraining.json").read_text())
+    pretraining = MaskedSummary.load(work / "pretrained")
     data = json.loads((work / "data" / "dataset.json").read_text())
     return {
         "made": date.today().isoformat(),
@@ -137,6 +115,10 @@ def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, 
         "test": summary.test,
         "valid": summary.valid,
         "fine_tuning": {"rows": data["rows"], "labels": data["labels"]["train"], **summary.training},
-        "pretraining": pretraining,
+        "pretraining": {
+            **pretraining.test,
+            **pretraining.training,
+            **{name: pretraining.data[name] for name in ("rows", "functions", "sources")},
+        },
         "versions": installed_versions(),
     }

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from kdtrain.data.classification import ClassificationData, load_classification
 from kdtrain.data.pairs import Rows, tokenize_split
 from kdtrain.data.rows import TextRows
-from kdtrain.prepare import open_teacher
+from kdtrain.prepare import open_teacher, student_insert
 from kdtrain.recipe import Recipe
 from kdtrain.teachers import Teacher
 
@@ -39,11 +39,12 @@ class Materials:
 
     def tokens(self, recipe: Recipe, name: str, split: TextRows, tokenizer: PreTrainedTokenizerBase) -> Rows:
         """A split in the student's tokens; kept where the recipe names a finished tokenizer."""
-        focus, max_length = self.data(recipe).focus, recipe.student.max_length
+        student, focus = recipe.student, self.data(recipe).focus
+        insert = student_insert(student, tokenizer)
 
         def make() -> Rows:
-            return tokenize_split(split, tokenizer, max_length, focus)
+            return tokenize_split(split, tokenizer, student.max_length, focus, insert)
 
-        if recipe.student.tokenizer is None:
+        if student.tokenizer is None:
             return make()
-        return self.once(("tokens", recipe.data, name, recipe.student.tokenizer, max_length), make)
+        return self.once(("tokens", recipe.data, name, student.tokenizer, student.max_length, insert), make)

@@ -1,4 +1,4 @@
-"""Students, built or loaded, always plain transformers sequence classifiers; and how anything is loaded."""
+"""How models and tokenizers are loaded, and what is known of a model before it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +17,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    RobertaConfig,
 )
 
 from kdtrain.bigru_config import BiGRUConfig
 from kdtrain.errors import KdtrainError
 from kdtrain.pair_config import PairConfig
-from kdtrain.pair_model import PairForSequenceClassification
-from kdtrain.recipe import StudentRecipe
+
+COUNTS_FROM_PADDING = ("roberta", "camembert", "xlm-roberta")
+"""Encoders whose first position is pad_token_id + 1."""
 
 
 @dataclass(frozen=True)
@@ -41,73 +40,9 @@ class Shape:
     """whether layer 0, the embeddings, has that width too (a BiGRU's has half of it)"""
 
 
-def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> RobertaConfig:
-    """The RoBERTa shape that a student section describes, without classes."""
-    return RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        intermediate_size=recipe.intermediate_size,
-        max_position_embeddings=recipe.max_length + 2,  # RoBERTa counts positions from pad_token_id + 1
-        type_vocab_size=1,
-        hidden_dropout_prob=recipe.dropout,
-        attention_probs_dropout_prob=recipe.attention_dropout,
-        layer_norm_eps=1e-5,
-        **special_ids(tokenizer),
-    )
-
-
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The ids that a configuration repeats from its tokenizer."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-
-
-def build_student(
-    recipe: StudentRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    classes: tuple[str, ...],
-    *,
-    pairs: bool = False,
-) -> PreTrainedModel:
-    """A new student with random weights, or the one at `recipe.path` with a head for `classes`; of pairs if asked."""
-    names: dict[str, Any] = {
-        "num_labels": len(classes),
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: i for i, name in enumerate(classes)},
-    }
-    if recipe.path is not None:
-        if pairs:
-            raise KdtrainError(
-                "student.path is not supported yet for tasks over pairs; leave it out to start anew"
-            )
-        model = load_classifier(recipe.path, "student.path", ignore_mismatched_sizes=True, **names)
-        if model.get_input_embeddings().num_embeddings < len(tokenizer):
-            model.resize_token_embeddings(len(tokenizer))
-        return model
-    if recipe.architecture == "roberta":
-        config: PreTrainedConfig = roberta_config(recipe, tokenizer)
-    else:
-        config = bigru_config(recipe, tokenizer)
-    if pairs:
-        shape = {**config.to_dict(), "model_type": config.model_type}
-        return PairForSequenceClassification(
-            PairConfig(encoder=shape, classifier_dropout=recipe.dropout, **special_ids(tokenizer), **names)
-        )
-    config.update(names)
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def bigru_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> BiGRUConfig:
-    """The BiGRU shape that a student section describes, without classes."""
-    return BiGRUConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        max_position_embeddings=recipe.max_length,
-        hidden_dropout_prob=recipe.dropout,
-        **special_ids(tokenizer),
-    )
 
 
 def load_classifier(path: str, field: str, **options: Any) -> Any:
@@ -158,6 +93,16 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     return Shape(
         int(config.num_hidden_layers), int(config.hidden_size) * (2 if recurrent else 1), not recurrent
     )
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model of this configuration can read, special ones included; None where nothing limits them."""
+    if isinstance(config, PairConfig):
+        config = config.encoder_config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in COUNTS_FROM_PADDING:
+        positions -= 2
+    return positions
 
 
 def sentence_states(output: Any, layers: tuple[int, ...]) -> Tensor:

@@ -18,6 +18,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def metrics_at(folder: Path, step: int) -> dict[str, float]:
+    """The validation metrics of the given step, as a run's metrics.jsonl has them."""
+    lines = [line for line in read_metrics(folder) if line["step"] == step]
+    found = {name: value for line in lines for name, value in line.items() if name.startswith("valid/")}
+    return {name.removeprefix("valid/"): value for name, value in found.items()}
+
+
 def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draw training loss and validation accuracy over steps, one line a run, into a PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

@@ -6,19 +6,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdtrain.cache import Identity, TeacherCache
 from kdtrain.cache_build import build_cache
 from kdtrain.claim import claim
 from kdtrain.data.classification import ClassificationData
 from kdtrain.data.rows import TextRows
+from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder
 from kdtrain.methods import method_class
 from kdtrain.models import Shape, load_config, load_tokenizer, shape_of
 from kdtrain.objective import Method
-from kdtrain.recipe import Recipe
+from kdtrain.recipe import Recipe, StudentRecipe
 from kdtrain.summary import Summary
 from kdtrain.task import RunRecipe
 from kdtrain.teachers import Teacher, load_teacher
@@ -80,6 +81,12 @@ def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTok
     return load_tokenizer(str(path), "student.tokenizer")
 
 
+def student_insert(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that stand behind the first token of the student's rows."""
+    place = recipe.tokenizer or recipe.path or "the student"
+    return inserted_ids(tokenizer, recipe.insert, "student.insert", place)
+
+
 def training_rows(recipe: Recipe, data: ClassificationData, method: Method) -> TextRows:
     """The rows that this method trains on: unlabelled ones only where a teacher speaks for them."""
     return data.train + data.unlabelled if method.needs_teacher and recipe.data.use_unlabelled else data.train
@@ -137,14 +144,3 @@ def build_method(recipe: Recipe, teacher: Teacher | None) -> Method:
         recurrent = given.architecture == "bigru"
         student = Shape(given.layers, given.hidden_size * (2 if recurrent else 1), not recurrent)
     return method_type(recipe.method, student, None if teacher is None else shape_of(teacher.model.config))
-
-
-def check_length(recipe: Recipe, student: PreTrainedModel) -> None:
-    """Refuse rows longer than the student has positions for."""
-    config = student.config
-    positions = getattr(config, "max_position_embeddings", recipe.student.max_length)
-    positions -= 2 if config.model_type == "roberta" else 0
-    if recipe.student.max_length > positions:
-        raise KdtrainError(
-            f"student.max_length is {recipe.student.max_length}, but {recipe.student.path} reads at most {positions} tokens"
-        )

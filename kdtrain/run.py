@@ -14,12 +14,11 @@ from kdtrain.evaluate import EvaluationSet, classification_metrics, latency_ms, 
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.loop import describe_training, train
 from kdtrain.materials import Materials
-from kdtrain.models import build_student, parameter_count, quiet
+from kdtrain.models import parameter_count, quiet
 from kdtrain.objective import DistillationModel, Method
 from kdtrain.plots import learning_curves
 from kdtrain.prepare import (
     build_method,
-    check_length,
     claim_folder,
     prepare_cache,
     start_accelerator,
@@ -28,6 +27,7 @@ from kdtrain.prepare import (
 )
 from kdtrain.progress import say
 from kdtrain.recipe import Recipe
+from kdtrain.students import build_student
 from kdtrain.summary import Summary, installed_versions
 from kdtrain.teachers import Teacher
 from kdtrain.training_set import TrainingSet
@@ -61,7 +61,6 @@ def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
         tokenizer = student_tokenizer(recipe, data)
     torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself
     student = build_student(recipe.student, tokenizer, data.classes, pairs=data.pairs)
-    check_length(recipe, student)
     cache = None
     if teacher is not None:
         with accelerator.main_process_first():

@@ -2,25 +2,21 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
-from kdtrain.models import load_classifier, load_config, load_tokenizer
+from kdtrain.models import load_classifier, load_config, load_tokenizer, positions_of
+from kdtrain.pair_checkpoint import load_pair_checkpoint
 from kdtrain.pair_config import PairConfig
 from kdtrain.pair_model import PairForSequenceClassification
 from kdtrain.recipe import TeacherRecipe
 
 LONGEST_DEFAULT = 512
-ENCODER_MODE = ("<encoder-only>", "</s>")
-"""What UniXcoder wants behind its first token to read as an encoder."""
-ENCODER_PREFIXES = ("encoder.roberta.", "roberta.", "bert.", "model.", "encoder.")
-"""Under which names the checkpoints of pair classifiers hold their encoder."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def load_teacher(
         KdtrainError: it cannot be loaded, has no trained head, or other classes or another order of them.
     """
     recipe = recipe or TeacherRecipe()
-    model = load_pair_classifier(path, len(classes)) if pairs else _load_single(path)
+    model = _load_pair(path, len(classes)) if pairs else _load_single(path)
     outputs = int(model.config.num_labels or 0)
     if outputs != len(classes) and not (outputs == 1 and len(classes) == 2):
         raise KdtrainError(f"the teacher {path} has {outputs} classes, the data set {len(classes)}")
@@ -107,42 +103,17 @@ def load_teacher(
             )
     model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(path, "teacher.path")
-    teacher = Teacher(path, model, tokenizer, LONGEST_DEFAULT, tuple(recipe.class_order) or None)
-    teacher = replace(teacher, insert=_insert_ids(teacher, recipe))
+    insert = inserted_ids(tokenizer, recipe.insert, "teacher.insert", path)
+    teacher = Teacher(path, model, tokenizer, LONGEST_DEFAULT, tuple(recipe.class_order) or None, insert)
     return replace(teacher, max_length=_max_length(teacher, recipe.max_length))
 
 
-def load_pair_classifier(path: str, classes: int) -> PairForSequenceClassification:
-    """Load a classifier of pairs: one saved by a run, or a folder with an encoder and CodeXGLUE's pair head."""
+def _load_pair(path: str, classes: int) -> PairForSequenceClassification:
+    """A classifier of pairs: one saved by a run, or a folder with an encoder and CodeXGLUE's pair head."""
     config = load_config(path, "teacher.path")
     if isinstance(config, PairConfig):
         return load_classifier(path, "teacher.path")
-    weights = Path(path) / "model.safetensors"
-    if not weights.is_file():
-        raise KdtrainError(
-            f"a teacher of pairs must be a folder with model.safetensors, and {weights} is missing"
-        )
-    shape = {**config.to_dict(), "model_type": config.model_type}
-    names: dict[str, Any] = {"num_labels": classes}
-    model = PairForSequenceClassification(PairConfig(encoder=shape, **names))
-    own = {_own_name(name): tensor.float() for name, tensor in load_file(weights).items()}
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - own.keys()) or [
-        f"{name} {list(tensor.shape)} (it has {list(own[name].shape)})"
-        for name, tensor in expected.items()
-        if own[name].shape != tensor.shape
-    ]
-    if missing:
-        raise KdtrainError(f"the teacher {path} is no classifier of pairs: it has no {missing[0]}")
-    model.load_state_dict({name: own[name] for name in expected})
-    return model
-
-
-def _own_name(name: str) -> str:
-    for prefix in ENCODER_PREFIXES:
-        if name.startswith(prefix):
-            return f"encoder.{name.removeprefix(prefix)}"
-    return name
+    return load_pair_checkpoint(path, config, "teacher.path", {"num_labels": classes})
 
 
 def _load_single(path: str) -> PreTrainedModel:
@@ -159,24 +130,8 @@ def _load_single(path: str) -> PreTrainedModel:
     return model
 
 
-def _insert_ids(teacher: Teacher, recipe: TeacherRecipe) -> tuple[int, ...]:
-    vocabulary: dict[str, Any] = teacher.tokenizer.get_vocab()
-    tokens = recipe.insert
-    if tokens is None:  # UniXcoder's vocabulary is known by this token
-        tokens = ENCODER_MODE if ENCODER_MODE[0] in vocabulary else ()
-    for token in tokens:
-        if token not in vocabulary:
-            raise KdtrainError(f"teacher.insert names {token!r}, which the tokenizer of {teacher.path} lacks")
-    return tuple(vocabulary[token] for token in tokens)
-
-
 def _max_length(teacher: Teacher, wanted: int | None) -> int:
-    config: PreTrainedConfig = teacher.model.config
-    if isinstance(config, PairConfig):
-        config = config.encoder_config
-    longest = min(teacher.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 1 << 30))
-    if config.model_type in ("roberta", "camembert", "xlm-roberta"):
-        longest = min(teacher.tokenizer.model_max_length, config.max_position_embeddings - 2)
+    longest = min(teacher.tokenizer.model_max_length, positions_of(teacher.model.config) or 1 << 30)
     if wanted is not None and wanted > longest:
         raise KdtrainError(
             f"teacher.max_length is {wanted}, but the teacher {teacher.path} reads at most {longest} tokens"

@@ -1,30 +1,44 @@
 """kdtrain train RECIPE."""
 
 import argparse
+import importlib
+from typing import Any
 
-from kdtrain.recipe import describe_fields, read_recipe, recipe_from_dict
+from kdtrain.errors import KdtrainError
+from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.masked.recipe import MaskedRecipe
+from kdtrain.recipe import Recipe, describe_fields, read_recipe
+
+TASKS = {
+    "classification": (Recipe, "kdtrain.recipe:recipe_from_dict", "kdtrain.run:run"),
+    "masked_lm": (MaskedRecipe, "kdtrain.masked.recipe:masked_recipe_from_dict", "kdtrain.masked.run:run_masked"),
+    "code_lm": (LanguageRecipe, "kdtrain.language.recipe:language_recipe_from_dict", "kdtrain.language.run:run_language"),
+}  # fmt: skip
+"""By a recipe's `task`: what it holds, the function that reads it, and the one that runs it (which loads torch)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"fields of a recipe, with their defaults:\n{describe_fields()}"
+    parser.epilog = "\n\n".join(
+        f"fields of a recipe of task {task}, with their defaults:\n{describe_fields(kind)}"
+        for task, (kind, _, _) in TASKS.items()
+    )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --training.learning_rate 3e-4")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Train, measure, save."""
     content = read_recipe(arguments.recipe, arguments.overrides)
-    if content.get("task") == "code_lm":
-        from kdtrain.language.recipe import language_recipe_from_dict
-
-        language_recipe = language_recipe_from_dict(content)
-        from kdtrain.language.run import run_language
-
-        run_language(language_recipe)
-        return 0
-    recipe = recipe_from_dict(content)  # a wrong recipe is told before torch is loaded
-    from kdtrain.run import run
-
-    run(recipe)
+    task = content.get("task", "classification")
+    if task not in TASKS:
+        raise KdtrainError(f"kdtrain train knows the tasks {', '.join(TASKS)}, got task: {task}")
+    _, reader, runner = TASKS[task]
+    recipe = _named(reader)(content)  # a wrong recipe is told before torch is loaded
+    _named(runner)(recipe)
     return 0
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kdtrain.errors import KdtrainError
+
 SHARE_BEFORE_FOCUS = 0.6
 """Of the tokens kept of a long row, the share that lies before the focus marker."""
+
+ENCODER_MODE = ("<encoder-only>", "</s>")
+"""What UniXcoder wants behind its first token to read as an encoder."""
 
 TOKENIZE_ROWS = 2048
 MEGABATCHES = 50
@@ -106,6 +111,25 @@ def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
     """The id of `token` where the vocabulary has it as one entry, else None."""
     return None if token is None else tokenizer.get_vocab().get(token)
+
+
+def inserted_ids(
+    tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...] | None, field: str, path: str
+) -> tuple[int, ...]:
+    """The ids that a model wants behind its first token.
+
+    Args:
+        tokens: as the recipe names them; None takes UniXcoder's mode where the vocabulary has it.
+        field: the recipe key that is blamed.
+        path: where the tokenizer is from.
+    """
+    if tokens is None:  # UniXcoder's vocabulary is known by this token
+        tokens = ENCODER_MODE if token_id(tokenizer, ENCODER_MODE[0]) is not None else ()
+    ids = [token_id(tokenizer, token) for token in tokens]
+    if None in ids:
+        missing = tokens[ids.index(None)]
+        raise KdtrainError(f"{field} names {missing!r}, which the tokenizer of {path} lacks")
+    return tuple(number for number in ids if number is not None)
 
 
 def length_grouped_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

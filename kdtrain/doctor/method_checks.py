@@ -12,9 +12,9 @@ from kdtrain.data.pairs import PairRows
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
-from kdtrain.models import build_student, parameter_count, shape_of
+from kdtrain.models import parameter_count, shape_of
 from kdtrain.objective import Batch, DistillationModel, Method
-from kdtrain.prepare import check_length
+from kdtrain.students import build_student
 
 
 def what_is_trained(subject: Subject) -> Iterator[Finding]:
@@ -22,7 +22,6 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
     recipe, data = subject.recipe, subject.data
     torch.manual_seed(recipe.seed)
     student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
-    check_length(recipe, student)
     rows = len(data.train) + (
         len(data.unlabelled) if subject.method.needs_teacher and recipe.data.use_unlabelled else 0
     )

@@ -14,7 +14,7 @@ from kdtrain.data.rows import TextRows
 from kdtrain.materials import Materials
 from kdtrain.models import load_tokenizer
 from kdtrain.objective import Method
-from kdtrain.prepare import build_method
+from kdtrain.prepare import build_method, student_insert
 from kdtrain.recipe import Recipe
 from kdtrain.teachers import Teacher
 from kdtrain.tokenizers import train_tokenizer
@@ -73,8 +73,10 @@ class Subject:
 
     def student_rows(self, limit: int | None = None) -> Rows:
         """The sample in the student's tokens."""
+        student = self.recipe.student
+        insert = student_insert(student, self.tokenizer)
         return tokenize_split(
-            self.sample, self.tokenizer, limit or self.recipe.student.max_length, self.data.focus
+            self.sample, self.tokenizer, limit or student.max_length, self.data.focus, insert
         )
 
     def teacher_rows(self, limit: int | None = None) -> Rows:

@@ -48,7 +48,7 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentRecipe:
-    """The small model: its shape, or where to start from."""
+    """The model that is trained: its shape, or where to start from."""
 
     preset: str | None = option(
         None, "shape by name, such as roberta-7M or bigru-1.5M (kdtrain/presets.py); fields given here win"
@@ -66,6 +66,10 @@ class StudentRecipe:
     heads: int = option(4, "attention heads (roberta)")
     intermediate_size: int = option(512, "width inside the feed-forward layers (roberta)")
     max_length: int = option(256, "tokens kept of one row, special tokens included")
+    insert: tuple[str, ...] | None = option(
+        None,
+        "tokens behind the first one of every row, as for teacher.insert: UniXcoder's mode where its vocabulary has it",
+    )
     dropout: float = option(0.1, "dropout of embeddings, layers and head")
     attention_dropout: float = option(
         0.0, "dropout of attention weights (roberta); above 0 it halves the speed on a CPU"

@@ -1,15 +1,18 @@
 """The command: what a user sees, above all when something is wrong."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import typing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.recipe import DataRecipe, Recipe, recipe_to_dict, save_recipe
+from kdtrain.commands.train import TASKS
+from kdtrain.recipe import Recipe, save_recipe
 
 
 @pytest.fixture
@@ -91,9 +94,15 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for name, section in recipe_to_dict(Recipe(data=DataRecipe(path="x"))).items():
-        for field in section if isinstance(section, dict) else [None]:
-            assert f"--{name}.{field} (" in printed if field else f"--{name} (" in printed
+    for task, (kind, _, _) in TASKS.items():
+        own = printed.partition(f"task {task}, ")[2].partition("fields of a recipe of task")[0]
+        for section in dataclasses.fields(kind):
+            inner = typing.get_type_hints(kind)[section.name]
+            if not dataclasses.is_dataclass(inner):
+                assert f"--{section.name} (" in own, (task, section.name)
+                continue
+            for field in dataclasses.fields(inner):
+                assert f"--{section.name}.{field.name} (" in own, (task, section.name, field.name)
 
 
 def test_cache_without_a_teacher(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

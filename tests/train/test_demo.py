@@ -10,12 +10,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kdtrain.cli import main
-from kdtrain.data.handlers import CLASSES, HOLE, functions_with_names
+from kdtrain.data.handlers import CLASSES, HOLE
 from kdtrain.demo import DemoPlan, demo
 from kdtrain.floor import around, bag_of_tokens
-from kdtrain.make_teacher import FINE_TUNING, SHAPE, TeacherPlan, make_teacher
-from kdtrain.pretrain import IGNORED, hidden_name_windows, mask_tokens
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
 
 TINY = replace(SHAPE, vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48)
 KINDS = {
@@ -42,7 +40,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small teacher made from the tree."""
     folder = tmp_path_factory.mktemp("made")
-    plan = TeacherPlan(TINY, 40, replace(FINE_TUNING, evaluate_every=None))
+    pretraining = replace(PRETRAINING, max_steps=40, evaluate_every=20)
+    plan = TeacherPlan(TINY, pretraining, replace(FINE_TUNING, evaluate_every=None))
     make_teacher(folder / "work", folder / "teacher", plan=plan, trees=[tree])
     return folder
 
@@ -53,7 +52,7 @@ def test_a_made_teacher_is_half_precision_and_says_what_it_is(made: Path) -> Non
     assert described["pretraining"]["name_loss"] < 0.9 * math.log(described["vocabulary"]), (
         "it learned nothing"
     )
-    assert described["pretraining"]["windows"] > described["pretraining"]["functions"]
+    assert described["pretraining"]["rows"]["train"] > described["pretraining"]["functions"]
     assert described["test"]["rows"] > 0 and described["valid"]["loss"] < 1.1 * math.log(len(CLASSES))
     model = AutoModelForSequenceClassification.from_pretrained(made / "teacher")
     assert model.dtype == torch.float16 and model.config.id2label[1] == CLASSES[1]
@@ -103,22 +102,6 @@ def test_the_floor_beats_chance_where_tokens_tell() -> None:
     for logits in scores.values():
         assert (logits.argmax(dim=1) == labels[60:]).all()
     assert around("x" * 1000 + HOLE + "y" * 1000, HOLE).count("x") == 300
-
-
-def test_windows_hide_the_name_and_masks_spare_special_tokens() -> None:
-    code = "def f(a):\n    try:\n        g(a)\n    except KeyError:\n        raise TypeError(a)\n    raise OSError\n"
-    functions = functions_with_names(code.encode(), "m", raises=True)
-    tokenizer = train_tokenizer([code] * 4, vocab_size=330, max_length=64, focus=HOLE)
-    rows, names = hidden_name_windows(functions, tokenizer, 64)
-    assert len(rows) == 2, "the handler, and the first raise of the function"
-    pieces = [str(tokenizer.decode(name)).strip() for name in names]
-    assert "KeyError".startswith(pieces[0]) and "TypeError".startswith(pieces[1]) and all(pieces)
-    ids, _ = rows.batch(torch.tensor([0, 1]))
-    assert (ids == tokenizer.get_vocab()[HOLE]).sum(dim=1).tolist() == [1, 1]
-    corrupted, labels = mask_tokens(ids, tokenizer, torch.Generator().manual_seed(0))
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    assert (labels[special] == IGNORED).all() and (corrupted[special] == ids[special]).all()
-    assert (labels != IGNORED).any() and (corrupted[labels == IGNORED] == ids[labels == IGNORED]).all()
 
 
 def test_the_command_builds_a_data_set_and_refuses_a_missing_folder(

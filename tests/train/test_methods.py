@@ -11,10 +11,11 @@ from kdtrain.data.rows import UNLABELLED
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.dist import CorrelationDistillation, correlation
 from kdtrain.methods.layers import all_but_the_last
-from kdtrain.models import Shape, build_student, parameter_count
+from kdtrain.models import Shape, parameter_count
 from kdtrain.objective import Batch, WholeBatch
 from kdtrain.presets import DEFAULTS, STUDENTS, STUDY
 from kdtrain.recipe import MethodRecipe, StudentRecipe, recipe_from_dict
+from kdtrain.students import build_student
 from kdtrain.tokenizers import train_tokenizer
 from tests.train.test_objective import model_of, rows
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from kdtrain.errors import KdtrainError
+from kdtrain.masked.recipe import masked_recipe_from_dict
 from kdtrain.recipe import (
     DataRecipe,
     MethodRecipe,
@@ -154,6 +155,8 @@ def test_the_shipped_recipes_load() -> None:
             recipe = load_recipe(path)
             names.add(recipe.method.name)
             assert content["output"] == recipe.output
+        elif task == "masked_lm":
+            assert masked_recipe_from_dict(content).student.vocab_size == 50_000
         elif task == "study":
             cells = unfold(load_study(path))
             assert len(cells) == 4 * 5 * 3 and len({cell.recipe.output for cell in cells}) == len(cells)

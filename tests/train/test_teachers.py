@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     ModernBertConfig,
+    ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    RobertaForMaskedLM,
     RobertaForSequenceClassification,
 )
 
@@ -22,9 +26,11 @@ from kdtrain.cache_build import build_cache, teacher_outputs, verify_cache
 from kdtrain.data.pairs import tokenize_split
 from kdtrain.data.rows import TextRows
 from kdtrain.errors import KdtrainError
+from kdtrain.evaluate import evaluate_run
 from kdtrain.pair_config import PairConfig
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
 from kdtrain.run import run
+from kdtrain.students import build_student
 from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
 
@@ -213,14 +219,151 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
         KdtrainError, match="classifies pairs of texts, and the rows of this task are single texts"
     ):
         load_teacher(str(tmp_path / "run" / "student"), ("different", "clone"))
-    with pytest.raises(KdtrainError, match=r"student.path is not supported yet for tasks over pairs"):
-        student = replace(recipe.student, path=str(tmp_path / "teacher" / "single"))
-        run(
-            replace(
-                recipe,
-                student=student,
-                output=str(tmp_path / "other"),
-                teacher=TeacherRecipe(),
-                method=MethodRecipe(name="ft"),
-            )
-        )
+    single = replace(recipe, data=DataRecipe(train=path, valid=path, classes=("different", "clone")))
+    plain = replace(single, method=MethodRecipe(name="ft"), teacher=TeacherRecipe())
+    student = replace(recipe.student, path=str(tmp_path / "run" / "student"))
+    with pytest.raises(
+        KdtrainError, match=r"student.path: .* classifies pairs of texts, and the rows of this task are single"
+    ):
+        run(replace(plain, student=student, output=str(tmp_path / "other")))
+
+
+def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
+    """A saved student of pairs and a checkpoint with CodeXGLUE's head keep their heads; any other encoder gets a new one."""
+    names = ("different", "clone")
+    checkpoint = clone_checkpoint(tmp_path / "checkpoint", "roberta.")
+    words = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    ids = torch.randint(5, len(words), (3, 2, 9), generator=torch.Generator().manual_seed(0))
+
+    def start(path: Path, tokenizer: Any = words) -> PreTrainedModel:
+        given = StudentRecipe(path=str(path), max_length=40)
+        return build_student(given, tokenizer, names, pairs=True).eval()
+
+    theirs = load_teacher(str(checkpoint), names, pairs=True).model
+    first = start(checkpoint)
+    first.save_pretrained(tmp_path / "saved")
+    words.save_pretrained(tmp_path / "saved")
+    again = start(tmp_path / "saved")
+    with torch.inference_mode():
+        expected = theirs(ids).logits
+        assert torch.equal(first(ids).logits, expected) and torch.equal(again(ids).logits, expected)
+    assert first.config.id2label == again.config.id2label == {0: "different", 1: "clone"}
+
+    fresh: Any = start(tmp_path / "checkpoint" / "single")
+    encoder = RobertaForSequenceClassification.from_pretrained(tmp_path / "checkpoint" / "single").roberta
+    weights = dict(encoder.named_parameters())
+    for name, value in fresh.encoder.named_parameters():
+        assert torch.equal(value, weights[name]), name
+    assert fresh.classifier.out_proj.weight.shape == (2, 16)
+
+    torch.manual_seed(5)
+    bigru = build_student(
+        StudentRecipe(architecture="bigru", hidden_size=8, layers=1, max_length=40), words, names
+    )
+    bigru.save_pretrained(tmp_path / "bigru")
+    grown: Any = start(tmp_path / "bigru")
+    assert torch.equal(grown.encoder.layers[0].weight_hh_l0, bigru.bigru.layers[0].weight_hh_l0)  # type: ignore[union-attr]
+
+    more = tokenizer(extra=[f"<{i}>" for i in range(400)])
+    with pytest.raises(
+        KdtrainError, match=r"knows \d+ tokens, and the tokenizer has \d+; take the tokenizer"
+    ):
+        start(tmp_path / "saved", more)
+    with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
+        build_student(StudentRecipe(path=str(checkpoint), max_length=65), words, names, pairs=True)
+
+
+def published_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in the layout of a published checkpoint's: the same special tokens, ids and template."""
+    rules = Tokenizer(models.BPE())
+    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rules.decoder = decoders.ByteLevel()
+    if family == "unixcoder":  # vocab.json of microsoft/unixcoder-base begins so; <encoder-only> is 6
+        special = [
+            "<s>",
+            "<pad>",
+            "</s>",
+            "<unk>",
+            "<mask>",
+            "<decoder-only>",
+            "<encoder-only>",
+            "<encoder-decoder>",
+        ]
+        roles = dict(zip(("cls", "pad", "sep", "unk", "mask"), special, strict=False))
+        roles |= {"bos": "<s>", "eos": "</s>"}
+        extra = special[5:]
+    else:  # ModernBERT's tokens carry the highest ids, and it has neither bos nor eos
+        special, extra = [], []
+        roles = {"cls": "[CLS]", "pad": "[PAD]", "sep": "[SEP]", "unk": "[UNK]", "mask": "[MASK]"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    rules.train_from_iterator(TEXTS * 4, trainer)
+    if family == "modernbert":
+        rules.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    first, last = roles["cls"], roles["sep"]
+    rules.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(token, rules.token_to_id(token)) for token in (first, last)],
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=rules,
+        extra_special_tokens=extra,
+        model_max_length=64,
+        **{f"{role}_token": token for role, token in roles.items()},
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.parametrize("family", ["unixcoder", "modernbert"])
+def test_a_published_encoder_is_fine_tuned_and_teaches(tmp_path: Path, family: str) -> None:
+    """From a masked-language-model checkpoint in their layout to a teacher of ckd: the same tokens in both stages."""
+    words = published_tokenizer(family, tmp_path / "encoder")
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape.update(intermediate_size=32, vocab_size=len(words), pad_token_id=words.pad_token_id)
+    torch.manual_seed(6)
+    if family == "unixcoder":
+        model: Any = RobertaForMaskedLM(RobertaConfig(**shape, max_position_embeddings=66, type_vocab_size=1))
+    else:
+        ends: dict[str, Any] = {"cls_token_id": words.cls_token_id, "sep_token_id": words.sep_token_id}
+        ends |= {"bos_token_id": words.cls_token_id, "eos_token_id": words.sep_token_id}
+        model = ModernBertForMaskedLM(ModernBertConfig(**shape, **ends, max_position_embeddings=128))
+    model.save_pretrained(tmp_path / "encoder")
+    rows = [json.dumps({"code": TEXTS[i % 3] * (1 + i % 2), "label": int(i % 3 == 2)}) for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = DataRecipe(train=str(tmp_path / "rows.jsonl"), valid=str(tmp_path / "rows.jsonl"), classes=CLASSES)
+    training = TrainingRecipe(max_steps=3, batch_size=8, epochs=1, log_every=1)
+    tuned = Recipe(
+        data=data,
+        student=StudentRecipe(path=str(tmp_path / "encoder"), max_length=40),
+        training=training,
+        output=str(tmp_path / "tuned"),
+    )
+    run(tuned)
+    teacher = load_teacher(str(tmp_path / "tuned" / "student"), CLASSES, TeacherRecipe(max_length=40))
+    # What was seen in fine-tuning is what is seen in teaching: the saved predictions are the teacher's answers.
+    predictions = load_file(tmp_path / "tuned" / "predictions" / "test.safetensors")
+    given = rows_of([json.loads(row)["code"] for row in rows])
+    torch.testing.assert_close(ask(teacher, given), predictions["logits"], rtol=1e-4, atol=1e-5)
+    ids, _ = tokenize_split(given, teacher.tokenizer, 40, None, teacher.insert).batch(torch.tensor([0]))
+    if family == "unixcoder":
+        assert teacher.insert == (6, 2) and ids[0, :3].tolist() == [0, 6, 2] and ids[0, -1] == 2
+    else:
+        assert teacher.insert == () and ids[0, 0] == words.cls_token_id and ids[0, -1] == words.sep_token_id
+    student = StudentRecipe(
+        vocab_size=300, hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=40
+    )
+    recipe = Recipe(
+        data=data,
+        student=student,
+        teacher=TeacherRecipe(path=str(tmp_path / "tuned" / "student")),
+        method=MethodRecipe(name="ckd", window=3),
+        training=training,
+        output=str(tmp_path / "student"),
+    )
+    assert run(recipe).test["agreement"] >= 0
+    assert evaluate_run(tmp_path / "tuned")["accuracy"] == pytest.approx(
+        float((predictions["logits"].argmax(1) == predictions["labels"]).double().mean())
+    )

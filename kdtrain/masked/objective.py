@@ -1,0 +1,125 @@
+"""The loss of a masked language model: hidden tokens and, where there are any, hidden exception names."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdtrain.data.tokens import token_budget_batches
+from kdtrain.masked.rows import IGNORED, Hiding, MaskedBatch, MaskedRows
+from kdtrain.task import Objective
+
+EVALUATION_TOKENS = 8192
+
+
+class MaskedObjective(Objective):
+    """Mean cross-entropy of the hidden tokens, plus that of the hidden names.
+
+    Without dropout, as large corpora are seen few times: the model's own rates are for the fine-tuning after it.
+    """
+
+    def __init__(self, student: PreTrainedModel, hiding: Hiding, *, names: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.hiding = hiding
+        self.names = ("token", "name") if names else ("token",)
+        self.step = 0
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, which turns dropout off and nothing else."""
+        return super().train(False)
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        """The step decides which tokens are hidden; 0 is for measuring."""
+        self.step = step + 1
+
+    def look_ahead(
+        self,
+        pieces: Iterable[Any],
+        rows: Sequence[Tensor],
+        whole: Tensor,
+        divisor: int,
+        accelerator: Accelerator,
+    ) -> tuple[Iterable[Any], int]:
+        """Hide tokens of every piece and take it to the device."""
+        scale = divisor / (2 * len(whole)) if "name" in self.names else 0.0
+        return (
+            self.prepared(
+                replace(piece, name_scale=scale),
+                (index if len(index) else whole[:1]).tolist(),
+                self.step,
+                accelerator.device,
+            )
+            for piece, index in zip(pieces, rows, strict=True)
+        ), divisor
+
+    def prepared(
+        self, batch: MaskedBatch, rows: Sequence[int], step: int, device: torch.device
+    ) -> MaskedBatch:
+        """A piece with tokens hidden, on the device."""
+        hidden = self.hiding.apply(batch, rows, step)
+        tensors = (hidden.input_ids, hidden.attention_mask, hidden.labels, hidden.is_name)
+        return MaskedBatch(*(tensor.to(device) for tensor in tensors), name_scale=hidden.name_scale)
+
+    def forward(self, batch: MaskedBatch, divisor: int, *, measure: bool = False) -> tuple[Tensor, Tensor]:
+        """Loss of one piece and the sum of each term; with `measure` the sums of `masked_metrics`, (6,), in their place."""
+        predicted = batch.labels != IGNORED
+        logits = hidden_logits(self.student, batch.input_ids, batch.attention_mask, predicted).float()
+        targets, is_name = batch.labels[predicted], batch.is_name[predicted]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        token, name = losses[~is_name].sum(), losses[is_name].sum() * batch.name_scale
+        loss = (token + name) / divisor
+        if measure:
+            right = (logits.argmax(dim=-1) == targets).double()
+            parts = [(losses[side].sum(), right[side].sum(), side.sum()) for side in (~is_name, is_name)]
+            return loss.detach(), torch.stack([value.detach().double() for part in parts for value in part])
+        return loss, torch.stack([token, name][: len(self.names)]).detach()
+
+
+def hidden_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
+    """(hidden tokens, V) logits; the head, which costs as much as a layer, reads these tokens only where it can."""
+    head: Any = getattr(model, "lm_head", None)
+    if head is None and hasattr(model, "decoder") and hasattr(model, "head"):  # ModernBERT
+        head = nn.Sequential(model.head, model.decoder)  # type: ignore[arg-type]
+    if head is None:
+        return model(input_ids=ids, attention_mask=mask).logits[predicted]
+    encoder: Any = model.base_model
+    return head(encoder(input_ids=ids, attention_mask=mask).last_hidden_state[predicted])
+
+
+@torch.no_grad()
+def masked_metrics(
+    model: nn.Module, objective: MaskedObjective, rows: MaskedRows, accelerator: Accelerator
+) -> dict[str, float]:
+    """Held-out metrics of the model as accelerate wrapped it; the same tokens are hidden each time.
+
+    Returns:
+        loss (mean cross-entropy of hidden tokens in nats, plus that of names), accuracy (share of hidden tokens told
+        right), and with names token_loss, name_loss and names_right.
+    """
+    model.eval()
+    batches = token_budget_batches(rows.lengths, EVALUATION_TOKENS)
+    count, first = accelerator.num_processes, accelerator.process_index
+    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
+    for start in range(0, len(batches), count):  # every process runs as many, or FSDP2 would wait for ever
+        index = batches[min(start + first, len(batches) - 1)]
+        batch = objective.prepared(
+            rows.batch(index, accelerator.device), index.tolist(), 0, accelerator.device
+        )
+        _, part = model(batch, 1, measure=True)
+        sums += part * (start + first < len(batches))
+    token, right, tokens, name, named, names = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+    metrics = {"loss": token / tokens, "accuracy": right / tokens}
+    if names:
+        metrics |= {
+            "loss": token / tokens + name / names,
+            "token_loss": token / tokens,
+            "name_loss": name / names,
+            "names_right": named / names,
+        }
+    return metrics

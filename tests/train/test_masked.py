@@ -1,0 +1,266 @@
+"""The masked-language-model stage: what is hidden, that pieces and kills change nothing, and the way to a teacher."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaForMaskedLM,
+)
+
+from kdtrain.cli import main
+from kdtrain.data.handlers import HOLE, functions_with_names
+from kdtrain.errors import KdtrainError
+from kdtrain.masked.corpus import load_corpus
+from kdtrain.masked.objective import MaskedObjective, hidden_logits
+from kdtrain.masked.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
+from kdtrain.masked.rows import IGNORED, Hiding, MaskedRows, hidden_count, hidden_name_rows, text_rows
+from kdtrain.masked.run import MaskedSummary, run_masked
+from kdtrain.recipe import save_recipe
+from kdtrain.recipe.sections import StudentRecipe
+from kdtrain.students import roberta_config
+from kdtrain.summary import Summary
+from kdtrain.tokenizers import train_tokenizer
+
+CODE = (
+    "def f(a):\n    try:\n        g(a)\n    except KeyError:\n        raise TypeError(a)\n    raise OSError\n"
+)
+SHAPE = StudentRecipe(vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 files of which a token follows from the ones before it."""
+    folder = tmp_path_factory.mktemp("code")
+    for n in range(90):
+        lines = [f"def read_{n}_{i}(table, rows):\n    return table[rows[{i % 3}]]\n" for i in range(6)]
+        (folder / f"m{n}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus: Path) -> MaskedRecipe:
+    return masked_recipe_from_dict(
+        {
+            "task": "masked_lm",
+            "data": {"train": [str(corpus)], "held_out": 0.1},
+            "student": {"vocab_size": 400, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64,
+                        "max_length": 64, "dropout": 0.3},
+            "training": {"max_steps": 60, "epochs": 60, "batch_size": 16, "learning_rate": 3e-3, "evaluate_every": 12},
+        }
+    )  # fmt: skip
+
+
+def named_rows() -> tuple[MaskedRows, Any]:
+    functions = functions_with_names(CODE.encode(), "m", raises=True)
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64, focus=HOLE)
+    rows, names = hidden_name_rows(functions, tokenizer, 64, HOLE)
+    return MaskedRows.of(rows, names, tokenizer, HOLE), tokenizer
+
+
+def test_names_are_hidden_and_masks_spare_special_tokens() -> None:
+    rows, tokenizer = named_rows()
+    assert len(rows) == 2, "the handler, and the first raise of the function"
+    assert rows.names is not None
+    pieces = [str(tokenizer.decode(name)).strip() for name in rows.names]
+    assert "KeyError".startswith(pieces[0]) and "TypeError".startswith(pieces[1]) and all(pieces)
+    plain = rows.batch(torch.tensor([0, 1]), CPU)
+    assert plain.is_name.sum(dim=1).tolist() == [2, 2], "the first token and the hole"
+    hidden = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 0).apply(plain, [0, 1], 1)
+    special = torch.isin(plain.input_ids, rows.special)
+    assert torch.equal(hidden.input_ids[special], plain.input_ids[special])
+    assert torch.equal(hidden.labels[plain.is_name], rows.names.repeat_interleave(2))
+    chosen = (hidden.labels != IGNORED) & ~plain.is_name
+    assert not (chosen & special).any()
+    assert chosen.sum(dim=1).tolist() == hidden_count(rows.free).tolist()
+    assert int(chosen.sum()) == rows.count(torch.tensor([0, 1]))
+    assert torch.equal(hidden.labels[chosen], plain.input_ids[chosen])
+    assert torch.equal(hidden.input_ids[~chosen], plain.input_ids[~chosen])
+
+
+def test_of_the_chosen_most_are_masked_and_each_step_chooses_anew() -> None:
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    rows = MaskedRows.of(text_rows([CODE] * 80, tokenizer, 64), None, tokenizer, None)
+    hiding = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 3)
+    index = torch.arange(len(rows))
+    plain = rows.batch(index, CPU)
+    first, again, other = (hiding.apply(plain, index.tolist(), step) for step in (1, 1, 2))
+    assert torch.equal(first.input_ids, again.input_ids) and not torch.equal(first.labels, other.labels)
+    chosen = first.labels != IGNORED
+    share = (first.input_ids[chosen] == hiding.mask_id).double().mean()
+    same = (first.input_ids[chosen] == plain.input_ids[chosen]).double().mean()
+    assert 0.72 < share < 0.88 and 0.04 < same < 0.18, "of some 800"
+    assert hidden_count(torch.tensor([0, 1, 3, 10, 100])).tolist() == [0, 1, 1, 2, 15]
+
+
+def test_documents_follow_each_other_in_full_rows() -> None:
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    rows = text_rows([CODE, "x = 1\n", CODE], tokenizer, 20)
+    assert rows.lengths[:-1].unique().tolist() == [20]
+    ids, mask = rows.batch(torch.arange(len(rows)))
+    assert (ids[:, 0] == 0).all() and (ids[mask.bool()][-1] == 2)
+    inner = [int(i) for row, length in zip(ids, rows.lengths, strict=True) for i in row[1 : length - 1]]
+    expected = [
+        i for text in (CODE, "x = 1\n", CODE) for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+    ]  # fmt: skip
+    assert inner == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "names"])
+def test_pieces_and_padding_do_not_change_the_step(kind: str) -> None:
+    rows, tokenizer = named_rows()
+    if kind == "text":
+        rows = MaskedRows.of(text_rows([CODE] * 3, tokenizer, 20), None, tokenizer, None)
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(roberta_config(replace(SHAPE, max_length=64, dropout=0.5), tokenizer))
+    hiding = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 0)
+    objective = MaskedObjective(model, hiding, names=rows.names is not None).train()
+    whole = torch.arange(min(5, len(rows)))
+    found = []
+    for cuts in (1, 2, len(whole)):
+        objective.zero_grad()
+        pieces = whole.tensor_split(cuts)
+        objective.start_step(4, 10)
+        made, divisor = objective.look_ahead(
+            (rows.batch(piece, CPU) for piece in pieces), pieces, whole, rows.count(whole), Accelerator()
+        )
+        parts = [objective(piece, divisor) for piece in made]
+        torch.stack([loss for loss, _ in parts]).sum().backward()
+        grads = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
+        found.append((sum(loss.detach() for loss, _ in parts), sum(terms for _, terms in parts), grads))
+    for loss, terms, grads in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(terms, found[0][1])
+        torch.testing.assert_close(grads, found[0][2], rtol=1e-4, atol=1e-6)
+    assert len(found[0][1]) == (1 if kind == "text" else 2)
+
+
+def test_heads_read_hidden_tokens_only() -> None:
+    """RoBERTa's and ModernBERT's head on some rows is the whole model's on these; another family runs whole."""
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2}
+    small.update(num_attention_heads=2, intermediate_size=32, pad_token_id=1)
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    ids = torch.randint(5, 300, (3, 12))
+    mask = torch.ones_like(ids)
+    predicted = torch.rand(3, 12) < 0.3
+    for model in (
+        RobertaForMaskedLM(roberta_config(SHAPE, tokenizer)),
+        ModernBertForMaskedLM(ModernBertConfig(**small, **special)),
+        BertForMaskedLM(BertConfig(**small)),
+    ):
+        model.eval()
+        with torch.no_grad():
+            whole = model(input_ids=ids, attention_mask=mask).logits[predicted]
+            torch.testing.assert_close(hidden_logits(model, ids, mask, predicted), whole)
+
+
+def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
+    recipe: MaskedRecipe, toy: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    summary = run_masked(replace(recipe, output=str(whole)))
+    assert summary.test["loss"] < 0.65 * math.log(400), "it learned nothing"
+    assert run_masked(replace(recipe, output=str(whole))) == summary
+
+    save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stderr
+    for name in ("student/model.safetensors", "student/tokenizer.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+    model = AutoModelForMaskedLM.from_pretrained(whole / "student")
+    assert model.config.hidden_dropout_prob == 0.3, "kept for the fine-tuning"
+    (tmp_path / "fine-tune.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "data": {"path": str(toy)},
+                "student": {"path": str(whole / "student"), "max_length": 64},
+                "training": {"max_steps": 4, "batch_size": 16},
+                "output": str(tmp_path / "teacher"),
+            }
+        )
+    )
+    assert main(["train", str(tmp_path / "fine-tune.yaml")]) == 0
+    assert Summary.load(tmp_path / "teacher").student["architecture"] == "roberta"
+    encoder = load_file(whole / "student" / "model.safetensors")
+    tuned = load_file(tmp_path / "teacher" / "student" / "model.safetensors")
+    name = "roberta.encoder.layer.0.output.dense.weight"
+    assert 0 < (encoder[name] - tuned[name]).abs().max() < 0.05, "it started from the encoder"
+
+
+def test_it_goes_on_from_a_model_that_is_there(recipe: MaskedRecipe, tmp_path: Path) -> None:
+    """A ModernBERT with a tokenizer of its own."""
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small.update(intermediate_size=32, pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=0)
+    config = ModernBertConfig(vocab_size=len(tokenizer), sep_token_id=2, max_position_embeddings=64, **small)
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    student = StudentRecipe(path=str(tmp_path / "start"), max_length=64)
+    training = replace(recipe.training, max_steps=3)
+    run_masked(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
+    summary = MaskedSummary.load(tmp_path / "run")
+    assert summary.student["architecture"] == "modernbert"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == len(tokenizer)
+    longer = replace(student, max_length=65)
+    with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
+        run_masked(replace(recipe, student=longer, training=training, output=str(tmp_path / "long")))
+
+
+def test_wrong_code_and_recipes(recipe: MaskedRecipe, corpus: Path, tmp_path: Path) -> None:
+    for content, sentence in (
+        ({"data": {}}, "data.train is missing: name folders"),
+        ({"data": {"train": ["x"], "held_out": 1.5}}, "data.held_out is a share"),
+        (
+            {"data": {"train": ["x"]}, "student": {"architecture": "bigru"}},
+            "encoders of architecture roberta",
+        ),
+        ({"data": {"trian": []}}, "unknown recipe key data.trian; did you mean data.train"),
+    ):
+        with pytest.raises(KdtrainError, match=sentence):
+            masked_recipe_from_dict({"task": "masked_lm", **content})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"func": "int x;"}) + "\n")
+    with pytest.raises(
+        KdtrainError, match=r"row 1 of data.train has no text in column 'code' \(columns: func\)"
+    ):
+        load_corpus(MaskedDataRecipe(train=(str(tmp_path / "rows.jsonl"),)))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.py").write_text("x = 1\n")
+    with pytest.raises(KdtrainError, match="leaves 1 documents to train on and 0 to measure on"):
+        load_corpus(MaskedDataRecipe(train=(str(tmp_path / "one"),), held_out=1e-9))
+    with pytest.raises(
+        KdtrainError, match="kdtrain train knows the tasks classification, masked_lm, code_lm"
+    ):
+        (tmp_path / "vision.yaml").write_text("task: vision\n")
+        from kdtrain.commands.train import main as train_main
+
+        train_main(type("Words", (), {"recipe": str(tmp_path / "vision.yaml"), "overrides": []})())  # type: ignore[arg-type]
