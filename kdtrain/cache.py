@@ -1,29 +1,25 @@
 """Teacher outputs on disk: computed once, keyed by the content of the row, and refused when they are another teacher's.
 
-A cache is a folder: `manifest.json` says whose outputs these are, `shard-00000.safetensors`, ... hold them. A shard is
-written whole or not at all and carries its own checksum, so a killed build goes on where it stopped. Shards are
-memory-mapped when read. A shard holds
+A shard of the folder (see `kdtrain/shards.py`) holds
 
     keys (R, 16) uint8, logits (R, C) float32, and with layers either
     states (R, P, L, D): the first token of each of the P texts of a row, or
     lengths (R, P) int64 and states (tokens, L, D): every token, texts one after the other.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdtrain.errors import KdtrainError
 from kdtrain.models import shape_of
+from kdtrain.shards import check_manifest, map_shard, read_manifest, shard_paths
 from kdtrain.teachers import Teacher
 
-MANIFEST = "manifest.json"
 FORMAT = 2
 
 MEANINGS = {
@@ -100,18 +96,12 @@ class TeacherCache:
         self.sequences = sequences
         self.shards: list[dict[str, Tensor]] = []
         self.places: dict[str, tuple[int, int]] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
+        for path in shard_paths(folder):
             self.add(path)
 
     def add(self, path: Path) -> None:
         """Map one more shard."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise KdtrainError(
-                f"{path} is damaged ({error}); delete this one file and it is computed again"
-            ) from None
+        shard = map_shard(path)
         if "lengths" in shard:
             ends = shard["lengths"].flatten().cumsum(0).reshape(shard["lengths"].shape)
             shard["starts"] = ends - shard["lengths"]
@@ -163,22 +153,10 @@ def open_cache(folder: Path, identity: Identity) -> TeacherCache | None:
     Raises:
         KdtrainError: it belongs to another teacher, tokenizer, length, ...; the sentence names the first difference.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    found = read_manifest(folder)
+    if found is None:
         return None
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise KdtrainError(
-            f"{path} is not readable JSON ({error}); delete the folder {folder} to build it again"
-        ) from None
-    wanted = identity.manifest()
-    for name, meaning in MEANINGS.items():
-        if found.get(name) != wanted[name]:
-            raise KdtrainError(
-                f"the teacher cache {folder} is not of this teacher: {meaning} is {found.get(name)!r} there and "
-                f"{wanted[name]!r} here; give another teacher.cache or delete that folder"
-            )
+    check_manifest(folder, found, identity.manifest(), MEANINGS)
     missing = sorted(set(identity.layers) - set(found["layers"]))
     if missing:
         raise KdtrainError(

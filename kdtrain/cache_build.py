@@ -1,32 +1,25 @@
 """Fill a teacher cache and check one: what costs time and disk, and is said beforehand."""
 
-import fcntl
-import hashlib
-import os
 import random
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from kdtrain.cache import MANIFEST, Identity, TeacherCache, open_cache
+from kdtrain.cache import Identity, TeacherCache, open_cache
 from kdtrain.data.pairs import PairRows, Rows, tokenize_split
 from kdtrain.data.rows import TextRows
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.files import human_bytes, write_json, write_tensors
+from kdtrain.files import human_bytes, write_json
 from kdtrain.models import sentence_states, sequence_states, shape_of
 from kdtrain.progress import progress, say
+from kdtrain.shards import MANIFEST, check_agreement, check_room, verify_checksums, write_shard, writing
 from kdtrain.teachers import Teacher
 
 SHARD_ROWS = 2048
 SHARD_BYTES = 256e6
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def build_cache(
     cache, todo = _what_is_missing(folder, identity, rows)
     if cache is not None and not todo:
         return cache
-    with _writing(folder):
+    with writing(folder):
         cache, todo = _what_is_missing(folder, identity, rows)  # again: another run may have just finished
         if cache is None:
             write_json(folder / MANIFEST, {**identity.manifest(), "teacher": teacher.path, "rows": 0})
@@ -87,25 +80,6 @@ def _what_is_missing(
     return cache, {key: i for i, key in enumerate(rows.keys()) if key not in known}
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system drops it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise KdtrainError(
-                f"another run (process {file.read().strip() or 'unknown'}) is writing the teacher cache {folder}; "
-                "wait until it is done, then run the same command again"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
 def _state_the_cost(cache: TeacherCache, teacher: Teacher, identity: Identity, tokens: Rows) -> None:
     count, parts = len(tokens), 2 if isinstance(tokens, PairRows) else 1
     width, layers = shape_of(teacher.model.config).width, len(cache.layers)
@@ -119,13 +93,8 @@ def _state_the_cost(cache: TeacherCache, teacher: Teacher, identity: Identity, t
     elif layers:
         need += count * parts * layers * width * size
         text += f" + {parts * layers} x {width} features in {identity.dtype}"
-    free = shutil.disk_usage(cache.folder).free
     say(f"teacher cache: {text}) = {human_bytes(need)} in {cache.folder}")
-    if need > free:
-        raise KdtrainError(
-            f"the teacher cache needs {human_bytes(need)} in {cache.folder}, which has {human_bytes(free)} free; "
-            "give another teacher.cache or store fewer teacher.layers"
-        )
+    check_room(cache.folder, need, "store fewer teacher.layers")
 
 
 def _compute(
@@ -197,13 +166,7 @@ def verify_cache(
     Raises:
         KdtrainError: a shard whose bytes changed, or a row that the teacher now answers otherwise.
     """
-    for path in sorted(cache.folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            stored, shard = file.metadata()["sha256"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored != checksum(shard):
-            raise KdtrainError(
-                f"{path} has changed since it was written; delete this one file and it is computed again"
-            )
+    verify_checksums(cache.folder)
     keys = rows.keys()
     known = [i for i, key in enumerate(keys) if key in cache.places]
     chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
@@ -222,21 +185,12 @@ def verify_cache(
         elif now.states is not None:
             pairs.append(("states", stored_rows.states(index), now.states.flatten(0, 1), 1e-2))
         for name, stored_values, values, tolerance in pairs:
-            worst = float((stored_values - values).abs().max())
-            if worst > tolerance * (1 + float(values.abs().max())):
-                raise KdtrainError(
-                    f"row {keys[chosen[row]]} of {cache.folder}: the stored {name} differ from the recomputed ones by "
-                    f"{worst:.3g}; delete the folder and build it again"
-                )
+            check_agreement(cache.folder, keys[chosen[row]], name, stored_values, values, tolerance)
     return len(chosen)
 
 
 def _write_shard(folder: Path, parts: list[tuple[list[str], Outputs]], dtype: str) -> Path:
-    keys = b"".join(bytes.fromhex(key) for part in parts for key in part[0])
-    shard = {
-        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
-        "logits": torch.cat([outputs.logits for _, outputs in parts]),
-    }
+    shard = {"logits": torch.cat([outputs.logits for _, outputs in parts])}
     states = [outputs.states for _, outputs in parts if outputs.states is not None]
     lengths = [outputs.lengths for _, outputs in parts if outputs.lengths is not None]
     if lengths:
@@ -245,16 +199,4 @@ def _write_shard(folder: Path, parts: list[tuple[list[str], Outputs]], dtype: st
         shard["states"] = torch.cat(states).to(getattr(torch, dtype))
         if not bool(shard["states"].isfinite().all()):
             raise KdtrainError("a teacher feature is too large for float16; set teacher.dtype to float32")
-    taken = [int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.safetensors")]
-    path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    write_tensors(path, shard, {"sha256": checksum(shard)})
-    return path
-
-
-def checksum(shard: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a shard's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(shard.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return write_shard(folder, [key for part in parts for key in part[0]], shard)
