@@ -69,24 +69,28 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
     recipe = language_recipe_from_dict(content)
     if recipe.teacher.path is None or recipe.teacher.signal == "online":
         raise KdtrainError(
-            f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden or topk"
+            f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden, topk, "
+            "cross_term or shards"
         )
-    from kdtrain.language.cache import Signal, verify_language_cache
+    from kdtrain.language.cache_build import verify_language_cache
     from kdtrain.language.run import prepare, stored_signals
     from kdtrain.prepare import start_accelerator
 
     device = start_accelerator(recipe).device
     parts = prepare(recipe)
+    if parts.shards is not None:
+        say(parts.shards.shards.words)
+        if arguments.verify:
+            parts.shards.shards.verify()
+            say("teacher shards: all values are log-probabilities of different tokens")
+        return 0
     assert parts.teacher is not None
     for stored in stored_signals(recipe, parts, device):
         say(f"teacher cache: {len(stored.cache)} rows in {stored.cache.folder}")
         if arguments.verify:
-            kind = "hidden" if "hidden" in stored.cache.shards[0] else "topk"
-            signal = Signal.of(kind, parts.teacher, recipe.teacher)
             count = verify_language_cache(
                 stored.cache,
                 parts.teacher,
-                signal,
                 stored.rows,
                 count=arguments.rows,
                 seed=recipe.seed,

@@ -1,52 +1,57 @@
 """What a teacher language model says of every row, on disk: computed once, keyed by the row's content.
 
-A cache is a folder for each kind of signal. `manifest.json` says whose outputs these are, `shard-00000.safetensors`, ...
-hold them; a shard is written whole or not at all, carries its own checksum, and is memory-mapped when read. It holds
+There is a folder (see `kdtrain/shards.py`) for each kind of signal. A shard holds
 
     keys (R, 16) uint8: SHA-256 over tokens and positions of a row, its first 16 bytes
     lengths (R,) int64: tokens of each row; the tokens of all rows stand end to end in
     hidden (tokens, D_t): what enters the teacher's head, from which its distribution is exact, or
-    logprobs (tokens, K) float32 and indices (tokens, K) int32: the K likeliest tokens, at temperature 1
+    logprobs (tokens, K) float32 and indices (tokens, K) int32: the K likeliest tokens, at temperature 1, or
+    cross (tokens, D_s), bias and entropy (tokens,) float32: what forward KL needs for one frozen head of a student
 """
 
 import hashlib
-import json
-import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from kdtrain.cache_build import checksum
-from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.files import human_bytes, write_json, write_tensors
-from kdtrain.language.heads import Head
+from kdtrain.language.heads import head_of
+from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows
-from kdtrain.language.recipe import LanguageTeacherRecipe
+from kdtrain.language.recipe import LanguageRecipe, LanguageTeacherRecipe
 from kdtrain.language.teacher import LanguageTeacher
-from kdtrain.progress import progress, say
+from kdtrain.shards import check_manifest, map_shard, read_manifest, shard_paths
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-SHARD_TOKENS = 1 << 18
-CHUNK_TOKENS = 512
+FORMAT = 2
 
-Kind = Literal["hidden", "topk"]
+Kind = Literal["hidden", "topk", "cross_term"]
+TENSORS: dict[Kind, tuple[str, ...]] = {
+    "hidden": ("hidden",),
+    "topk": ("logprobs", "indices"),
+    "cross_term": ("cross", "bias", "entropy"),
+}
+"""What a shard of each kind holds of every token."""
 
 MEANINGS = {
     "format": "its file format",
+    "kind": "what is stored (teacher.signal)",
     "teacher_weights": "the weights of the teacher",
     "precision": "the precision of the teacher (teacher.precision)",
     "dtype": "how hidden states are stored (teacher.dtype)",
     "top_k": "the tokens kept of each distribution (teacher.top_k)",
+    "vocabulary": "the tokens that student and teacher share",
+    "student_head": "the frozen head of the student (student.path, training.precision)",
+    "temperature": "the temperature that the cross-term is for (method.temperature)",
 }
 """What each checked field of the manifest is, in the words of the sentence that refuses it."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def row_keys(rows: PackedRows) -> list[str]:
@@ -59,49 +64,125 @@ def row_keys(rows: PackedRows) -> list[str]:
     return keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class FrozenHead:
+    """A student's head as the products of a step see it, and the temperature of its loss."""
+
+    weight: Tensor
+    """(V_s, D_s)"""
+    bias: Tensor | None
+    temperature: float
+
+    @classmethod
+    def of(cls, student: PreTrainedModel, recipe: LanguageRecipe) -> "FrozenHead":
+        """The student's head in the precision of training.
+
+        Raises:
+            KdtrainError: it is trained, or caps its logits.
+        """
+        head = head_of(student)
+        if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
+            raise KdtrainError(
+                "teacher.signal cross_term is stored for one head of the student, which training would change; set "
+                "student.frozen_head: true (or student.lora_rank), or teacher.signal: hidden"
+            )
+        if head.softcap is not None:
+            raise KdtrainError(
+                f"teacher.signal cross_term needs logits that are linear in the hidden states, but the student caps its own "
+                f"at {head.softcap}; set teacher.signal: hidden"
+            )
+        dtype = DTYPES[recipe.training.precision]
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        return cls(head.weight.detach().to(dtype), bias, recipe.method.temperature)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over its numbers."""
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, eq=False)
 class Signal:
     """What is stored of each token, and whose it is."""
 
     kind: Kind
     width: int
-    """D_t of hidden states, K of kept tokens"""
+    """D_t of hidden states, K of kept tokens, D_s of a cross-term"""
     dtype: Literal["float32", "bfloat16"]
     precision: str
     teacher_weights: str
+    vocabulary: int | None = None
+    """of kept tokens and cross-terms: the distribution is over ids 0 to vocabulary - 1, which the student has too"""
+    frozen: FrozenHead | None = None
 
     @classmethod
-    def of(cls, kind: Kind, teacher: LanguageTeacher, recipe: LanguageTeacherRecipe) -> "Signal":
-        """What `recipe` asks for."""
-        vocabulary, width = teacher.head.weight.shape
-        if kind == "topk" and recipe.top_k > vocabulary:
-            raise KdtrainError(
-                f"teacher.top_k is {recipe.top_k}, but the teacher knows {vocabulary} tokens only"
-            )
-        if kind == "topk" and recipe.top_k == vocabulary and recipe.tail == "bucket":
-            raise KdtrainError(
-                f"teacher.top_k keeps all {vocabulary} tokens and leaves nothing for teacher.tail bucket; set it to renormalize"
-            )
+    def of(
+        cls,
+        kind: Kind,
+        teacher: LanguageTeacher,
+        recipe: LanguageTeacherRecipe,
+        *,
+        shared: int | None = None,
+        frozen: FrozenHead | None = None,
+    ) -> "Signal":
+        """What the teacher section of a recipe asks for.
+
+        Args:
+            shared: ids 0 to shared - 1 mean the same token to student and teacher; None when all do.
+            frozen: the student's head, for a cross-term.
+        """
+        shared = teacher.head.weight.shape[0] if shared is None else shared
+        width = teacher.head.weight.shape[1]
+        if frozen is not None:
+            width = frozen.weight.shape[1]
+        elif kind == "topk":
+            width = recipe.top_k
+            if width > shared:
+                raise KdtrainError(
+                    f"teacher.top_k is {width}, but the teacher has {shared} tokens only that the student knows"
+                )
+            if width == shared and recipe.tail == "bucket":
+                raise KdtrainError(
+                    f"teacher.top_k keeps all {shared} tokens and leaves nothing for teacher.tail bucket; set it to renormalize"
+                )
         return cls(
             kind,
-            width if kind == "hidden" else recipe.top_k,
+            width,
             recipe.dtype if kind == "hidden" else "float32",
             recipe.precision,
             teacher.weights_hash,
+            None if kind == "hidden" else shared,
+            frozen,
         )
+
+    @classmethod
+    def for_run(cls, kind: Kind, objective: LanguageObjective, recipe: LanguageRecipe) -> "Signal":
+        """What a run with this objective stores of its teacher."""
+        assert objective.teacher is not None
+        frozen = FrozenHead.of(objective.student, recipe) if kind == "cross_term" else None
+        return cls.of(kind, objective.teacher, recipe.teacher, shared=objective.shared, frozen=frozen)
 
     @property
     def bytes_per_token(self) -> int:
         """On disk."""
         if self.kind == "topk":
             return 8 * self.width
+        if self.kind == "cross_term":
+            return 4 * (self.width + 2)
         return self.width * (2 if self.dtype == "bfloat16" else 4)
 
     def words(self) -> str:
         """For people."""
-        if self.kind == "topk":
-            return f"{self.width} tokens with their log-probabilities"
-        return f"{self.width} hidden values in {self.dtype}"
+        return {
+            "topk": f"{self.width} tokens with their log-probabilities",
+            "cross_term": f"{self.width} numbers for the student's frozen head, its bias and an entropy",
+            "hidden": f"{self.width} hidden values in {self.dtype}",
+        }[self.kind]
 
     def manifest(self) -> dict[str, Any]:
         """As it stands in manifest.json."""
@@ -112,31 +193,26 @@ class Signal:
             "precision": self.precision,
             "dtype": self.dtype,
             "top_k": self.width if self.kind == "topk" else None,
+            "vocabulary": self.vocabulary,
+            "student_head": None if self.frozen is None else self.frozen.fingerprint,
+            "temperature": None if self.frozen is None else self.frozen.temperature,
         }
 
 
 class LanguageCache:
     """Stored outputs, found by row key."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, signal: Signal) -> None:
+        self.folder, self.signal = folder, signal
         self.shards: list[dict[str, Tensor]] = []
         self.places: dict[str, tuple[int, int, int]] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
+        for path in shard_paths(folder):
             self.add(path)
 
     def add(self, path: Path) -> None:
         """Map one more shard."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise KdtrainError(
-                f"{path} is damaged ({error}); delete this one file and it is computed again"
-            ) from None
-        lengths = shard["lengths"].tolist()
-        first = 0
-        for key, length in zip(shard["keys"].numpy(), lengths, strict=True):
+        shard, first = map_shard(path), 0
+        for key, length in zip(shard["keys"].numpy(), shard["lengths"].tolist(), strict=True):
             self.places[key.tobytes().hex()] = (len(self.shards), first, length)
             first += length
         self.shards.append(shard)
@@ -167,150 +243,8 @@ def open_language_cache(folder: Path, signal: Signal) -> LanguageCache | None:
     Raises:
         KdtrainError: it belongs to another teacher, or stores something else; the sentence names the first difference.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    found = read_manifest(folder)
+    if found is None:
         return None
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise KdtrainError(
-            f"{path} is not readable JSON ({error}); delete the folder {folder} to build it again"
-        ) from None
-    wanted = signal.manifest()
-    for name, meaning in MEANINGS.items():
-        if found.get(name) != wanted[name]:
-            raise KdtrainError(
-                f"the teacher cache {folder} is not of this teacher: {meaning} is {found.get(name)!r} there and "
-                f"{wanted[name]!r} here; give another teacher.cache or delete that folder"
-            )
-    return LanguageCache(folder)
-
-
-def build_language_cache(
-    folder: Path,
-    teacher: LanguageTeacher,
-    signal: Signal,
-    rows: PackedRows,
-    *,
-    batch_tokens: int,
-    device: torch.device,
-) -> LanguageCache:
-    """Open the cache and compute the rows it lacks; the cost is said before anything is computed."""
-    cache = open_language_cache(folder, signal)
-    if cache is None:
-        write_json(folder / MANIFEST, {**signal.manifest(), "teacher": teacher.path})
-        cache = LanguageCache(folder)
-    keys = row_keys(rows)
-    todo = [i for i in {key: i for i, key in enumerate(keys)}.values() if keys[i] not in cache.places]
-    if not todo:
-        return cache
-    tokens = int(rows.lengths[todo].sum())
-    need, free = tokens * signal.bytes_per_token, shutil.disk_usage(folder).free
-    say(
-        f"teacher cache: {tokens} tokens x {signal.bytes_per_token} bytes ({signal.words()}) = {human_bytes(need)} in {folder}"
-    )
-    if need > free:
-        raise KdtrainError(
-            f"the teacher cache needs {human_bytes(need)} in {folder}, which has {human_bytes(free)} free; give another "
-            "teacher.cache, a smaller teacher.top_k, or teacher.signal: online"
-        )
-    nn.Module.to(teacher.model, device)
-    waiting: list[tuple[str, dict[str, Tensor]]] = []
-    with progress(tokens, "teacher", unit="tokens") as bar:
-        lengths = rows.lengths[todo]
-        batches = token_budget_batches(lengths, batch_tokens)
-        for number, index in enumerate(batches):
-            index = torch.tensor(todo)[index]
-            outputs = teacher_signal(teacher, signal, rows, index, device)
-            for row, i in enumerate(index.tolist()):
-                part = {name: value[row, : int(rows.lengths[i])] for name, value in outputs.items()}
-                waiting.append((keys[i], part))
-            stored = sum(len(next(iter(part.values()))) for _, part in waiting)
-            if stored >= SHARD_TOKENS or number == len(batches) - 1:
-                cache.add(_write_shard(folder, waiting))
-                waiting = []
-            bar.update(int(rows.lengths[index].sum()))
-    if signal.kind == "topk":
-        covered = cache.covered()
-        write_json(
-            folder / MANIFEST, {**signal.manifest(), "teacher": teacher.path, "covered_probability": covered}
-        )
-        say(f"teacher cache: the {signal.width} kept tokens hold {covered:.2%} of the probability")
-    return cache
-
-
-@torch.inference_mode()
-def teacher_signal(
-    teacher: LanguageTeacher, signal: Signal, rows: PackedRows, index: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """The stored tensors of these rows, each (B, N, ...), on the host."""
-    hidden, _ = teacher.hidden(rows.batch(index, device))
-    if not bool(hidden.isfinite().all()):
-        raise KdtrainError(
-            f"the teacher {teacher.path} gives values that are not finite; its weights are damaged"
-        )
-    if signal.kind == "hidden":
-        return {"hidden": hidden.to(getattr(torch, signal.dtype)).cpu()}
-    head = teacher.head
-    wide = Head(
-        head.weight.float(), None if head.bias is None else head.bias.float(), head.softcap, head.scale
-    )
-    flat = hidden.flatten(0, 1).float()
-    kept = [wide.logits(part).log_softmax(-1).topk(signal.width, dim=-1) for part in flat.split(CHUNK_TOKENS)]
-    shape = (*hidden.shape[:2], signal.width)
-    return {
-        "logprobs": torch.cat([part.values for part in kept]).view(shape).cpu(),
-        "indices": torch.cat([part.indices for part in kept]).view(shape).int().cpu(),
-    }
-
-
-def verify_language_cache(
-    cache: LanguageCache,
-    teacher: LanguageTeacher,
-    signal: Signal,
-    rows: PackedRows,
-    *,
-    count: int,
-    seed: int,
-    device: torch.device,
-) -> int:
-    """Check the checksum of every shard and recompute `count` random rows; give the number of rows recomputed.
-
-    Raises:
-        KdtrainError: a shard whose bytes changed, or a row that the teacher now answers otherwise.
-    """
-    for path in sorted(cache.folder.glob("shard-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            stored, shard = file.metadata()["sha256"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored != checksum(shard):
-            raise KdtrainError(
-                f"{path} has changed since it was written; delete this one file and it is computed again"
-            )
-    keys = row_keys(rows)
-    known = [i for i, key in enumerate(keys) if key in cache.places]
-    chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
-    nn.Module.to(teacher.model, device)
-    name = "hidden" if signal.kind == "hidden" else "logprobs"
-    for i in chosen:
-        now = teacher_signal(teacher, signal, rows, torch.tensor([i]), device)[name][0].float()
-        worst = float((cache.read(name, [keys[i]], len(now))[0].float() - now).abs().max())
-        if worst > 2e-2 * (1 + float(now.abs().max())):
-            raise KdtrainError(
-                f"row {keys[i]} of {cache.folder}: the stored {name} differ from the recomputed ones by {worst:.3g}; delete "
-                "the folder and build it again"
-            )
-    return len(chosen)
-
-
-def _write_shard(folder: Path, parts: list[tuple[str, dict[str, Tensor]]]) -> Path:
-    keys = b"".join(bytes.fromhex(key) for key, _ in parts)
-    names = parts[0][1]
-    shard = {
-        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
-        "lengths": torch.tensor([len(next(iter(part.values()))) for _, part in parts]),
-        **{name: torch.cat([part[name] for _, part in parts]) for name in names},
-    }
-    taken = [int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.safetensors")]
-    path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    write_tensors(path, shard, {"sha256": checksum(shard)})
-    return path
+    check_manifest(folder, found, signal.manifest(), MEANINGS)
+    return LanguageCache(folder, signal)

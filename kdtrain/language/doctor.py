@@ -48,7 +48,7 @@ def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
     if vocab_map is None:
         yield note(f"student and teacher have the same {sizes[0]} tokens, compared one by one")
         return
-    shared = min(sizes) if isinstance(vocab_map, str) else int((vocab_map >= 0).sum())
+    shared = subject.parts.objective.shared
     yield note(
         f"the heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows; ids 0 to {shared - 1} are the same tokens, compared "
         "one by one, and the divergence is taken over those; the cross entropy is over all of the student's"
@@ -171,9 +171,11 @@ def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
     from kdtrain.language.cache import Signal
 
     parts, teacher = subject.parts, subject.recipe.teacher
-    if parts.teacher is None or teacher.signal == "online":
+    if parts.shards is not None:
+        yield note(parts.shards.shards.words)
+    if parts.teacher is None or teacher.signal in ("online", "shards"):
         return
-    signal = Signal.of(teacher.signal, parts.teacher, teacher)
+    signal = Signal.for_run(teacher.signal, parts.objective, subject.recipe)
     tokens = int(parts.train.lengths.sum())
     yield note(
         f"the teacher cache takes {signal.bytes_per_token} bytes a token ({signal.words()}), "

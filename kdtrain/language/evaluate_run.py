@@ -44,7 +44,8 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     if not (folder / "student").is_dir():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
     recipe = load_language_recipe(folder / "recipe.yaml")
-    recipe = replace(recipe, student=replace(recipe.student, path=str(folder / "student"), tokenizer=None))
+    student = replace(recipe.student, path=str(folder / "student"), tokenizer=None, lora_rank=0)
+    recipe = replace(recipe, student=student)
     tokenizer = load_tokenizer(str(folder / "student"), "student")
     rows = packed(load_held_out(recipe.data, tokenizer), recipe, tokenizer)
     objective = open_models(recipe, tokenizer)

@@ -23,6 +23,7 @@ from kdkernels import (
     SkewKL,
     SkewReverseKL,
     Teacher,
+    TeacherCrossTerm,
     TeacherHead,
     TeacherTopK,
     linear_kd_loss,
@@ -32,7 +33,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.language.evaluate import silent_teacher, token_sums
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.packing import IGNORED, LanguageBatch
-from kdtrain.language.recipe import LanguageMethodRecipe
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageTeacherRecipe
 from kdtrain.language.relations import RelationLoss, attention_inputs
 from kdtrain.language.teacher import LanguageTeacher
 from kdtrain.task import Objective
@@ -77,6 +78,11 @@ class LanguageObjective(Objective):
 
     The teacher is held beside it and is no part of it: not in its state, its optimizer or its wrappers.
     A sampling method is a subclass with `make_batch`; a weighing one with `token_statistic` and `weigh`.
+
+    Args:
+        teacher: loaded, or None for labels alone and for kept tokens that were made elsewhere.
+        vocab_map: how the heads line up, see `VocabularyMatch.vocab_map`.
+        stored: the teacher section of the recipe where batches carry what was stored of the teacher.
     """
 
     def __init__(
@@ -86,22 +92,23 @@ class LanguageObjective(Objective):
         teacher: LanguageTeacher | None,
         *,
         vocab_map: str | Tensor | None = None,
-        tail: Literal["renormalize", "bucket"] | None = None,
+        stored: LanguageTeacherRecipe | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.recipe = recipe
         self.divergence = divergence_of(recipe)
         self.weights = Weights.at(recipe, 0.0)
-        self.tail: Literal["renormalize", "bucket"] | None = tail
+        self.tail: Literal["renormalize", "bucket"] = "bucket" if stored is None else stored.tail
         self.vocab_map = vocab_map
         self.held: list[LanguageTeacher] = (
             [] if teacher is None else [teacher]
         )  # a list hides it from nn.Module
         if recipe.name == "ft":
             self.names = ("ce",)
-        else:  # from kept tokens the two come in one number
-            self.names = ("kd", "ce") if tail is None else ("kd_and_ce",)
+        else:  # from kept tokens and cross-terms the two come in one number
+            whole = stored is None or stored.signal in ("online", "hidden")
+            self.names = ("kd", "ce") if whole else ("kd_and_ce",)
         self.pairs: tuple[tuple[int, int], ...] = ()
         self.projections, self.relations = nn.ModuleList(), None
         self._no_split_modules = getattr(student, "_no_split_modules", None)  # what FSDP2 shards
@@ -126,6 +133,14 @@ class LanguageObjective(Objective):
     def teacher(self) -> LanguageTeacher | None:
         """The teacher, where there is one."""
         return self.held[0] if self.held else None
+
+    @property
+    def shared(self) -> int:
+        """Ids 0 to shared - 1 mean the same token to student and teacher."""
+        if isinstance(self.vocab_map, Tensor):
+            return int((self.vocab_map >= 0).sum())
+        heads = [head_of(self.student)] + ([] if self.teacher is None else [self.teacher.head])
+        return min(head.weight.shape[0] for head in heads)
 
     def start_step(self, step: int, total_steps: int) -> None:
         """Weights and temperature of this step."""
@@ -214,9 +229,10 @@ class LanguageObjective(Objective):
             num_items_in_batch=divisor,
             softcap=head.softcap,
             logit_scale=head.scale,
-            vocab_map=None if teacher is None else self.vocab_map,
+            # What is kept was kept of the shared tokens already.
+            vocab_map=self.vocab_map if isinstance(teacher, TeacherHead) else None,
         )
-        if isinstance(teacher, TeacherTopK):
+        if isinstance(teacher, TeacherTopK | TeacherCrossTerm):
             loss = values()
             return loss, loss.detach()[None] * divisor
         loss, stats = values(return_stats=True)
@@ -242,8 +258,10 @@ class LanguageObjective(Objective):
         if self.recipe.name == "ft":
             return None, []
         if batch.teacher_top is not None:
-            assert self.tail is not None
             return TeacherTopK(*batch.teacher_top, tail=self.tail), []
+        if batch.teacher_cross is not None:
+            cross, bias, entropy = batch.teacher_cross
+            return TeacherCrossTerm(cross, bias, entropy, self.weights.temperature), []
         return self.teacher_head(batch, layers)
 
     def teacher_head(

@@ -34,6 +34,8 @@ class LanguageBatch:
     """(B, N, D_t): what enters the teacher's head, read from a cache"""
     teacher_top: tuple[Tensor, Tensor] | None = None
     """(B, N, K) float32 log-probabilities and int64 tokens, read from a cache"""
+    teacher_cross: tuple[Tensor, ...] | None = None
+    """(B, N, D_s), (B, N) and (B, N) float32: cross, bias and entropy of a cross-term, read from a cache"""
 
     def with_weight(self, token_weight: Tensor) -> "LanguageBatch":
         """The same tokens with these weights."""

@@ -148,7 +148,7 @@ def plan_table(recipe: LanguageRecipe) -> str:
     """The table that `kdtrain doctor --plan` prints, in Markdown: one line for each number of devices, with FSDP2."""
     config = student_config(recipe)
     student = ModelShape.of(config)
-    path = recipe.teacher.path
+    path = None if recipe.teacher.signal == "shards" else recipe.teacher.path
     teacher = None if path is None else ModelShape.of(load_config(path, "teacher.path"))
     lines = [
         f"student {student.parameters:,} parameters, V {student.vocabulary:,}, D {student.width}"

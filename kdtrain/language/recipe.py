@@ -54,9 +54,31 @@ class LanguageStudentRecipe:
     heads: int = option(4, "attention heads; also of keys and values")
     intermediate_size: int = option(768, "width inside the feed-forward layers")
     tie_embeddings: bool = option(True, "whether the head is the embedding table")
+    frozen_head: bool = option(
+        False, "leave the head as it is, and with it the embeddings when they are one table"
+    )
+    lora_rank: int = option(
+        0,
+        "train low-rank adapters of this rank and nothing else (needs peft and student.path); 0 trains all weights",
+    )
+    lora_alpha: float = option(16.0, "the adapters' part is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+    lora_targets: tuple[str, ...] = option(
+        (), "names of the layers that get adapters, such as q_proj; by default all linear layers but the head"
+    )
 
     def __post_init__(self) -> None:
-        positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size")
+        positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size", "lora_alpha")
+        if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
+            raise KdtrainError(
+                "student.lora_rank must be 0 or more and student.lora_dropout in [0, 1), got "
+                f"{self.lora_rank} and {self.lora_dropout}"
+            )
+        if self.lora_rank and self.path is None:
+            raise KdtrainError(
+                f"student.lora_rank is {self.lora_rank}, but a new student has nothing to adapt; name a checkpoint in "
+                "student.path or set student.lora_rank: 0"
+            )
         if self.hidden_size % (2 * self.heads):
             raise KdtrainError(
                 f"student.hidden_size must be an even multiple of student.heads, got {self.hidden_size} and {self.heads}"
@@ -67,17 +89,22 @@ class LanguageStudentRecipe:
 class LanguageTeacherRecipe:
     """The large model. It is only ever read."""
 
-    path: str | None = option(None, "folder or hub id of a causal language model")
-    signal: Literal["online", "hidden", "topk"] = option(
+    path: str | None = option(
+        None, "folder or hub id of a causal language model; with signal shards the folder of the shards"
+    )
+    signal: Literal["online", "hidden", "topk", "cross_term", "shards"] = option(
         "online",
-        "run the teacher in every step, or store once what enters its head (exact), or its top_k tokens",
+        "run the teacher in every step, or store once what enters its head (hidden: exact), its top_k tokens (topk), or "
+        "all that forward KL needs for a student whose head is not trained (cross_term: exact); or read the tokens that "
+        "another program kept (shards)",
     )
     cache: str | None = option(
         None, "folder of the stored outputs, shared by runs; <output>/teacher_cache by default"
     )
     top_k: int = option(64, "tokens kept of each distribution (signal topk)")
     tail: Literal["renormalize", "bucket"] = option(
-        "bucket", "the rest of the distribution: left out, or one category of its own (signal topk)"
+        "bucket",
+        "the rest of the distribution: left out, or one category of its own (signals topk and shards)",
     )
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "how stored hidden states are rounded")
     precision: Literal["fp32", "bf16"] = option("fp32", "precision of the teacher's weights and products")
@@ -192,6 +219,17 @@ class LanguageRecipe:
                 f"method kd_features reads inner layers of the teacher, which teacher.signal {self.teacher.signal} does not "
                 "store; set teacher.signal: online"
             )
+        if self.teacher.signal == "cross_term" and self.method.name == "kd":
+            if self.method.divergence != "forward_kl":
+                raise KdtrainError(
+                    f"teacher.signal cross_term stands for forward_kl only, got method.divergence {self.method.divergence}; "
+                    "set teacher.signal: hidden"
+                )
+            if self.method.last_temperature not in (None, self.method.temperature):
+                raise KdtrainError(
+                    "teacher.signal cross_term is stored for one temperature, but method.last_temperature changes it; set "
+                    "teacher.signal: hidden"
+                )
 
 
 def language_recipe_from_dict(content: dict[str, Any]) -> LanguageRecipe:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdtrain.language.cache import LanguageCache, row_keys
+from kdtrain.language.cache import TENSORS, LanguageCache, row_keys
 from kdtrain.language.packing import LanguageBatch, PackedRows
 
 
@@ -29,19 +29,29 @@ class CachedRows:
         return self.rows.lengths
 
     def batch(self, index: Tensor, device: torch.device) -> LanguageBatch:
-        """The given rows, padded, with hidden states or kept tokens of the teacher."""
+        """The given rows, padded, with what is stored of the teacher."""
         batch = self.rows.batch(index, device)
         keys, width = [self.keys[i] for i in index.tolist()], batch.input_ids.shape[1]
-        if "hidden" in self.cache.shards[0]:
-            return replace(batch, teacher_hidden=self.cache.read("hidden", keys, width).to(device))
-        logprobs, indices = (self.cache.read(name, keys, width) for name in ("logprobs", "indices"))
-        # Padding counts nowhere, but the ids of a row have to differ from each other.
-        padding = (torch.arange(width) >= self.lengths[index][:, None])[..., None]
-        kept = logprobs.shape[-1]
-        indices = torch.where(padding, torch.arange(kept), indices.long())
-        logprobs = logprobs.masked_fill(padding, -math.log(kept))
-        return replace(batch, teacher_top=(logprobs.to(device), indices.to(device)))
+        found = tuple(self.cache.read(name, keys, width) for name in TENSORS[self.cache.signal.kind])
+        if self.cache.signal.kind == "topk":
+            inside = torch.arange(width) < self.lengths[index][:, None]
+            return replace(batch, teacher_top=kept_tokens(found[0], found[1], inside, device))
+        found = tuple(tensor.to(device) for tensor in found)
+        if self.cache.signal.kind == "hidden":
+            return replace(batch, teacher_hidden=found[0])
+        return replace(batch, teacher_cross=found)
 
     def count(self, index: Tensor) -> int:
         """Labels that count in these rows."""
         return self.rows.count(index)
+
+
+def kept_tokens(
+    logprobs: Tensor, indices: Tensor, inside: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Stored tokens (B, N, K) as the loss takes them; rows where `inside` (B, N) is false are padding."""
+    # Padding counts nowhere, but the ids of a row have to differ from each other.
+    kept = logprobs.shape[-1]
+    indices = torch.where(inside[..., None], indices.long(), torch.arange(kept))
+    logprobs = logprobs.float().masked_fill(~inside[..., None], -math.log(kept))
+    return logprobs.to(device), indices.to(device)

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdtrain.claim import claim
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.language.cache import Kind, Signal, build_language_cache
+from kdtrain.language.cache import Kind, Signal
+from kdtrain.language.cache_build import build_language_cache
 from kdtrain.language.documents import Documents, load_documents
 from kdtrain.language.evaluate import language_metrics
 from kdtrain.language.heads import check_model
+from kdtrain.language.lora import adapted_layers, merged_student
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows, pack
 from kdtrain.language.recipe import LanguageRecipe
@@ -27,6 +29,7 @@ from kdtrain.language.student import (
     student_tokenizer,
 )
 from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
+from kdtrain.language.teacher_shards import ShardRows, open_shards
 from kdtrain.language.vocabulary import match_vocabularies
 from kdtrain.loop import describe_training, train
 from kdtrain.models import parameter_count, quiet
@@ -49,6 +52,8 @@ class Prepared:
     valid: PackedRows
     identity: dict[str, str | None]
     """hashes of data and teacher"""
+    shards: ShardRows | None
+    """the training rows with kept tokens of a teacher that ran elsewhere, in its place"""
 
 
 class LanguageSummary(Summary):
@@ -79,12 +84,15 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     documents, held_out = load_documents(recipe.data, tokenizer)
     rows, valid = (packed(part, recipe, tokenizer) for part in (documents, held_out))
     objective = open_models(recipe, tokenizer)
-    teacher = objective.teacher
-    identity = {
-        "data": f"{documents.fingerprint()} {held_out.fingerprint()}",
-        "teacher": None if teacher is None else teacher.weights_hash,
-    }
-    return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity)
+    teacher, shards = objective.teacher, None
+    if recipe.teacher.signal == "shards" and recipe.method.name != "ft":
+        size = objective.student.config.get_text_config().vocab_size
+        folder = str(recipe.teacher.path)
+        shards = ShardRows.of(rows, open_shards(folder, recipe.data.max_length, tokenizer, size))
+    known = None if teacher is None else teacher.weights_hash
+    data = f"{documents.fingerprint()} {held_out.fingerprint()}"
+    identity = {"data": data, "teacher": known if shards is None else shards.shards.fingerprint}
+    return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity, shards)
 
 
 def packed(documents: Documents, recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
@@ -97,7 +105,7 @@ def packed(documents: Documents, recipe: LanguageRecipe, tokenizer: PreTrainedTo
 def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> LanguageObjective:
     """Teacher and student, checked against each other, behind the recipe's objective."""
     teacher = None
-    if recipe.teacher.path is not None:
+    if recipe.teacher.path is not None and recipe.teacher.signal != "shards":
         teacher = load_language_teacher(
             recipe.teacher.path, recipe.teacher.precision, packing=recipe.data.packing
         )
@@ -120,7 +128,7 @@ def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> L
         recipe.method,
         teacher,
         vocab_map=vocab_map,
-        tail=recipe.teacher.tail if recipe.teacher.signal == "topk" else None,
+        stored=recipe.teacher,
     )
 
 
@@ -151,6 +159,10 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
                 training, measured = stored_signals(recipe, parts, accelerator.device)
             parts.teacher.release()
         parts.teacher.place(accelerator)
+    elif parts.shards is not None:
+        training = parts.shards
+        if accelerator.is_main_process:
+            say(training.shards.words)
     evaluate = partial(language_metrics, data=measured, teacher=parts.teacher is not None)
     position = train(
         recipe,
@@ -162,7 +174,7 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     )
     state = whole_state(parts.objective)
     if accelerator.is_main_process:
-        save_language_student(folder, parts, state)
+        parameters = save_language_student(folder, parts, state)
         valid = last_metrics(folder, position.best_step)
         summary = LanguageSummary(
             name=folder.name,
@@ -170,14 +182,12 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
             seed=recipe.seed,
             student={
                 "architecture": parts.student.config.model_type,
-                "parameters": parameter_count(parts.student),
+                "parameters": parameters,
                 "bytes": folder_bytes(folder / "student"),
             },
             test=valid,
             valid=valid,
-            teacher=None
-            if parts.teacher is None
-            else {"path": parts.teacher.path, "parameters": parts.teacher.parameters},
+            teacher=described_teacher(parts),
             training=describe_training(position, accelerator),
             data={
                 "name": recipe.data.train,
@@ -193,11 +203,19 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     return LanguageSummary.load(folder)
 
 
+def described_teacher(parts: Prepared) -> dict[str, object] | None:
+    """The teacher as summary.json has it."""
+    if parts.shards is not None:
+        shards = parts.shards.shards
+        return {"path": str(shards.folder), "name": shards.manifest["teacher"]}
+    return parts.teacher and {"path": parts.teacher.path, "parameters": parts.teacher.parameters}
+
+
 def stored_signals(
     recipe: LanguageRecipe, parts: Prepared, device: torch.device
 ) -> tuple[CachedRows, CachedRows]:
     """Training rows with the stored signal of the recipe, held-out rows with hidden states: both computed where missing."""
-    assert parts.teacher is not None and recipe.teacher.signal != "online"
+    assert parts.teacher is not None and recipe.teacher.signal not in ("online", "shards")
     folder = Path(recipe.teacher.cache) if recipe.teacher.cache else Path(recipe.output) / "teacher_cache"
     found = []
     kinds: tuple[tuple[PackedRows, Kind], ...] = (
@@ -208,7 +226,7 @@ def stored_signals(
         cache = build_language_cache(
             folder / kind,
             parts.teacher,
-            Signal.of(kind, parts.teacher, recipe.teacher),
+            Signal.for_run(kind, parts.objective, recipe),
             rows,
             batch_tokens=recipe.teacher.batch_tokens,
             device=device,
@@ -225,14 +243,24 @@ def last_metrics(folder: Path, step: int) -> dict[str, float]:
     }
 
 
-def save_language_student(folder: Path, parts: Prepared, state: dict[str, Tensor]) -> None:
-    """Write `student/`, which plain transformers loads, and the projections beside it: they are no part of it."""
+def save_language_student(folder: Path, parts: Prepared, state: dict[str, Tensor]) -> int:
+    """Write `student/`, which plain transformers loads, and beside it what is no part of it; give its parameters.
+
+    Beside it are the projections of a hidden-state loss, and in `adapter/` the adapters that student/ has merged in.
+    """
     own = {
         name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")
     }
+    plain = parts.student
+    if adapted_layers(parts.student):
+        with quiet(), atomic_folder(folder / "adapter") as temporary:
+            parts.student.save_pretrained(temporary, state_dict=own)
+        plain = merged_student(parts.student, own)
+        own = plain.state_dict()
     with quiet(), atomic_folder(folder / "student") as temporary:
-        parts.student.save_pretrained(temporary, state_dict=own)
+        plain.save_pretrained(temporary, state_dict=own)
         parts.tokenizer.save_pretrained(temporary)
     others = {name: value for name, value in state.items() if not name.startswith("student.")}
     if others:
         write_tensors(folder / "projection.safetensors", others)
+    return parameter_count(plain)

@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
+from kdtrain.language.heads import head_of
+from kdtrain.language.lora import add_adapters
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.teacher import LanguageTeacher, load_causal
 from kdtrain.models import load_config, load_tokenizer, special_ids
@@ -64,6 +66,13 @@ def build_language_student(
         raise KdtrainError(
             f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
         )
+    if given.lora_rank:
+        add_adapters(model, given)
+    if given.frozen_head:
+        head = head_of(model)
+        head.weight.requires_grad_(False)
+        if head.bias is not None:
+            head.bias.requires_grad_(False)
     if recipe.training.checkpointing:
         recompute_layers(model)
     return model
@@ -97,7 +106,11 @@ def student_config(recipe: LanguageRecipe) -> PreTrainedConfig:
     """The configuration of the recipe's student, without building it."""
     if recipe.student.path is not None:
         return load_config(recipe.student.path, "student.path")
-    if recipe.student.tokenizer is None and recipe.teacher.path is not None:
+    if (
+        recipe.student.tokenizer is None
+        and recipe.teacher.path is not None
+        and recipe.teacher.signal != "shards"
+    ):
         return new_config(
             recipe, load_config(recipe.teacher.path, "teacher.path").get_text_config().vocab_size, {}
         )

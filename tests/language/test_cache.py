@@ -1,4 +1,4 @@
-"""Stored teacher signals: hidden states train as the teacher itself does, the likeliest tokens as they should."""
+"""Stored teacher signals: hidden states and cross-terms train as the teacher itself does, the likeliest tokens as they should."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
@@ -13,6 +14,7 @@ from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.language.run import prepare, run_language, stored_signals
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
+from kdtrain.shards import writing
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,76 @@ def test_hidden_states_and_all_tokens_equal_the_online_teacher(
         assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5)
     manifest = json.loads((tmp_path / "topk" / "cache" / "topk" / "manifest.json").read_text())
     assert manifest["covered_probability"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """The teacher's head has rows that the student's lacks: what is stored is over the tokens of both.
+
+    The head stays as it was, so a cross-term says all that forward KL needs.
+    """
+    given = str(recipe.teacher.path)
+    tokenizer = AutoTokenizer.from_pretrained(given)
+    model = AutoModelForCausalLM.from_pretrained(given)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    padded = replace(
+        recipe,
+        student=replace(recipe.student, tokenizer=given, frozen_head=True),
+        teacher=replace(recipe.teacher, path=str(tmp_path / "padded")),
+        output=str(tmp_path / "online"),
+    )
+    run_language(padded)
+    wanted = losses(tmp_path / "online")
+    for signal, options in (("cross_term", {}), ("topk", {"top_k": 286, "tail": "renormalize"})):
+        run_language(stored(padded, tmp_path / signal, signal, **options))
+        assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5), signal
+    started = prepare(padded).student.get_output_embeddings().weight
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "cross_term" / "run" / "student")
+    assert torch.equal(trained.get_output_embeddings().weight, started), "the head is as it was"
+    manifest = json.loads((tmp_path / "cross_term" / "cache" / "cross_term" / "manifest.json").read_text())
+    assert (manifest["vocabulary"], manifest["temperature"]) == (286, 2.0)
+
+
+def test_cross_term_states_its_cost_and_its_conditions(
+    recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = stored(recipe, tmp_path, "cross_term")
+    found = replace(found, student=replace(found.student, frozen_head=True))
+    save_recipe(found, tmp_path / "recipe.yaml")
+    command = ["cache", str(tmp_path / "recipe.yaml")]
+    assert main([*command, "--verify"]) == 0
+    said = capsys.readouterr().err
+    assert "tokens x 72 bytes (16 numbers for the student's frozen head, its bias and an entropy) = " in said
+    assert said.count("recomputed rows agree") == 2
+    for options, sentence in (
+        (["--student.frozen_head", "false"], "which training would change; set student.frozen_head: true"),
+        (["--seed", "1"], "the frozen head of the student (student.path, training.precision) is"),
+        (
+            ["--method.temperature", "3"],
+            "the temperature that the cross-term is for (method.temperature) is 2.0",
+        ),
+        (["--method.divergence", "jsd"], "stands for forward_kl only, got method.divergence jsd"),
+        (
+            ["--method.last_temperature", "1"],
+            "method.last_temperature changes it; set teacher.signal: hidden",
+        ),
+    ):
+        assert main([*command, *options]) == 2
+        assert sentence in capsys.readouterr().err, options
+
+
+def test_second_writer_is_refused(recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """While another process holds the folder, nothing is written; what it left is used afterwards."""
+    found = stored(recipe, tmp_path, "hidden")
+    parts = prepare(found)
+    with (
+        writing(tmp_path / "cache" / "hidden"),
+        pytest.raises(KdtrainError, match=r"another run \(process \d+\) is writing the teacher cache"),
+    ):
+        stored_signals(found, parts, torch.device("cpu"))
+    assert not list(tmp_path.rglob("shard-*"))
+    stored_signals(found, parts, torch.device("cpu"))
 
 
 def test_command_states_the_cost_and_verifies(

@@ -1,0 +1,194 @@
+"""Kept tokens made elsewhere: they train as those of the own cache do, and what is wrong with them is told."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdtrain.cli import main
+from kdtrain.errors import KdtrainError
+from kdtrain.language.doctor import examine_language
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.language.run import prepare, run_language
+from kdtrain.recipe import recipe_to_dict, save_recipe
+from kdtrain.summary import Summary
+from tests.language.test_cache import losses
+
+KEPT = 24
+
+
+@pytest.fixture(scope="module")
+def shards(
+    language_distillation: LanguageRecipe, sources: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What any program would write with a tokenizer, a model and safetensors: 60 documents in two files."""
+    folder = tmp_path_factory.mktemp("shards")
+    given = str(language_distillation.teacher.path)
+    tokenizer, model = AutoTokenizer.from_pretrained(given), AutoModelForCausalLM.from_pretrained(given)
+    for number, texts in enumerate((sources[:25], sources[25:])):
+        documents, logprobs, ids = [], [], []
+        for text in texts:
+            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            pieces = [tokens[first : first + 32] for first in range(0, len(tokens), 32)]
+            for piece in pieces:
+                with torch.no_grad():
+                    kept = model(torch.tensor([piece])).logits[0].log_softmax(-1).topk(KEPT)
+                documents.append(torch.tensor(piece))
+                logprobs.append(kept.values)
+                ids.append(kept.indices)
+        save_file(
+            {
+                "lengths": torch.tensor([len(piece) for piece in documents]),
+                "input_ids": torch.cat(documents),
+                "teacher_logprobs": torch.cat(logprobs),
+                "teacher_token_ids": torch.cat(ids),
+            },
+            folder / f"part-{number}.safetensors",
+        )
+    manifest = {"format": "kdtrain teacher shards 1", "teacher": "tiny", "vocabulary": 286, "top_k": KEPT}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    language_distillation: LanguageRecipe, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LanguageRecipe:
+    """A short run from those shards, in rows of 32 tokens; there is no teacher."""
+    return replace(
+        language_distillation,
+        data=replace(language_distillation.data, max_length=32),
+        method=LanguageMethodRecipe(),
+        teacher=replace(language_distillation.teacher, path=str(shards), signal="shards"),
+        training=replace(language_distillation.training, max_steps=3, evaluate_every=3, log_every=1),
+        output=str(tmp_path_factory.mktemp("from_shards") / "run"),
+    )
+
+
+def test_equal_to_the_own_cache(
+    recipe: LanguageRecipe, language_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokens kept by `kdtrain cache` give the same losses; here nobody needs the teacher."""
+    run_language(recipe)
+    said = capsys.readouterr().err
+    assert "24 kept tokens of tiny, which hold 8" in said and "% of the probability" in said
+    own = replace(
+        recipe,
+        teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
+        output=str(tmp_path / "own"),
+    )
+    run_language(own)
+    found, wanted = losses(Path(recipe.output)), losses(tmp_path / "own")
+    assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 4
+    summary = Summary.load(Path(recipe.output))
+    assert summary.teacher is not None and summary.teacher["name"] == "tiny"
+    assert "divergence" not in summary.test
+
+
+def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
+    """Rows of 16 tokens find the halves of pieces of 32, whose entries knew all of the piece."""
+    parts = prepare(replace(recipe, data=replace(recipe.data, max_length=16)))
+    assert parts.shards is not None
+    index = torch.arange(6)
+    batch = parts.shards.batch(index, torch.device("cpu"))
+    assert batch.teacher_top is not None and batch.teacher_top[0].shape == (6, 16, KEPT)
+    tokens = torch.cat([shard["input_ids"] for shard in parts.shards.shards.shards])
+    logprobs = torch.cat([shard["teacher_logprobs"] for shard in parts.shards.shards.shards])
+    for row in index.tolist():
+        first = int((batch.position_ids[row] == 0).nonzero()[0])
+        piece = batch.input_ids[row, first : first + 16]
+        if len(piece) < 16 or not bool((batch.position_ids[row] == torch.arange(16)).all()):
+            continue
+        places = (tokens.unfold(0, 16, 1) == piece).all(-1).nonzero().flatten().tolist()
+        assert any(torch.equal(logprobs[at : at + 16], batch.teacher_top[0][row]) for at in places)
+
+
+def test_command_and_doctor(
+    recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify"]) == 0
+    assert "all values are log-probabilities of different tokens" in capsys.readouterr().err
+    assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
+    levels = {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
+    assert set(levels.values()) == {"note"} and any("kept tokens of tiny" in text for text in levels)
+
+
+def spoil(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    """Change one tensor of the first file."""
+
+    def write(folder: Path) -> None:
+        path = folder / "part-0.safetensors"
+        content = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        content[name] = change(content[name])
+        save_file(content, path)
+
+    return write
+
+
+def late(folder: Path) -> None:
+    """Entry i says what token i is and not what follows it, as servers number their log-probabilities."""
+    for path in folder.glob("part-*"):
+        content = {
+            key: tensor.roll(1, 0) if key.startswith("teacher") else tensor.clone()
+            for key, tensor in load_file(path).items()
+        }
+        save_file(content, path)
+
+
+def first(value: float) -> Callable[[Tensor], Tensor]:
+    """Overwrite the best entry of the fifth token."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor[4, 0] = value
+        return tensor
+
+    return change
+
+
+def manifest(**fields: object) -> Callable[[Path], None]:
+    """Change fields of the manifest."""
+
+    def write(folder: Path) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), r"there is no .*manifest.json; with teacher.signal shards"),
+        (manifest(format=2), r"must name the format 'kdtrain teacher shards 1', got 2"),
+        (manifest(top_k="many"), r"top_k must be a whole number above 0, got 'many'"),
+        (manifest(top_k=8), r"teacher_logprobs must have shape \(\d+, 8\) for documents of"),
+        (lambda folder: [path.unlink() for path in folder.glob("part-*")], r"holds no .safetensors file"),
+        (lambda folder: (folder / "part-1.safetensors").unlink(), r"pieces of the training documents are not in"),
+        (lambda folder: (folder / "part-1.safetensors").write_bytes(b"0" * 99), r"is damaged .*; make or copy it again"),
+        (spoil("lengths", lambda tensor: tensor.int()), r"lengths must be int64, got torch.int32"),
+        (spoil("lengths", lambda tensor: tensor + 1), r"input_ids must have shape"),
+        (spoil("teacher_logprobs", first(0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
+        (spoil("teacher_logprobs", lambda tensor: tensor * 0), r"the entry of token 0 holds probabilities whose sum is"),
+        (spoil("teacher_token_ids", first(286)), r"token 4 holds ids outside of 0 to 285, the tokens that"),
+        (spoil("teacher_token_ids", lambda tensor: tensor * 0), r"the entry of token 0 holds one id twice"),
+        (late, r"fit another token than the next one \(loss at the token itself"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told(
+    recipe: LanguageRecipe, shards: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in shards.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    damage(folder)
+    with pytest.raises(KdtrainError, match=sentence):
+        prepare(replace(recipe, teacher=replace(recipe.teacher, path=str(folder))))
