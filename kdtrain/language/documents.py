@@ -5,6 +5,7 @@ counts), `messages` (what the assistant says counts).
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdtrain.progress import say
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TOKENIZE_DOCUMENTS = 512
+WINDOW_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,7 @@ def load_documents(
     train = tokenize_documents(read_rows(recipe.train, "data.train", recipe), recipe, tokenizer)
     if recipe.valid is not None:
         return train, load_held_out(recipe, tokenizer)
-    ends = train.lengths.cumsum()
-    hashes = [
-        int.from_bytes(hashlib.sha256(train.tokens[end - length : end].tobytes()).digest()[:4], "big")
-        for end, length in zip(ends, train.lengths, strict=True)
-    ]
-    held_out = np.array(hashes) < recipe.held_out * 2**32
+    held_out = is_held_out(train, recipe)
     if not held_out.any() or held_out.all():
         raise KdtrainError(
             f"data.held_out {recipe.held_out} leaves {held_out.sum()} of {len(train)} documents to measure on and "
@@ -77,10 +74,27 @@ def load_documents(
 
 
 def load_held_out(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """The held-out documents alone: the training ones are only read where they are held out from those."""
-    if recipe.valid is None:
-        return load_documents(recipe, tokenizer)[1]
-    return tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
+    """The held-out documents alone; where they are held out from the training ones, those are read but not kept."""
+    if recipe.valid is not None:
+        return tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
+    windows = document_windows(read_rows(recipe.train, "data.train", recipe), recipe, tokenizer)
+    return joined([window.select(is_held_out(window, recipe)) for window in windows])
+
+
+def is_held_out(documents: Documents, recipe: LanguageDataRecipe) -> np.ndarray:
+    """(documents,) bool: whether a document is measured on and not trained on, by a hash of its tokens."""
+    ends = documents.lengths.cumsum()
+    hashes = [
+        int.from_bytes(hashlib.sha256(documents.tokens[end - length : end].tobytes()).digest()[:4], "big")
+        for end, length in zip(ends, documents.lengths, strict=True)
+    ]
+    return np.array(hashes) < recipe.held_out * 2**32
+
+
+def joined(parts: list[Documents]) -> Documents:
+    """Several, one after the other."""
+    columns = ([getattr(part, name) for part in parts] for name in ("tokens", "counts", "lengths"))
+    return Documents(*(np.concatenate(column) for column in columns))
 
 
 def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dict[str, Any]]:
@@ -143,35 +157,51 @@ def tokenize_documents(
     rows: Iterator[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> Documents:
     """Tokenize rows of one kind."""
+    return joined(list(document_windows(rows, recipe, tokenizer)))
+
+
+def document_windows(
+    rows: Iterator[dict[str, Any]],
+    recipe: LanguageDataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    window_tokens: int = WINDOW_TOKENS,
+) -> Iterator[Documents]:
+    """Tokenize rows of one kind, and give them as they come: each time the documents of at least `window_tokens` tokens.
+
+    Raises:
+        KdtrainError: there is not one document.
+    """
     if not isinstance(tokenizer.eos_token_id, int):
         raise KdtrainError(
             "the tokenizer has no end-of-text token (eos_token), so a student could not learn to stop"
         )
-    tokens, counts, lengths = [], [], []
-    waiting: list[dict[str, Any]] = []
-
-    def finish() -> None:
-        for ids, counted in _tokenize(waiting, recipe, tokenizer):
-            tokens.append(np.array(ids, dtype=np.int32))
-            counts.append(counted)
-            lengths.append(len(ids))
-        waiting.clear()
-
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == TOKENIZE_DOCUMENTS:
-            finish()
-    finish()
-    if not lengths:
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    size, empty = 0, True
+    while batch := list(itertools.islice(rows, TOKENIZE_DOCUMENTS)):
+        made = [
+            (np.array(ids, dtype=np.int32), counted) for ids, counted in _tokenize(batch, recipe, tokenizer)
+        ]
+        found += made
+        size += sum(len(ids) for ids, _ in made)
+        if size >= window_tokens:
+            yield _documents(found)
+            found, size, empty = [], 0, False
+    if found:
+        yield _documents(found)
+    elif empty:
         raise KdtrainError("the data holds no document")
-    return Documents(np.concatenate(tokens), np.concatenate(counts), np.array(lengths, dtype=np.int64))
+
+
+def _documents(found: list[tuple[np.ndarray, np.ndarray]]) -> Documents:
+    lengths = np.array([len(ids) for ids, _ in found], dtype=np.int64)
+    return Documents(
+        np.concatenate([ids for ids, _ in found]), np.concatenate([counted for _, counted in found]), lengths
+    )
 
 
 def _tokenize(
     rows: list[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    if not rows:
-        return
     columns = rows[0]
     start, _ = special_affixes(tokenizer)
     end = [tokenizer.eos_token_id]
