@@ -12,6 +12,8 @@ from kdtrain.recipe import differences, recipe_to_dict, save_recipe
 from kdtrain.summary import FILE
 
 IDENTITY = "checkpoints/identity.json"
+FREE = ("training.accumulation:", "training.checkpointing:")
+"""Fields that change memory and not the result: a run that found too little of it goes on with others."""
 
 
 def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
@@ -27,6 +29,7 @@ def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
     if (folder / "recipe.yaml").exists():
         old, new = yaml.safe_load((folder / "recipe.yaml").read_text()), recipe_to_dict(recipe)
         found = differences({**old, "output": None}, {**new, "output": None})
+        found = [difference for difference in found if not difference.startswith(FREE)]
         known = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else identity
         found += [
             f"the content of the {part} has changed" for part in identity if known[part] != identity[part]

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from kdtrain.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
 from kdtrain.data.tokens import length_grouped_batches
 from kdtrain.errors import KdtrainError
+from kdtrain.failures import tells_failures
 from kdtrain.files import append_line, write_atomic
 from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
@@ -26,6 +27,7 @@ from kdtrain.task import Evaluate, Objective, RunRecipe, TrainingData
 SMALLER_IS_BETTER = ("loss", "divergence")
 
 
+@tells_failures
 def train(
     recipe: RunRecipe,
     model: Objective,
@@ -66,8 +68,7 @@ def train(
     resumed = load_checkpoint(checkpoints, plain, optimizer, scheduler, accelerator.scaler)
     if resumed is not None:
         position, tensors = resumed
-        sums = tensors["sums"][accelerator.process_index].to(device)
-        set_random_state(tensors["random"][accelerator.process_index])
+        sums = own_part(tensors, accelerator)
     if main:
         keep_lines(metrics_path, position.step)
         if position.step:
@@ -217,6 +218,22 @@ def set_random_state(state: Tensor) -> None:
     torch.set_rng_state(state[:size].clone())
     if len(state) > size:
         torch.cuda.set_rng_state(state[size:].clone())
+
+
+def own_part(tensors: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
+    """This process's running sums out of a checkpoint's tensors; its random state is set.
+
+    Where another number of processes goes on, the sums are shared out evenly and dropout draws anew.
+    """
+    sums, count = tensors["sums"].to(accelerator.device), accelerator.num_processes
+    if len(sums) == count:
+        set_random_state(tensors["random"][accelerator.process_index])
+        return sums[accelerator.process_index]
+    if accelerator.is_main_process:
+        say(
+            f"the checkpoint is of {len(sums)} processes, {count} go on: the same steps, up to the order of sums"
+        )
+    return sums.sum(0) / count
 
 
 def keep_lines(path: Path, last_step: int) -> None:

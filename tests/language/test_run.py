@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
+from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, load_language_recipe
 from kdtrain.language.run import LanguageSummary, run_language
 from kdtrain.plots import read_metrics
@@ -94,3 +95,32 @@ def test_what_does_not_fit_is_told(
     with pytest.raises(KdtrainError, match=r"family qwen2 would be loaded with a Qwen2Tokenizer, which cuts"):
         run_language(replace(recipe, student=student))
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
+    language_recipe: LanguageRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator refuses in step 11; with more pieces the same folder ends like a run that had room from the start."""
+    recipe = replace(language_recipe, output=str(tmp_path / "run"))
+
+    def grasp(self: LanguageObjective, step: int, total_steps: int) -> None:
+        if step == 10:
+            torch.empty(1 << 46)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageObjective, "start_step", grasp)
+        with pytest.raises(
+            KdtrainError, match=r"the run ran out of memory on cpu .*can't allocate memory"
+        ) as told:
+            run_language(recipe)
+    for words in (
+        "raise training.accumulation (now 1) or set training.checkpointing: true",
+        f"the same command goes on from step 8 ({tmp_path}/run/checkpoints/step-0000008)",
+    ):
+        assert words in str(told.value)
+    smaller = replace(recipe.training, accumulation=3, checkpointing=True)
+    run_language(replace(recipe, training=smaller))
+    run_language(replace(recipe, output=str(tmp_path / "whole")))
+    found, known = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "whole"))
+    for name, tensor in known.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
