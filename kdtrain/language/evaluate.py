@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kdkernels import TeacherHead, TeacherLogits, linear_kd_loss
 from kdtrain.data.tokens import token_budget_batches
-from kdtrain.language.heads import head_of
-from kdtrain.language.packing import IGNORED
+from kdtrain.language.heads import head_of, hidden_states
+from kdtrain.language.packing import IGNORED, LanguageBatch
 from kdtrain.task import TrainingData
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ def language_metrics(
     if teacher:
         metrics |= {"divergence": sums[1] / sums[3], "agreement": sums[2] / sums[3]}
     return metrics
+
+
+def measured_rows(objective: "LanguageObjective", batch: LanguageBatch) -> Tensor:
+    """(B, 4) float64, as `row_sums`, of a batch that has not been through the student yet."""
+    hidden, _ = hidden_states(objective.student, batch.input_ids, batch.position_ids)
+    return row_sums(objective, hidden, objective.teacher_head(batch)[0], batch.labels)
 
 
 def token_sums(

@@ -17,7 +17,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.evaluate import RESAMPLES
 from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.language.documents import load_held_out
-from kdtrain.language.evaluate import EVALUATION_TOKENS, row_sums
+from kdtrain.language.evaluate import EVALUATION_TOKENS, measured_rows
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows
@@ -50,7 +50,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     rows = packed(load_held_out(recipe.data, tokenizer), recipe, tokenizer)
     objective = open_models(recipe, tokenizer)
     accelerator = start_accelerator(recipe)
-    objective.student.to(accelerator.device).eval()  # type: ignore[arg-type]
+    objective.student.to(accelerator.device).eval()
     if objective.teacher is not None:
         objective.teacher.place(accelerator)
     sums = measure_rows(objective, rows, accelerator.device)
@@ -95,10 +95,7 @@ def measure_rows(objective: LanguageObjective, rows: PackedRows, device: torch.d
     """(rows, 4) float64 on the host: the sums of `row_sums` for every row."""
     sums = torch.zeros(len(rows), 4, dtype=torch.float64)
     for index in token_budget_batches(rows.lengths, EVALUATION_TOKENS):
-        batch = rows.batch(index, device)
-        hidden, _ = hidden_states(objective.student, batch.input_ids, batch.position_ids)
-        teacher, _ = objective.teacher_head(batch)
-        sums[index] = row_sums(objective, hidden, teacher, batch.labels).cpu()
+        sums[index] = measured_rows(objective, rows.batch(index, device)).cpu()
     return sums
 
 

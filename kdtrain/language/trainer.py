@@ -6,7 +6,7 @@ trainer.train()
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdtrain.errors import KdtrainError
+from kdtrain.language.evaluate import measured_rows
 from kdtrain.language.heads import check_model
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import IGNORED, padded_batch
@@ -100,6 +101,17 @@ class KDTrainer(Trainer):
         known.place(self.accelerator)
         model.forward = with_distillation(model.forward, self.objective)
         self.measured = torch.zeros(4, dtype=torch.float64)
+        self.data_collator = partial(collate_counted, self.data_collator)
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list[Any], Any]:
+        """As Trainer's; refuses a batch that holds nothing to learn."""
+        samples, count = super().get_batch_samples(*args, **options)
+        if samples and isinstance(count, Tensor) and not count.any():
+            raise KdtrainError(
+                f"step {self.state.global_step + 1} has no label that counts: all labels of its rows, on every process, are "
+                f"{IGNORED}; look at the masks of the data set, and whether prompts alone fill its rows"
+            )
+        return samples, count
 
     def compute_loss(
         self,
@@ -128,7 +140,9 @@ class KDTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Add up what is measured; there are no logits to hand out."""
         inputs = self._prepare_inputs(inputs)
-        _, sums = model(kd_piece=padded_batch(inputs), kd_divisor=1, kd_measure=True)
+        sums = model(kd_piece=padded_batch(inputs), kd_measure=True)
+        # The last batch is filled up with rows that were measured already; gather_for_metrics leaves them out.
+        sums = self.accelerator.gather_for_metrics(sums).sum(0)  # type: ignore[union-attr]
         self.measured = self.measured.to(sums.device) + sums
         return (sums[0] / sums[3].clamp_min(1)).float(), None, None
 
@@ -136,11 +150,45 @@ class KDTrainer(Trainer):
         """As Trainer's, with means over all tokens in place of means of means."""
         self.measured = torch.zeros_like(self.measured)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-        sums = self.accelerator.reduce(self.measured.to(self.accelerator.device), "sum").tolist()  # type: ignore[union-attr]
+        sums = self.measured.tolist()
         assert output.metrics is not None
         for name, value in zip(("loss", "divergence", "agreement"), sums, strict=False):
             output.metrics[f"{metric_key_prefix}_{name}"] = value / max(sums[3], 1)
         return output
+
+
+def collate_counted(collate: Callable[[Any], dict[str, Tensor]], rows: Any) -> dict[str, Tensor]:
+    """A collated batch in which exactly the labels that the loss counts are left, since Trainer counts for itself.
+
+    It would also count the first token of a document, which nothing before it predicts.
+
+    Raises:
+        KdtrainError: a packed row that goes on from within a document that does not begin in it.
+    """
+    inputs = collate(rows)
+    if "labels" not in inputs:
+        return inputs
+    if "position_ids" in inputs:
+        refuse_cut_documents(inputs)
+    shifted = padded_batch(inputs).labels
+    inputs["labels"] = torch.cat([torch.full_like(shifted[:, :1], IGNORED), shifted[:, :-1]], dim=1)
+    return inputs
+
+
+def refuse_cut_documents(inputs: dict[str, Tensor]) -> None:
+    """Position ids (B, N) have to begin at 0 and then go up by one or begin again, wherever there is no padding."""
+    places = inputs["position_ids"]
+    before = torch.cat([torch.full_like(places[:, :1], -1), places[:, :-1]], dim=1)
+    wrong = (places != 0) & (places != before + 1)
+    if "attention_mask" in inputs:
+        wrong &= inputs["attention_mask"].bool()
+    if wrong.any():
+        row, column = (int(number) for number in wrong.nonzero()[0])
+        raise KdtrainError(
+            f"row {row} of a batch holds a document cut in the middle: position {int(places[row, column])} stands at its token "
+            f"{column}, where 0 or {int(before[row, column]) + 1} was due; begin a new document there (position 0), or pack "
+            "whole documents only"
+        )
 
 
 def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeacher:
@@ -162,6 +210,6 @@ def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -
     ) -> Any:
         if kd_piece is None:
             return plain(*args, **options)
-        return objective(kd_piece, kd_divisor, measure=kd_measure)
+        return measured_rows(objective, kd_piece) if kd_measure else objective(kd_piece, kd_divisor)
 
     return forward

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.packing import IGNORED, padded_batch
-from kdtrain.language.trainer import KDConfig, KDTrainer
-from tests.language.conftest import VOCABULARY, tiny
+from kdtrain.language.trainer import KDConfig, KDTrainer, collate_counted
+from tests.language.conftest import tiny
+from tests.language.trainer_steps import steps, tokens
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
@@ -20,13 +21,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 def block(name: str) -> str:
     """The code of one block of the page."""
     return re.findall(rf"```python {name}\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
-
-
-def tokens(rows: int = 32, masked: int = 0) -> Dataset:
-    """Rows of 24 tokens, the first `masked` of which do not count."""
-    ids = torch.randint(3, VOCABULARY, (rows, 24), generator=torch.Generator().manual_seed(1)).tolist()
-    labels = [[IGNORED] * (masked + i % 5) + row[masked + i % 5 :] for i, row in enumerate(ids)]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def names(tmp_path: Path) -> dict[str, Any]:
@@ -70,38 +64,13 @@ def test_trl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, sources: list[s
     assert found["trainer"].state.global_step == 3
 
 
-def steps(tmp_path: Path, accumulation: int, rows: int = 16) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and weights after two optimizer steps of 8 rows, cut into `accumulation` pieces."""
-    student = tiny("llama")
-    arguments = KDConfig(
-        output_dir=str(tmp_path / f"{accumulation}"),
-        max_steps=2,
-        per_device_train_batch_size=8 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        ce_weight=0.3,
-    )
-    trainer = KDTrainer(
-        student,
-        tiny("qwen3", 1, hidden_size=48),
-        args=arguments,
-        train_dataset=tokens(rows, 4),
-        eval_dataset=tokens(6, 4),
-    )
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return [*losses, trainer.evaluate()["eval_loss"]], student.state_dict()
-
-
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     """Pieces with different numbers of labels: the same losses, the same student."""
-    losses, weights = steps(tmp_path, 1)
+    known, weights = steps(tmp_path)
     for accumulation in (2, 8):
-        other, after = steps(tmp_path, accumulation)
-        assert other == pytest.approx(losses, rel=1e-4)
+        found, after = steps(tmp_path, accumulation=accumulation)
+        for name, values in known.items():
+            assert found[name] == pytest.approx(values, rel=1e-4), name
         for name, tensor in weights.items():
             torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -127,3 +96,38 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             args=KDConfig(output_dir=str(tmp_path), use_cpu=True),
             train_dataset=tokens(),
         )
+
+
+def test_trainer_counts_what_the_loss_counts() -> None:
+    """Trainer counts labels[:, 1:] for itself: first tokens of documents, after padding or another document, must not be there."""
+    rows = {
+        "input_ids": torch.tensor([[1, 1, 5, 6, 7], [5, 6, 7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 0, 0, 1, 2], [0, 1, 0, 1, 2]]),
+    }
+    rows["labels"] = torch.where(rows["attention_mask"] == 1, rows["input_ids"], IGNORED)
+    counted = padded_batch(dict(rows)).labels
+    labels = collate_counted(lambda given: given, dict(rows))["labels"]
+    assert int((labels[:, 1:] != IGNORED).sum()) == int((counted != IGNORED).sum()) == 5
+    assert torch.equal(padded_batch(rows | {"labels": labels}).labels, counted)
+
+
+def test_batches_without_labels_and_cut_documents_are_told(tmp_path: Path) -> None:
+    masked = Dataset.from_dict({"input_ids": tokens(8)["input_ids"], "labels": [[IGNORED] * 24] * 8})
+    trainer = KDTrainer(
+        tiny("llama"),
+        tiny("qwen3", 1),
+        args=KDConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[]),
+        train_dataset=masked,
+    )
+    with pytest.raises(KdtrainError, match=r"step 1 has no label that counts: all labels .* are -100"):
+        trainer.train()
+    cut = {
+        "input_ids": torch.full((2, 4), 5),
+        "labels": torch.full((2, 4), 5),
+        "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 6, 7]]),
+    }
+    with pytest.raises(
+        KdtrainError, match=r"row 1 .* position 6 stands at its token 2, where 0 or 2 was due"
+    ):
+        collate_counted(lambda given: given, cut)

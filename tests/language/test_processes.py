@@ -17,6 +17,7 @@ from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.run import run_language
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
+from tests.language.trainer_steps import steps
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -33,10 +34,15 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def launch(recipe: Path, options: dict[str, str]) -> "subprocess.Popen[str]":
-    """torchrun with two processes."""
+    """kdtrain train in two processes."""
+    return torchrun(["kdtrain", "train", str(recipe)], options)
+
+
+def torchrun(module: list[str], options: dict[str, str]) -> "subprocess.Popen[str]":
+    """A module with its arguments in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
-        [*command, "-m", "kdtrain", "train", str(recipe)],
+        [*command, "-m", *module],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", **options},
         stderr=subprocess.PIPE,
         text=True,
@@ -50,17 +56,17 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return errors
 
 
-def workers(agent: int) -> list[int]:
-    """The processes that torchrun started."""
-    found = []
+def worker(agent: int, rank: int) -> int:
+    """The process that torchrun started for this rank."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
+            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            environment = (path.parent / "environ").read_bytes().split(b"\0") if parent == agent else []
         except OSError:
             continue
-        if int(fields[1]) == agent:
-            found.append(int(path.parent.name))
-    return found
+        if f"RANK={rank}".encode() in environment:
+            return int(path.parent.name)
+    raise AssertionError(f"torchrun {agent} has no worker of rank {rank}")
 
 
 @pytest.mark.parametrize("options", [{}, FSDP2], ids=["ddp", "fsdp2"])
@@ -85,32 +91,46 @@ def test_two_processes_equal_one(
         torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [FSDP2], ids=["fsdp2"])
-def test_killed_processes_resume_bit_for_bit(
-    language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
+def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
+    language_distillation: LanguageRecipe, tmp_path: Path
 ) -> None:
-    """Both workers killed with -9 behind a checkpoint; started again, they end with the bytes of a run left alone."""
+    """The process that writes is killed with -9 behind a checkpoint. The other one says which is gone and where the run
+
+    goes on; started again, it ends with the bytes of a run left alone.
+    """
     training = replace(language_distillation.training, max_steps=9, evaluate_every=3, log_every=1)
     recipe = replace(language_distillation, training=training)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         save_recipe(replace(recipe, output=str(folder)), tmp_path / f"{folder.name}.yaml")
-    finish(launch(tmp_path / "whole.yaml", options))
+    finish(launch(tmp_path / "whole.yaml", FSDP2))
 
-    process = launch(tmp_path / "killed.yaml", options)
+    process = launch(tmp_path / "killed.yaml", FSDP2)
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    victims = workers(process.pid)
-    assert len(victims) == 2
-    process.send_signal(signal.SIGKILL)
-    for worker in victims:
-        os.kill(worker, signal.SIGKILL)
-    process.communicate()
+    os.kill(worker(process.pid, rank=0), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
     reached = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
     assert 0 < reached < 9, "the run was over before it could be killed"
+    assert errors.count("process 0 of 2 ended in the middle of training: killed") == 1, errors[-3000:]
+    assert f"the same command goes on from step {reached} ({killed}/checkpoints/step-" in errors
 
-    assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", options))
+    assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", FSDP2))
     assert lines(killed) == lines(whole)
     for name in ("student/model.safetensors", "projection.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("words", [[], ["--sharded"]], ids=["ddp", "fsdp2"])
+def test_two_processes_of_trainer_equal_one(tmp_path: Path, words: list[str]) -> None:
+    """KDTrainer: losses, gradient norms, metrics of an odd number of rows, and the student."""
+    found, weights = steps(tmp_path)
+    finish(torchrun(["tests.language.trainer_steps", str(tmp_path), *words], {}))
+    for name, values in json.loads((tmp_path / "found.json").read_text()).items():
+        assert values == pytest.approx(found[name], rel=1e-4), name
+    after = load_file(tmp_path / "weights.safetensors")
+    assert after.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)

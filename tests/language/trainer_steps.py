@@ -1,0 +1,92 @@
+"""Two optimizer steps of KDTrainer on rows made here; as a program under torchrun, on all its processes.
+
+python -m tests.language.trainer_steps FOLDER [--sharded]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import distributed
+
+from kdtrain.language.packing import IGNORED
+from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.sharding import whole_state
+from tests.language.conftest import VOCABULARY, tiny
+
+ROWS_OF_A_STEP = 8
+
+
+def tokens(rows: int = 32, masked: int = 0) -> Dataset:
+    """Rows of 24 tokens, the first `masked` of which do not count."""
+    ids = torch.randint(3, VOCABULARY, (rows, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    labels = [[IGNORED] * (masked + i % 5) + row[masked + i % 5 :] for i, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+class ShardedKDTrainer(KDTrainer):
+    """accelerate knows FSDP2 on every device but the CPU, where it would run DDP in silence; here it does not."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        self.is_fsdp_enabled = True
+
+
+def steps(
+    folder: Path, *, processes: int = 1, accumulation: int = 1, kind: type[KDTrainer] = KDTrainer
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Losses of two steps, metrics of 7 held-out rows, and the student's weights (on the first process)."""
+    student = tiny("llama")
+    arguments = KDConfig(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=ROWS_OF_A_STEP // (accumulation * processes),
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        ce_weight=0.3,
+    )
+    trainer = kind(
+        student,
+        tiny("qwen3", 1, hidden_size=48),
+        args=arguments,
+        train_dataset=tokens(16, 4),
+        eval_dataset=tokens(7, 4),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    found = {
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "norms": [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line],
+        "metrics": [metrics[f"eval_{name}"] for name in ("loss", "divergence", "agreement")],
+    }
+    return found, whole_state(student)
+
+
+def main() -> None:
+    """The same on every process; the first writes what came out."""
+    folder, sharded = Path(sys.argv[1]), "--sharded" in sys.argv
+    count = int(os.environ["WORLD_SIZE"])
+    found, weights = steps(folder, processes=count, kind=ShardedKDTrainer if sharded else KDTrainer)
+    if distributed.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+        save_file(
+            {name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors"
+        )
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
