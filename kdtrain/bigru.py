@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.bigru_steps import PackedSteps, bigru_layer
 
 
 @dataclass
@@ -93,13 +94,20 @@ class BiGRUModel(BiGRUPreTrainedModel):
         )
         lengths = mask.sum(dim=1).cpu()  # the packed form needs them on the host
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        # On a CPU the steps of kdtrain.bigru_steps have much the faster backward; nn.GRU's forward alone is the faster one.
+        steps = PackedSteps.of(packed) if embedded.device.type == "cpu" and self.training else None
         states, outputs = [], [packed]
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.GRU)
             if i > 0:
                 packed = packed._replace(data=self.dropout(packed.data))
-            packed, last = layer(packed)
+            if steps is None:
+                packed, last = layer(packed)
+                states.append(torch.cat([last[0], last[1]], dim=-1))
+            else:
+                packed = packed._replace(data=bigru_layer(layer, packed.data, steps))
+                states.append(steps.ends(packed.data))
             outputs.append(packed)
-            states.append(torch.cat([last[0], last[1]], dim=-1))
         back, length = order.argsort(dim=1)[..., None], input_ids.shape[1]
         hidden = []
         for one in outputs if output_hidden_states else outputs[-1:]:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from kdtrain.bigru import BiGRUForSequenceClassification
 from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.bigru_steps import PackedSteps, bigru_layer
 from kdtrain.models import parameter_count
 
 
@@ -76,6 +78,54 @@ def test_sentence_states_are_the_ends_of_every_layer(model: BiGRUForSequenceClas
     assert states is not None
     torch.testing.assert_close(states[0], last.view(2, 2, 12).flatten(1))
     torch.testing.assert_close(states[0, 1], torch.cat([hidden[0, -1, :12], hidden[0, 0, 12:]]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_of_the_cpu_are_those_of_torch(autocast: bool) -> None:
+    """Values, sentence states and every gradient against nn.GRU, on rows of very different lengths in any order."""
+    torch.manual_seed(4)
+    layer = nn.GRU(10, 6, batch_first=True, bidirectional=True)
+    lengths = torch.tensor([3, 9, 1, 9, 5])
+    packed = pack_padded_sequence(torch.randn(5, 9, 10), lengths, batch_first=True, enforce_sorted=False)
+    steps = PackedSteps.of(packed)
+    weights = torch.randn(len(packed.data), 12), torch.randn(5, 12)
+    found = []
+    for ours in (False, True):
+        layer.zero_grad()
+        data = packed.data.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and ours):
+            if ours:
+                output = bigru_layer(layer, data, steps)
+                ends = steps.ends(output)
+            else:
+                out, last = layer(packed._replace(data=data))
+                output, ends = out.data, torch.cat([last[0], last[1]], dim=1)
+        ((output * weights[0]).sum() + (ends * weights[1]).sum()).backward()
+        grads = [
+            data.grad,
+            *(parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None),
+        ]
+        found.append([output.detach(), ends.detach(), *grads])
+    assert found[1][0].dtype == torch.float32
+    tolerance = 5e-2 if autocast else 1e-5
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs is not None and ours is not None
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_training_and_evaluation_say_the_same(model: BiGRUForSequenceClassification) -> None:
+    """Training takes the steps, evaluation nn.GRU; without dropout they agree."""
+    ids = torch.randint(5, 50, (3, 11), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(11) < torch.tensor([11, 2, 6])[:, None]).long()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    given = model.eval()(ids, mask, output_hidden_states=True)
+    trained = model.train()(ids, mask, output_hidden_states=True)
+    model.eval()
+    torch.testing.assert_close(trained.logits, given.logits)
+    torch.testing.assert_close(trained.sentence_states, given.sentence_states)
+    torch.testing.assert_close(trained.hidden_states, given.hidden_states)
 
 
 @pytest.mark.parametrize(
