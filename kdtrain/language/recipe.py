@@ -31,6 +31,9 @@ class LanguageDataRecipe:
     messages: str = option("messages", "column of conversations: only what the assistant says counts")
     max_length: int = option(1024, "tokens of one row; longer documents go on in another row")
     packing: bool = option(True, "put several documents into one row; they do not see each other")
+    store: str | None = option(
+        None, "folder to keep the tokenized rows in and to map them from, for data larger than memory"
+    )
 
     def __post_init__(self) -> None:
         positive(self, "data", "max_length")

@@ -22,6 +22,7 @@ from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows, pack
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.rows import CachedRows
+from kdtrain.language.store import stored_rows
 from kdtrain.language.student import (
     SAMPLE_CODE,
     build_language_student,
@@ -81,8 +82,13 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
         KdtrainError: anything wrong with recipe, data, tokenizers or models, as one sentence.
     """
     tokenizer = student_tokenizer(recipe)
-    documents, held_out = load_documents(recipe.data, tokenizer)
-    rows, valid = (packed(part, recipe, tokenizer) for part in (documents, held_out))
+    if recipe.data.store is not None:
+        stored = stored_rows(recipe.data, tokenizer, padding_id(tokenizer))
+        rows, valid, fingerprint = stored.train, stored.valid, stored.fingerprint
+    else:
+        documents = load_documents(recipe.data, tokenizer)
+        rows, valid = (packed(part, recipe, tokenizer) for part in documents)
+        fingerprint = " ".join(part.fingerprint() for part in documents)
     objective = open_models(recipe, tokenizer)
     teacher, shards = objective.teacher, None
     if recipe.teacher.signal == "shards" and recipe.method.name != "ft":
@@ -90,16 +96,18 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
         folder = str(recipe.teacher.path)
         shards = ShardRows.of(rows, open_shards(folder, recipe.data.max_length, tokenizer, size))
     known = None if teacher is None else teacher.weights_hash
-    data = f"{documents.fingerprint()} {held_out.fingerprint()}"
-    identity = {"data": data, "teacher": known if shards is None else shards.shards.fingerprint}
+    identity = {"data": fingerprint, "teacher": known if shards is None else shards.shards.fingerprint}
     return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity, shards)
 
 
 def packed(documents: Documents, recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
     """Documents in rows, as the recipe says."""
-    pad = tokenizer.pad_token_id
-    pad_id = pad if isinstance(pad, int) else 0  # no padding is ever read: any id will do
-    return pack(documents, recipe.data.max_length, pad_id, packing=recipe.data.packing)
+    return pack(documents, recipe.data.max_length, padding_id(tokenizer), packing=recipe.data.packing)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What rows are filled up with. No padding is ever read: any id will do."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> LanguageObjective:
