@@ -73,8 +73,9 @@ def contextual_relation_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
 
-    Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or a few MiB if that is more,
-    for any window; wide windows cost time. Backward computes the relations again.
+    Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or 2 MiB if that is more,
+    for any window; wide windows cost time. Backward computes the relations again. In half precision with fewer than
+    four samples the gradient is kept in float32 until it is rounded.
 
     Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), word relation and
     layer-transforming relation; study: arXiv 2508.15423, whose code compares them by plain mean squared errors.

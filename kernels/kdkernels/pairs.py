@@ -97,18 +97,6 @@ def squared_errors(student: Tensor, teacher: Tensor, valid: Tensor, centre: Tens
     return torch.linalg.vecdot(error, error, dim=0).add_(own.square()), error.mul_(2.0)
 
 
-def softmax_divergences(
-    student: Tensor, teacher: Tensor, valid: Tensor, centre: Tensor
-) -> tuple[Tensor, Tensor]:
-    """KL(softmax of the teacher's cosines, of the student's) of every row (R,), and its derivative (2 W + 1, R)."""
-    # A row without another one has a softmax over everything instead, and is dropped with the invalid pairs.
-    outside = ~valid & valid.any(0)
-    log_p_s, log_p_t = (side.masked_fill(outside, -torch.inf).log_softmax(0) for side in (student, teacher))
-    p_s, p_t = log_p_s.exp(), log_p_t.exp()
-    divergence = p_t * (log_p_t - log_p_s).masked_fill_(~valid, 0.0)
-    return divergence.sum(0), (p_s - p_t).masked_fill_(~valid, 0.0)
-
-
 def cosine_coefficients(gradient: Tensor, cosine: Tensor, inverse: Tensor, window: int) -> Tensor:
     """(2 W + 1, R) factors of the rows i + a in the gradient of row i, from the derivative of directed cosines."""
     both = gradient + reverse(gradient)
@@ -151,6 +139,20 @@ def angle_coefficients(side: AngleSide, gradient: AngleGradient) -> Tensor:
 def band_of(values: Tensor, margin: int) -> Tensor:
     """A band with `margin` zeros before the first row."""
     return torch.nn.functional.pad(values, (margin, 0))
+
+
+def unit_steps(differences: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences (..., V, D) to unit ones in place, and 1 / length (..., V, 1); 0 where not counted or without a direction."""
+    differences.masked_fill_(~counted.unsqueeze(-1), 0.0)
+    length = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
+    inverse = length.reciprocal().masked_fill_(length < SHORTEST, 0.0)
+    return differences.mul_(inverse), inverse
+
+
+def along_steps(grad: Tensor, steps: Tensor, inverse: Tensor) -> Tensor:
+    """From the gradient of unit steps (..., V, D), in place, that of the differences."""
+    along = torch.linalg.vecdot(grad, steps).unsqueeze(-1)
+    return grad.addcmul_(along, steps, value=-1.0).mul_(inverse)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""The schedule of `contextual_relation_loss`: blocks of rows, their bands of inner products, and the gradient back."""
+"""The schedule of `contextual_relation_loss`: blocks of rows, their bands of inner products, and the gradient back.
+
+Whole sequences, and windows whose bands would not fit, are related in the tiles of `pair_tiles` instead.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import pairs
+from .angle_tiles import angle_relations
 from .autograd import Tensors
 from .backends import load_backend
 from .matmul import wide_dtype
 from .options import Impl
+from .pair_tiles import Sequences, distance_relations
 from .pairs import AngleGradient, AngleSide, DirectAngles
 from .windows import ROW_STEP, Variant
 
-# Scratch of a block as a share of the student's features, so that it and the gradient stay below two of them.
+# Scratch as a share of the student's features, so that it and the gradient stay below two of them.
 SCRATCH_SHARE = 0.6
 
-# Below this many rows a block is mostly overhead; a few MiB of scratch at usual widths.
-LEAST_ROWS = 128
+# Numbers that bands may always have, 2 MiB of float32. With fewer rows than these a block is mostly overhead, and bands
+# that do not fit even so are not made.
+LEAST_SCRATCH = 1 << 19
+LEAST_ROWS = 64
+
+# Scratch of tiles of pairs, in numbers: less is mostly overhead, more is of no use.
+TILE_SCRATCH = (1 << 17, 1 << 22)
 
 
 class Rows(Protocol):
@@ -123,13 +133,13 @@ class _Block:
         return tensor[self.batch, self.sequences, self.positions]
 
 
-def _blocks(shape: tuple[int, int, int], rows: int, window: int | None) -> Iterator[_Block]:
+def _blocks(shape: tuple[int, int, int], rows: int, window: int) -> Iterator[_Block]:
     """Whole samples while they fit in `rows`, else whole sequences, else parts of one with `window` rows around."""
     batch, sequences, length = shape
     if 0 in shape:
         return
     whole = slice(0, length)
-    if length > rows and window is not None:
+    if length > rows:
         rows = max(LEAST_ROWS, rows - 2 * window)
         for b in range(batch):
             for q in range(sequences):
@@ -240,23 +250,41 @@ class _AxisPass:
     ) -> None:
         self.backend, self.axis, self.weight = solver.backend, axis, weight
         self.student, self.teacher, self.valid = student, teacher, valid
-        self.official = solver.variant == "official" and axis.distance_scale is not None
-        batch, sequences, self.length, width = student.shape
-        self.angle_window = min(solver.window, max(1, self.length - 1))
-        self.distance_window = max(1, self.length - 1) if self.official else self.angle_window
-        self.margin = max(2 * self.angle_window, self.distance_window)
+        self.official = solver.variant == "official"
+        length, width = student.shape[2:]
+        self.window = min(solver.window, max(1, length - 1))
+        self.margin = 2 * self.window
         self.dtype = weight.dtype
+        scratch = int(SCRATCH_SHARE * student.numel())
+        self.tile_scratch = min(max(TILE_SCRATCH[0], scratch), TILE_SCRATCH[1])
         per_row = self.backend.row_elements(width, teacher.shape[3], self.margin + 1)
-        affordable = int(SCRATCH_SHARE * batch * sequences * self.length * width / per_row)
-        self.rows = max(LEAST_ROWS, min(self.backend.block_rows(student.device), affordable))
+        # The rows around a block have pairs as well.
+        affordable = max(LEAST_SCRATCH, scratch) // per_row - self.window
+        self.wide = affordable < LEAST_ROWS
+        self.rows = min(self.backend.block_rows(student.device), affordable)
 
     def add(self, values: Tensor, grad: Tensor | None) -> None:
         """Add values (B,) and the gradient (B, Q, M, D_s)."""
-        batch, sequences, length = self.student.shape[:3]
-        # The official distances relate whole sequences.
-        reach = None if self.official else self.angle_window
-        for block in _blocks((batch, sequences, length), self.rows, reach):
-            self._add_block(block, values, None if grad is None else block.of(grad))
+        scale = self.axis.distance_scale
+        in_tiles = self.official or self.wide
+        if scale is not None and in_tiles:
+            sequences = self._sequences(None if self.official else self.window, scale, grad)
+            values += distance_relations(sequences, self.official, self.tile_scratch) * scale
+        if self.wide and self.axis.angle_scale is not None:
+            sequences = self._sequences(self.window, self.axis.angle_scale, grad)
+            values += angle_relations(sequences, self.tile_scratch) * self.axis.angle_scale
+        distance_scale = None if in_tiles else scale
+        angle_scale = None if self.wide else self.axis.angle_scale
+        if distance_scale is None and angle_scale is None:
+            return
+        batch, count, length = self.student.shape[:3]
+        for block in _blocks((batch, count, length), self.rows, self.window):
+            part = None if grad is None else block.of(grad)
+            self._add_block(block, distance_scale, angle_scale, values, part)
+
+    def _sequences(self, window: int | None, scale: Tensor, grad: Tensor | None) -> Sequences:
+        weight = self.weight * scale
+        return Sequences(self.student, self.teacher, self.valid, window, weight, grad)
 
     def _band(self, rows: Rows, width: int, margin: int, count: int) -> Tensor:
         """Inner products (width + 1, margin + R + margin)."""
@@ -264,7 +292,14 @@ class _AxisPass:
         rows.products(band[:, margin : margin + count])
         return band
 
-    def _add_block(self, block: _Block, values: Tensor, grad: Tensor | None) -> None:
+    def _add_block(
+        self,
+        block: _Block,
+        distance_scale: Tensor | None,
+        angle_scale: Tensor | None,
+        values: Tensor,
+        grad: Tensor | None,
+    ) -> None:
         shape = block.of(self.student).shape
         count = shape[:3].numel()
         rows = count + -count % ROW_STEP
@@ -281,28 +316,26 @@ class _AxisPass:
             for side in (self.student, self.teacher)
         ]
         total = torch.zeros_like(row_scale)
-        if self.axis.distance_scale is not None:
-            related = pairs.valid_pairs(counted, centre, position, self.length, self.distance_window)
-            scale = row_scale * self.axis.distance_scale
-            total += self._distances(sides, related, centre, scale, grad) * self.axis.distance_scale
-        if self.axis.angle_scale is not None:
+        related = pairs.valid_pairs(counted, centre, position, self.student.shape[2], self.window)
+        if distance_scale is not None:
+            value = self._distances(sides, related, centre, row_scale * distance_scale, grad)
+            total += value * distance_scale
+        if angle_scale is not None:
             for side in sides:
                 side.centre()
-            related = pairs.valid_pairs(counted, centre, position, self.length, self.angle_window)
-            scale = row_scale * self.axis.angle_scale
-            total += self._angles(block, sides, valid, related, scale, grad) * self.axis.angle_scale
+            value = self._angles(block, sides, valid, related, row_scale * angle_scale, grad)
+            total += value * angle_scale
         values[block.batch] += total[:count].view(shape[0], -1).sum(1)
 
     def _distances(
         self, sides: list[Rows], related: Tensor, centre: Tensor, row_scale: Tensor, grad: Tensor | None
     ) -> Tensor:
         """(R,) distance relations; adds their gradient times `row_scale`."""
-        window, rows = self.distance_window, row_scale.shape[0]
+        window, rows = self.window, row_scale.shape[0]
         (cosine, inverse), (teacher, _) = (
             pairs.cosines(self._band(side, window, window, rows), window, rows) for side in sides
         )
-        relate = pairs.softmax_divergences if self.official else pairs.squared_errors
-        value, derivative = relate(cosine, teacher, related, centre)
+        value, derivative = pairs.squared_errors(cosine, teacher, related, centre)
         if grad is not None:
             factors = pairs.cosine_coefficients(derivative, cosine, inverse, window)
             sides[0].apply(factors.mul_(row_scale), grad)
@@ -344,7 +377,7 @@ class _AxisPass:
         self, sides: list[Rows], related: Tensor, limit: float
     ) -> tuple[AngleSide, AngleSide, Tensor]:
         """Both sides of the angles, and (R,) bool: which rows have a nearly equal neighbour on one of them."""
-        window, rows = self.angle_window, related.shape[1]
+        window, rows = self.window, related.shape[1]
         (student, near_s), (teacher, near_t) = (
             pairs.angle_side(self._band(side, 2 * window, window, rows), window, rows, limit)
             for side in sides

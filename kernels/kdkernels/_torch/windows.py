@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pairs import AngleGradient, AngleSide, DirectAngles
-from ..windows import ROW_STEP, SHORTEST
+from ..pairs import AngleGradient, AngleSide, DirectAngles, along_steps, unit_steps
+from ..windows import ROW_STEP
 
 # Rows of one small product of a band: wide enough to run at full speed, few entries outside the band.
 PATCH_ROWS = ROW_STEP
@@ -166,9 +166,7 @@ def direct_angles(block: DirectAngles, grad: Tensor | None) -> Tensor:
         values[centre] = torch.linalg.vecdot(error.flatten(1), error.flatten(1))
         if grad is None:
             continue
-        step_grad = error.mul_(4.0) @ steps_s
-        along = torch.linalg.vecdot(step_grad, steps_s).unsqueeze(-1)
-        step_grad.addcmul_(along, steps_s, value=-1.0).mul_(inverse)
+        step_grad = along_steps(error.mul_(4.0) @ steps_s, steps_s, inverse)
         step_grad.mul_(block.row_scale[centre][:, None, None])
         grad.index_put_(block.places(around), step_grad, accumulate=True)
         grad.index_put_(block.places(centre), -step_grad.sum(1), accumulate=True)
@@ -180,8 +178,4 @@ def _steps(
 ) -> tuple[Tensor, Tensor]:
     """Unit differences (F, V, D) of neighbours to their rows and 1 / length (F, V, 1); 0 where there is no direction."""
     own = features[block.places(centre)].to(dtype).unsqueeze(1)
-    differences = features[block.places(around)].to(dtype).sub_(own)
-    differences.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    length = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
-    inverse = length.reciprocal().masked_fill_(length < SHORTEST, 0.0)
-    return differences.mul_(inverse), inverse
+    return unit_steps(features[block.places(around)].to(dtype).sub_(own), counted)
