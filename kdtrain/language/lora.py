@@ -37,7 +37,7 @@ def add_adapters(model: PreTrainedModel, recipe: LanguageStudentRecipe) -> None:
         )
     config = LoraConfig(
         r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type] a float does
+        lora_alpha=recipe.lora_alpha,  # pyright: ignore[reportArgumentType] a float does as well
         lora_dropout=recipe.lora_dropout,
         target_modules=targets or "all-linear",
         task_type="CAUSAL_LM",

@@ -34,7 +34,7 @@ from kdtrain.language.evaluate import silent_teacher, token_sums
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.packing import IGNORED, LanguageBatch
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageTeacherRecipe
-from kdtrain.language.relations import RelationLoss, attention_inputs
+from kdtrain.language.relations import Relation, RelationLoss, attention_inputs
 from kdtrain.language.teacher import LanguageTeacher
 from kdtrain.task import Objective
 
@@ -123,7 +123,7 @@ class LanguageObjective(Objective):
                 self.projections = nn.ModuleList(
                     nn.Linear(int(shapes[0].hidden_size), int(shapes[1].hidden_size)) for _ in self.pairs
                 )
-            kinds = tuple(kind for kind in recipe.features if kind != "hidden")
+            kinds: tuple[Relation, ...] = tuple(kind for kind in recipe.features if kind != "hidden")
             if kinds:
                 self.names = (*self.names, "relation")
                 self.relations = RelationLoss(kinds, self.pairs, recipe.relation_heads)

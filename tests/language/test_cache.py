@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
+from kdtrain.language.heads import head_of
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.language.run import prepare, run_language, stored_signals
 from kdtrain.plots import read_metrics
@@ -83,9 +84,9 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
     for signal, options in (("cross_term", {}), ("topk", {"top_k": 286, "tail": "renormalize"})):
         run_language(stored(padded, tmp_path / signal, signal, **options))
         assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5), signal
-    started = prepare(padded).student.get_output_embeddings().weight
+    started = head_of(prepare(padded).student).weight
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "cross_term" / "run" / "student")
-    assert torch.equal(trained.get_output_embeddings().weight, started), "the head is as it was"
+    assert torch.equal(head_of(trained).weight, started), "the head is as it was"
     manifest = json.loads((tmp_path / "cross_term" / "cache" / "cross_term" / "manifest.json").read_text())
     assert (manifest["vocabulary"], manifest["temperature"]) == (286, 2.0)
 
