@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.cases import SUITES
-from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import environment
+from benchmarks.operation import AnyCase
+from benchmarks.registry import OPERATIONS, operation_of
 from benchmarks.runner import MINIMUM_ROUNDS, ROOT, run_case
+from benchmarks.suites import SUITES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -22,17 +23,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--suite", choices=sorted(SUITES), default="cpu", help="which cases (default: %(default)s)"
     )
     parser.add_argument(
-        "--divergence",
+        "--case",
         action="append",
-        metavar="NAME",
-        help="only cases of this divergence; may be given again",
+        metavar="TEXT",
+        help="only cases whose name holds this text, such as 'jsd' or 'N=2048'; may be given again",
     )
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=sorted(CONTENDERS),
-        default=list(CONTENDERS),
-        help="who takes part (default: all; one that cannot run says why)",
+        metavar="NAME",
+        choices=sorted({name for one in OPERATIONS.values() for name in one.contenders}),
+        help="who takes part, of %(choices)s (default: all; one that cannot run says why)",
     )
     parser.add_argument(
         "--rounds", type=int, default=7, help="timed rounds of a case, at most (default: %(default)s)"
@@ -44,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"stop adding rounds when a case's share of this is used, after {MINIMUM_ROUNDS} (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-tests", action="store_true", help="measure without running the tests of the losses first"
+        "--skip-tests", action="store_true", help="measure without running the tests of the operations first"
     )
     parser.add_argument(
         "--out",
@@ -58,25 +59,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-# What every figure rests on: values and gradients of both losses against the reference.
-TESTS = ("tests/losses/test_linear_kd_loss.py", "tests/losses/test_kd_loss.py")
-
-
-def tests_pass() -> bool:
+def tests_pass(cases: list[AnyCase]) -> bool:
     """Run the tests of what is measured; a fast wrong loss has no place in a table."""
-    print("tests of the losses", file=sys.stderr)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", "not triton"]
+    files = list(dict.fromkeys(file for case in cases for file in operation_of(case).tests))
+    print(f"tests: {' '.join(files)}", file=sys.stderr)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files]
+    # Triton's kernels are what is measured on a GPU and interpreted for minutes elsewhere.
+    command += [] if cases[0].device == "cuda" else ["-k", "not triton"]
     return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode == 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the suite; the table goes to stdout, progress to stderr."""
     chosen = parse(arguments)
-    wanted = chosen.divergence
-    cases = [case for case in SUITES[chosen.suite] if wanted is None or case.divergence in wanted]
+    suite, wanted = SUITES[chosen.suite], chosen.case
+    cases = [case for case in suite if wanted is None or any(text in case.name for text in wanted)]
     if not cases:
-        known = sorted({case.divergence for case in SUITES[chosen.suite]})
-        print(f"No case of suite '{chosen.suite}' has divergence {wanted}; it has {known}.", file=sys.stderr)
+        known = "; ".join(case.name for case in suite)
+        print(
+            f"No case of suite '{chosen.suite}' holds {wanted} in its name; it has {known}.", file=sys.stderr
+        )
         return 2
 
     device = cases[0].device
@@ -87,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     stamp = environment(device)
-    if not chosen.skip_tests and not tests_pass():
-        print("The tests of the losses fail, so there is nothing to measure.", file=sys.stderr)
+    if not chosen.skip_tests and not tests_pass(cases):
+        print("Tests of what is measured fail, so there are no figures.", file=sys.stderr)
         return 1
     print(", ".join(f"{name} {value}" for name, value in stamp.items()))
     # The suite of the machine's kind is what a date stands for; the others say their name.
@@ -102,8 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"[{time.monotonic() - start:4.0f} s, case {number} of {len(cases)}] {what}", file=sys.stderr
             )
 
+        contenders = [name for name in operation_of(case).contenders if name in (chosen.contenders or [name])]
         share = (start + chosen.minutes * 60 - time.monotonic()) / (len(cases) - number + 1)
-        found = report.records(case, run_case(case, chosen.contenders, chosen.rounds, share, say))
+        found = report.records(case, run_case(case, contenders, chosen.rounds, share, say))
         everything += found
         print(f"\n{case.name}\n\n{report.markdown(found)}", flush=True)
         if chosen.out:

@@ -1,4 +1,4 @@
-"""What is measured: operations at shapes, and the inputs of each."""
+"""The losses between hidden states and heads: their cases, and inputs that look like those of trained models."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,20 +25,24 @@ class Case:
     vocabulary: int = 32000
     dtype: str = "float32"
     masked: float = 0.0  # share of the rows whose label is ignored
-    operation: str = "linear_kd"
+    operation: str = "linear_kd"  # or linear_ce
     device: str = "cpu"
-    teacher: str = "head"  # or logits, top_k, top_k_bucket, cross_term: what a step is given of it
+    teacher: str = "head"  # or logits, top_k, top_k_bucket, cross_term, none: what a step is given of it
     mode: str = "fast"
+
+    @property
+    def family(self) -> str:
+        return self.operation
 
     @property
     def name(self) -> str:
         masked = f", {self.masked:.0%} masked" if self.masked else ""
-        masked += f", teacher as {self.teacher}" if self.teacher != "head" else ""
+        masked += f", teacher as {self.teacher}" if self.teacher not in ("head", "none") else ""
         masked += f", {self.mode}" if self.mode != "fast" else ""
-        return (
-            f"{self.operation} {self.divergence}, N={self.tokens}, D_s={self.width}, D_t={self.teacher_width}, "
-            f"V={self.vocabulary}, {self.dtype}{masked}"
+        widths = (
+            f"D_s={self.width}, D_t={self.teacher_width}" if self.teacher != "none" else f"D={self.width}"
         )
+        return f"{self.operation} {self.divergence}, N={self.tokens}, {widths}, V={self.vocabulary}, {self.dtype}{masked}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,58 +61,6 @@ class Inputs:
     @property
     def counted(self) -> Tensor:
         return self.labels != IGNORE_INDEX
-
-    def clear_gradients(self) -> None:
-        self.student_hidden.grad = None
-        self.student_weight.grad = None
-
-
-def _gpu(divergence: str = "forward_kl", **shape: Any) -> Case:
-    """A case at the reference shape of docs/design.md (Llama-3.2-1B under 8B), unless told otherwise."""
-    reference = {"tokens": 8192, "width": 2048, "teacher_width": 4096, "vocabulary": 128256}
-    return Case(divergence, **{**reference, "dtype": "bfloat16", "device": "cuda", **shape})
-
-
-SUITES: dict[str, tuple[Case, ...]] = {
-    # The shape that the project's CPU bar is set at.
-    "cpu": (
-        Case("forward_kl"),
-        Case("reverse_kl"),
-        Case("jsd"),
-        Case("forward_kl", masked=0.5),
-    ),
-    # The other divergences, and every form of a teacher.
-    "family": (
-        *(Case(name) for name in ("skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "decoupled")),
-        *(
-            Case("forward_kl", teacher=teacher)
-            for teacher in ("logits", "top_k", "top_k_bucket", "cross_term")
-        ),
-        Case("forward_kl", mode="low_memory"),
-    ),
-    # How time and memory grow with the tokens.
-    "sweep": tuple(Case("forward_kl", tokens=tokens) for tokens in (512, 1024, 2048, 4096)),
-    # Seconds instead of minutes: does everything run and agree?
-    "smoke": (
-        Case("forward_kl", tokens=256, width=64, teacher_width=96, vocabulary=4000, masked=0.25),
-        Case("jsd", tokens=256, width=64, teacher_width=96, vocabulary=4000),
-    ),
-    # Needs a GPU. What matters most comes first: a run that is cut keeps the cases it finished.
-    "gpu": (
-        _gpu(),
-        _gpu("jsd"),
-        _gpu("reverse_kl"),
-        _gpu(masked=0.5),
-        *(_gpu(tokens=tokens) for tokens in (1024, 2048, 4096, 16384, 32768)),
-        _gpu(width=896, teacher_width=3584, vocabulary=151936),  # Qwen2.5-Coder 0.5B under 7B
-        _gpu(width=1536, teacher_width=3584, vocabulary=151936),  # Qwen2.5-Coder 1.5B under 7B
-        _gpu(width=2304, teacher_width=3584, vocabulary=256000),  # Gemma-2 2B under 9B
-        _gpu(width=3072, teacher_width=6144, vocabulary=49152),  # StarCoder2 3B under 15B
-        _gpu(width=2048, teacher_width=4096, vocabulary=32256),  # DeepSeek-Coder 1.3B under 6.7B
-        _gpu(width=768, teacher_width=768, vocabulary=50265),  # CodeBERT's masked language model
-    ),
-    "gpu_smoke": (_gpu(tokens=1024, width=256, teacher_width=512, vocabulary=32000),),
-}
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:

@@ -1,29 +1,17 @@
-"""`python -m benchmarks.contextual`: contextual_relation_loss beside the eager formula of the study it replaces.
+"""contextual_relation_loss beside the eager formula of the study it replaces: `python -m benchmarks --suite contextual`.
 
-Loss and gradient of the student's features, no mask. Protocol as in benchmarks/README.md: a process for each contender,
-rounds in which each takes one turn, ratios within a round, and the error of both against float64.
+Loss and gradient of the student's features, no mask.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import environment, peak_bytes_of, seconds_of
-
-ROOT = Path(__file__).resolve().parent.parent
-WARM_UP_STEPS = 2
+from benchmarks.operation import Operation, Step, with_backward
 
 
 @dataclass(frozen=True)
@@ -40,6 +28,13 @@ class Case:
     device: str = "cpu"
 
     @property
+    def family(self) -> str:
+        return "contextual"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
     def name(self) -> str:
         layers = f", layer-transforming relation x {self.layer_weight:g}" if self.layer_weight else ""
         return (
@@ -48,12 +43,9 @@ class Case:
         )
 
 
-SUITES = {
-    "cpu": (Case(8, 3, 256, 256, 512), Case(8, 3, 256, 256, 512, layer_weight=1.0)),
-    # The study's own batch.
-    "gpu": (Case(16, 7, 512, 384, 768, device="cuda"),),
-    "smoke": (Case(2, 2, 64, 32, 48, window=4, layer_weight=1.0),),
-}
+CPU = (Case(8, 3, 256, 256, 512), Case(8, 3, 256, 256, 512, layer_weight=1.0))
+GPU = (Case(16, 7, 512, 384, 768, device="cuda"),)  # the study's own batch
+SMOKE = (Case(2, 2, 64, 32, 48, window=4, layer_weight=1.0),)
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
@@ -113,146 +105,35 @@ def ours(case: Case, student: Tensor, teacher: Tensor, impl: Any = None) -> Tens
     )
 
 
-CONTENDERS: dict[str, Callable[[Case, Tensor, Tensor], Tensor]] = {"ours": ours, "eager": eager}
+def truth(case: Case, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The torch back end in fp64; the tests hold it to the reference, which would not fit."""
+    student, teacher = inputs[0].detach().double().requires_grad_(), inputs[1].double()
+    loss = ours(case, student, teacher, impl="torch")
+    loss.backward()
+    assert student.grad is not None
+    return {"loss": loss.detach(), "hidden": student.grad}
 
 
-def serve(contender: str, case: Case, truth: Path) -> Iterator[dict[str, Any]]:
-    """One contender in its process: an answer for every order on stdin; "truth" writes a file and ends."""
-    student, teacher = make_inputs(case)
-    if contender == "truth":
-        exact = student.detach().double().requires_grad_()
-        loss = ours(case, exact, teacher.double(), impl="torch")
-        loss.backward()
-        torch.save({"loss": loss.detach(), "gradient": exact.grad}, truth)
-        yield {}
-        return
+def _contender(loss: Any) -> Any:
+    def contender(case: Case, inputs: tuple[Tensor, Tensor]) -> Step:
+        return with_backward(lambda: loss(case, *inputs))
 
-    def step() -> Tensor:
-        student.grad = None
-        loss = CONTENDERS[contender](case, student, teacher)
-        loss.backward()
-        return loss.detach()
-
-    for _ in range(WARM_UP_STEPS):
-        step()
-    yield {}
-    for order in sys.stdin:
-        student.grad = None
-        if order.strip() == "time":
-            yield {"seconds": seconds_of(step, case.device)}
-        elif order.strip() == "memory":
-            yield {"peak_bytes": peak_bytes_of(step, case.device)}
-        else:
-            exact = torch.load(truth, weights_only=True, map_location=case.device)
-            loss = step().double()
-            assert student.grad is not None
-            gradient = (student.grad.double() - exact["gradient"]).norm() / exact["gradient"].norm()
-            yield {
-                "loss_error": ((loss - exact["loss"]).abs() / exact["loss"]).item(),
-                "gradient_error": gradient.item(),
-            }
+    return contender
 
 
-def _start(contender: str, case: Case, truth: Path) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    job = [contender, json.dumps(asdict(case)), str(truth)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.contextual", "--serve", *job],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _answer(process: subprocess.Popen[str], order: str = "") -> dict[str, Any]:
-    assert process.stdin is not None and process.stdout is not None
-    if order:
-        process.stdin.write(order + "\n")
-        process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a contender stopped with status {process.wait()}; its words are above")
-    return json.loads(line)
-
-
-def run_case(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every round, peak bytes and errors, by contender."""
-    with tempfile.TemporaryDirectory() as folder:
-        truth = Path(folder) / "truth.pt"
-        first = _start("truth", case, truth)
-        _answer(first)
-        first.communicate()
-        processes = {name: _start(name, case, truth) for name in CONTENDERS}
-        try:
-            found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in processes}
-            for process in processes.values():
-                _answer(process)
-            for number in range(rounds):
-                for name in sorted(processes, reverse=bool(number % 2)):
-                    found[name]["seconds"].append(_answer(processes[name], "time")["seconds"])
-            for name, process in processes.items():
-                found[name] |= _answer(process, "memory") | _answer(process, "error")
-        finally:
-            for process in processes.values():
-                process.communicate()
-    return found
-
-
-def markdown(case: Case, found: dict[str, dict[str, Any]]) -> str:
-    """The table of one case."""
-    student = 4 * case.batch * case.layers * case.length * case.width
-    lines = [
-        f"{case.name} (student features {student / 2**20:.0f} MiB)",
-        "",
-        "| | median s | peak extra MiB | loss error | gradient error | x eager, time | x eager, memory |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    base = found["eager"]
-    for name, row in found.items():
-        ratio = statistics.median(
-            mine / theirs for mine, theirs in zip(row["seconds"], base["seconds"], strict=True)
-        )
-        memory, share = "", ""
-        if row["peak_bytes"] is not None:
-            memory, share = (
-                f"{row['peak_bytes'] / 2**20:.1f}",
-                f"{row['peak_bytes'] / max(1, base['peak_bytes']):.3f}",
-            )
-        lines.append(
-            f"| {name} | {statistics.median(row['seconds']):.3f} | {memory} | {row['loss_error']:.1e} "
-            f"| {row['gradient_error']:.1e} | {ratio:.3f} | {share} |"
-        )
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure a suite and print its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.contextual", description=__doc__)
-    parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)"
-    )
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
-    if chosen.serve:
-        contender, case, truth = chosen.serve
-        for answer in serve(contender, Case(**json.loads(case)), Path(truth)):
-            print(json.dumps(answer), flush=True)
-        return 0
-    cases = SUITES[chosen.suite]
-    if cases[0].device == "cuda" and not torch.cuda.is_available():
-        print(
-            f"Suite '{chosen.suite}' needs a CUDA or ROCm GPU, and torch finds none; try --suite cpu.",
-            file=sys.stderr,
-        )
-        return 2
-    print(", ".join(f"{name} {value}" for name, value in environment(cases[0].device).items()))
-    for case in cases:
-        print(f"\n{markdown(case, run_case(case, chosen.rounds))}", flush=True)
-    return 0
+OPERATION = Operation(
+    case=Case,
+    make_inputs=make_inputs,
+    contenders={"ours": _contender(ours), "eager": _contender(eager)},
+    leaves=lambda case, inputs: {"hidden": inputs[0]},
+    labels={"ours": "kdkernels", "eager": "eager PyTorch"},
+    tests=("tests/losses/test_contextual.py",),
+    truth=truth,
+    floor=None,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.__main__ import main
+
+    sys.exit(main(["--suite", "contextual", *sys.argv[1:]]))

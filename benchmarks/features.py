@@ -1,31 +1,20 @@
-"""`python -m benchmarks.features`: the losses between inner layers beside the eager lines that their docstrings replace.
+"""The losses between inner layers beside the eager lines that their docstrings replace: `python -m benchmarks --suite features`.
 
-Loss and gradients of the student's tensors. Protocol as in benchmarks/README.md: a process for each contender, rounds in
-which each takes one turn, ratios within a round, errors against float64. The floor of a projection is its three bare
-products; that of relation_kl is one pair of an attention's passes, forward and backward, over maps of the same size.
+Loss and gradients of the student's tensors. The floor of a projection is its three bare products; that of relation_kl is
+one pair of an attention's passes, forward and backward, over maps of the same size.
 """
 
-import argparse
-import json
 import math
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import environment, peak_bytes_of, seconds_of
-
-ROOT = Path(__file__).resolve().parent.parent
-WARM_UP_STEPS = 2
+from benchmarks.operation import Operation, Step, with_backward
 
 
 @dataclass(frozen=True)
@@ -42,6 +31,13 @@ class Case:
     device: str = "cpu"
 
     @property
+    def family(self) -> str:
+        return "features"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
     def name(self) -> str:
         heads = f", {self.heads} heads" if self.heads else ""
         return (
@@ -54,38 +50,41 @@ def _gpu(operation: str, *sizes: int) -> Case:
     return Case(operation, *sizes, dtype="bfloat16", device="cuda")
 
 
-SUITES = {
-    "cpu": (
-        Case("projection_mse", 8, 512, 384, 768),
-        Case("projection_mse, normalized, teacher projected", 8, 512, 384, 768),
-        Case("cosine_loss", 8, 512, 384, 768),
-        Case("relation_kl", 2, 1024, 384, 768, 12),
-        Case("relation_kl of queries and keys, causal", 2, 1024, 384, 768, 12),
-    ),
-    "gpu": (
-        _gpu("projection_mse", 8, 1024, 2048, 4096),
-        _gpu("relation_kl", 4, 4096, 768, 768, 12),
-        _gpu("relation_kl of queries and keys, causal", 4, 4096, 768, 768, 12),
-    ),
-    "smoke": (
-        Case("projection_mse", 2, 64, 32, 48),
-        Case("cosine_loss", 2, 64, 32, 48),
-        Case("relation_kl", 2, 64, 32, 48, 4),
-    ),
-}
+CPU = (
+    Case("projection_mse", 8, 512, 384, 768),
+    Case("projection_mse, normalized, teacher projected", 8, 512, 384, 768),
+    Case("cosine_loss", 8, 512, 384, 768),
+    Case("relation_kl", 2, 1024, 384, 768, 12),
+    Case("relation_kl of queries and keys, causal", 2, 1024, 384, 768, 12),
+)
+GPU = (
+    _gpu("projection_mse", 8, 1024, 2048, 4096),
+    _gpu("projection_mse", 16, 512, 384, 768),  # a student of the study under CodeBERT
+    _gpu("relation_kl", 4, 4096, 768, 768, 12),
+    _gpu("relation_kl of queries and keys, causal", 4, 4096, 768, 768, 12),
+)
+SMOKE = (
+    Case("projection_mse", 2, 64, 32, 48),
+    Case("cosine_loss", 2, 64, 32, 48),
+    Case("relation_kl", 2, 64, 32, 48, 4),
+    Case("relation_kl of queries and keys, causal", 2, 64, 32, 48, 4),
+)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves first: what the loss is differentiated for."""
+    """Features of both sides, and what goes with them."""
 
     student: Tensor  # (B, N, D_s)
     other: Tensor  # the student's keys (B, N, D_s), or the projection
     teacher: Tensor  # (B, N, D_t)
     teacher_other: Tensor  # the teacher's keys
 
-    def leaves(self, case: Case) -> list[Tensor]:
-        return [self.student] if case.operation == "relation_kl" else [self.student, self.other]
+
+def leaves(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """The student's features, and its keys or the projection (`weight`) where the loss has any."""
+    more = {} if case.operation == "relation_kl" else {"weight": inputs.other}
+    return {"hidden": inputs.student, **more}
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -170,7 +169,7 @@ def ours(case: Case, inputs: Inputs, impl: Any = None) -> Tensor:
     )
 
 
-def _floor(case: Case, inputs: Inputs) -> Callable[[], object]:
+def _floor(case: Case, inputs: Inputs) -> Step:
     """What nothing exact is faster than, or, for relations, what the known kernels of the same products take."""
     if case.heads:
         q, k = (
@@ -179,9 +178,11 @@ def _floor(case: Case, inputs: Inputs) -> Callable[[], object]:
         )
         causal = "causal" in case.operation
 
-        def attention() -> None:
+        def attention() -> Tensor:
             q.grad = k.grad = None
-            F.scaled_dot_product_attention(q, k, k, is_causal=causal).sum().backward()
+            total = F.scaled_dot_product_attention(q, k, k, is_causal=causal).sum()
+            total.backward()
+            return total.detach()
 
         return attention
     source = inputs.teacher if "teacher projected" in case.operation else inputs.student.detach()
@@ -192,174 +193,46 @@ def _floor(case: Case, inputs: Inputs) -> Callable[[], object]:
         torch.zeros_like(weight),
     )
 
-    def products() -> None:
+    def products() -> Tensor:
         torch.mm(source, weight.T, out=projected)
         if source is not inputs.teacher:
             torch.mm(projected, weight, out=d_source)
-        torch.mm(projected.T, source, out=d_weight)
+        return torch.mm(projected.T, source, out=d_weight)
 
     return products
 
 
-CONTENDERS = ("ours", "eager", "floor")
+def truth(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """The torch back end in fp64; the tests hold it to the reference, which would not fit."""
+    exact = Inputs(*(side.detach().double() for side in vars(inputs).values()))
+    named = {name: leaf.requires_grad_() for name, leaf in leaves(case, exact).items()}
+    loss = ours(case, exact, impl="torch")
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    return {"loss": loss.detach(), **dict(zip(named, gradients, strict=True))}
 
 
-def _step(contender: str, case: Case, inputs: Inputs) -> Callable[[], object]:
-    if contender == "floor":
-        return _floor(case, inputs)
-    loss_of = ours if contender == "ours" else EAGER[case.operation]
-    leaves = inputs.leaves(case)
-
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = loss_of(case, inputs)
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def _errors(step: Callable[[], object], leaves: list[Tensor], truth: Path, device: str) -> dict[str, float]:
-    exact = torch.load(truth, weights_only=True, map_location=device)
-    loss = step()
-    assert isinstance(loss, Tensor)
-    gradients = [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
-    errors = [
-        ((ours - other).norm() / other.norm()).item()
-        for ours, other in zip(gradients, exact["gradients"], strict=True)
-    ]
-    return {
-        "loss_error": ((loss.double() - exact["loss"]).abs() / exact["loss"]).item(),
-        "gradient_error": max(errors),
-    }
-
-
-def serve(contender: str, case: Case, truth: Path) -> Iterator[dict[str, Any]]:
-    """One contender in its process: an answer for every order on stdin; "truth" writes a file and ends."""
-    inputs = make_inputs(case)
-    if contender == "truth":
-        exact = Inputs(*(side.detach().double() for side in vars(inputs).values()))
-        leaves = [leaf.requires_grad_() for leaf in exact.leaves(case)]
-        loss = ours(case, exact, impl="torch")
-        torch.save({"loss": loss.detach(), "gradients": torch.autograd.grad(loss, leaves)}, truth)
-        yield {}
-        return
-    step, leaves = _step(contender, case, inputs), inputs.leaves(case)
-    for _ in range(WARM_UP_STEPS):
-        step()
-    yield {}
-    for order in sys.stdin:
-        for leaf in leaves:
-            leaf.grad = None
-        if order.strip() == "time":
-            yield {"seconds": seconds_of(step, case.device)}
-        elif order.strip() == "memory":
-            yield {"peak_bytes": peak_bytes_of(step, case.device)}
-        else:
-            yield {} if contender == "floor" else _errors(step, leaves, truth, case.device)
-
-
-def _start(contender: str, case: Case, truth: Path) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    job = [contender, json.dumps(asdict(case)), str(truth)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.features", "--serve", *job],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _answer(process: subprocess.Popen[str], order: str = "") -> dict[str, Any]:
-    assert process.stdin is not None and process.stdout is not None
-    if order:
-        process.stdin.write(order + "\n")
-        process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a contender stopped with status {process.wait()}; its words are above")
-    return json.loads(line)
-
-
-def run_case(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every round, peak bytes and errors, by contender."""
-    with tempfile.TemporaryDirectory() as folder:
-        truth = Path(folder) / "truth.pt"
-        first = _start("truth", case, truth)
-        _answer(first)
-        first.communicate()
-        processes: dict[str, subprocess.Popen[str]] = {}
-        try:
-            for name in CONTENDERS:
-                processes[name] = _start(name, case, truth)
-                _answer(processes[name])
-            found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in processes}
-            for number in range(rounds):
-                for name in sorted(processes, reverse=bool(number % 2)):
-                    found[name]["seconds"].append(_answer(processes[name], "time")["seconds"])
-            for name, process in processes.items():
-                found[name] |= _answer(process, "memory") | _answer(process, "error")
-        finally:
-            for process in processes.values():
-                process.communicate()
-    return found
-
-
-def _ratio(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
-    pairs = zip(mine["seconds"], theirs["seconds"], strict=True)
-    return statistics.median(ours / other for ours, other in pairs)
-
-
-def markdown(case: Case, found: dict[str, dict[str, Any]]) -> str:
-    """The table of one case."""
-    lines = [
-        case.name,
-        "",
-        "| | median ms | peak extra MiB | loss error | gradient error | x eager, time | x eager, memory | x floor |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    eager, floor = found["eager"], found["floor"]
-    for name, row in found.items():
-        cells = [f"{1000 * statistics.median(row['seconds']):.1f}"]
-        peak = row["peak_bytes"]
-        cells.append("" if peak is None else f"{peak / 2**20:.1f}")
-        cells += [f"{row[error]:.1e}" if error in row else "" for error in ("loss_error", "gradient_error")]
-        cells.append(f"{_ratio(row, eager):.3f}")
-        cells.append("" if peak is None else f"{peak / max(1, eager['peak_bytes']):.3f}")
-        cells.append(f"{_ratio(row, floor):.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure a suite and print its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__)
-    parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="turns of each contender (default: %(default)s)"
-    )
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
-    if chosen.serve:
-        contender, case, truth = chosen.serve
-        for answer in serve(contender, Case(**json.loads(case)), Path(truth)):
-            print(json.dumps(answer), flush=True)
-        return 0
-    cases = SUITES[chosen.suite]
-    if cases[0].device == "cuda" and not torch.cuda.is_available():
-        print(
-            f"Suite '{chosen.suite}' needs a CUDA or ROCm GPU, and torch finds none; try --suite cpu.",
-            file=sys.stderr,
-        )
-        return 2
-    print(", ".join(f"{name} {value}" for name, value in environment(cases[0].device).items()))
-    for case in cases:
-        print(f"\n{markdown(case, run_case(case, chosen.rounds))}", flush=True)
-    return 0
+OPERATION = Operation(
+    case=Case,
+    make_inputs=make_inputs,
+    contenders={
+        "floor": _floor,
+        "ours": lambda case, inputs: with_backward(lambda: ours(case, inputs)),
+        "eager": lambda case, inputs: with_backward(lambda: EAGER[case.operation](case, inputs)),
+    },
+    leaves=leaves,
+    labels={
+        "floor": "floor: bare products, or an attention",
+        "ours": "kdkernels",
+        "eager": "eager PyTorch",
+    },
+    tests=("tests/losses/test_projection_mse.py", "tests/losses/test_relation_kl.py"),
+    truth=truth,
+    floor="floor",
+    yardsticks=frozenset({"floor"}),
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.__main__ import main
+
+    sys.exit(main(["--suite", "features", *sys.argv[1:]]))

@@ -1,11 +1,13 @@
 """Everything that needs a GPU in one command: `python -m benchmarks.gpu --out FOLDER`, at most nine minutes.
 
-First the kernels' tests (no figure is printed of kernels that fail), then the row kernels alone, the suite `gpu` and the
-losses between features. Each part writes or prints its results as it finishes, so a run that is cut keeps what it has.
-Needs torch, triton, pytest and this repository; public peers take part when they can be imported.
+First the kernels' tests (no figure is printed of kernels that fail), then the row kernels alone, the suites `gpu`,
+`gpu_features` and `gpu_steps`, and the largest batch. Results are written after every case, so a run that is cut keeps what
+it has. Needs torch, triton and this repository; pytest (without it the errors against fp64 beside each figure are the only
+check, and that is said), transformers for the steps, and public peers take part when they can be imported.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import time
@@ -16,11 +18,43 @@ import torch
 from benchmarks.runner import ROOT
 
 MINUTES = 9.0
-FEATURE_MINUTES = 1.5  # of these, what the losses between features get
+# Shares of the time that is left when a part starts: what comes later shall not be eaten by what came before.
+PARTS: tuple[tuple[float, list[str]], ...] = (
+    (0.4, ["-m", "pytest", "-q", "tests/losses", "-k", "triton and not compile"]),
+    (0.2, ["-m", "benchmarks.rows"]),
+    (0.7, ["-m", "benchmarks", "--suite", "gpu"]),
+    (0.5, ["-m", "benchmarks", "--suite", "gpu_features"]),
+    (0.7, ["-m", "benchmarks", "--suite", "gpu_steps"]),
+    (1.0, ["-m", "benchmarks.batches", "--suite", "gpu", "--gibibytes", "40"]),
+)
+
+
+def installed(module: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def command_of(part: list[str], minutes: float, out: Path) -> list[str] | None:
+    """The part's command line with its time and its folder; None, and a line that says why, when it cannot run here."""
+    command = [sys.executable, *part]
+    if "pytest" in part:
+        if not installed("pytest") or not installed("hypothesis"):
+            print(
+                "pytest or hypothesis is not installed: no tests; read the errors beside the figures",
+                flush=True,
+            )
+            return None
+        return [*command, "--numprocesses", "8"] if installed("xdist") else command
+    if ("gpu_steps" in part or "benchmarks.batches" in part) and not installed("transformers"):
+        print("transformers is not installed: no training steps", flush=True)
+        return None
+    if part[1] == "benchmarks":
+        command += ["--skip-tests", "--minutes", f"{minutes:.2f}"]
+    return command if "benchmarks.batches" in part else [*command, "--out", str(out)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts one after the other; the exit status is that of the first part that fails."""
+    """Run the parts one after the other. Tests that fail end it; a part that fails or is cut leaves the others to run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where CSV and JSON go")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: %(default)s)")
@@ -31,29 +65,33 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    end = time.monotonic() + chosen.minutes * 60
-    out = str(chosen.out.resolve())
-    parts = (
-        ["-m", "pytest", "-q", "tests/losses", "-k", "triton and not compile"],
-        ["-m", "benchmarks.rows", "--out", out],
-        ["-m", "benchmarks", "--suite", "gpu", "--out", out, "--skip-tests"],
-        ["-m", "benchmarks.features", "--suite", "gpu", "--rounds", "3"],
-        ["-m", "benchmarks.contextual", "--suite", "gpu", "--rounds", "3"],
-    )
-    for part in parts:
-        left = end - time.monotonic()
-        command = [sys.executable, *part]
-        if "--skip-tests" in part:
-            command += ["--minutes", f"{max(left / 60 - FEATURE_MINUTES, 1.0):.2f}"]
-        print(f"[{left / 60:.1f} minutes left] {' '.join(part)}", flush=True)
+    return run_parts(time.monotonic() + chosen.minutes * 60, chosen.out.resolve())
+
+
+def run_parts(end: float, out: Path, parts: tuple[tuple[float, list[str]], ...] = PARTS) -> int:
+    """0 when every part ran or was cut by the clock, else the status of the first that failed."""
+    failed = 0
+    for share, part in parts:
+        seconds = share * max(end - time.monotonic(), 0.0)
+        command = command_of(part, seconds / 60, out)
+        if command is None:
+            continue
+        print(f"[{(end - time.monotonic()) / 60:.1f} minutes left] {' '.join(part)}", flush=True)
         try:
-            status = subprocess.run(command, cwd=ROOT, timeout=max(left, 1.0), check=False).returncode
+            status = subprocess.run(command, cwd=ROOT, timeout=max(seconds, 1.0), check=False).returncode
         except subprocess.TimeoutExpired:
-            print("out of time; what was finished is in the folder", flush=True)
-            return 0
-        if status:
+            tests = (
+                "; the tests did not finish, so figures below rest on those that ran"
+                if "pytest" in part
+                else ""
+            )
+            print(f"cut by the clock; what was finished stands{tests}", flush=True)
+            continue
+        if status and "pytest" in part:
+            print("The kernels' tests fail, so there are no figures.", flush=True)
             return status
-    return 0
+        failed = failed or status
+    return failed
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def resident_bytes() -> int | None:
+    """What this process holds now; None where the system has no /proc."""
+    return _status_bytes("VmRSS") if CLEAR_REFS.exists() else None
+
+
 def peak_bytes_of(step: Callable[[], object], device: str = "cpu") -> int | None:
     """How far one step raises this process's memory above what it holds before (inputs, code).
 
@@ -93,7 +98,7 @@ def _commit() -> str | None:
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Where and with what this runs. Taken before the first measurement, so that the load is the others' and not ours."""
-    packages = ("torch", "triton", "transformers", "trl", "liger-kernel")
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "fla-core", "cut-cross-entropy")
     name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
     gpu: dict[str, Any] = {}
     if device == "cuda":

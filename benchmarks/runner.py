@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.contenders import YARDSTICKS
+from benchmarks.operation import AnyCase, Operation
+from benchmarks.registry import operation_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_ROUNDS = 3
@@ -33,9 +33,10 @@ class Row:
 class Worker:
     """A contender's process and the pipe to it."""
 
-    def __init__(self, contender: str, case: Case, folder: Path) -> None:
+    def __init__(self, contender: str, case: AnyCase, folder: Path) -> None:
         self.row = Row(contender)
-        job = {"contender": contender, "case": case.as_dict(), "truth": str(folder / "truth.pt")}
+        truth = str(folder / "truth.pt")
+        job = {"contender": contender, "family": case.family, "case": case.as_dict(), "truth": truth}
         # The checkout comes first on the path, so that it is what is measured, whatever else is installed.
         path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
         self._complaints = (
@@ -84,7 +85,7 @@ class Worker:
 
 
 def run_case(
-    case: Case, contenders: list[str], rounds: int, seconds: float, say: Callable[[str], None]
+    case: AnyCase, contenders: list[str], rounds: int, seconds: float, say: Callable[[str], None]
 ) -> list[Row]:
     """Measure one case: at most `rounds` rounds, stopping after `seconds` when MINIMUM_ROUNDS are done.
 
@@ -92,9 +93,10 @@ def run_case(
     anew each time, so that a slow spell of the machine falls on all of them. Memory and error come last, untimed.
     """
     end = time.monotonic() + seconds
+    operation: Operation = operation_of(case)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if set(contenders) - YARDSTICKS:
+        if operation.truth is not None and set(contenders) - operation.yardsticks:
             say("fp64 truth")
             worker = Worker("truth", case, folder)
             found = worker.answer()
