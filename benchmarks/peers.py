@@ -4,6 +4,7 @@ Of every peer the default settings are measured, without a hard loss; `tests/tes
 to the same loss and gradients as ours.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +22,9 @@ PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 def find(module: str, name: str) -> Any:
     """A peer's function or class, from a package that need not be there."""
     try:
-        return getattr(import_module(module), name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a peer has to say at its import is no finding
+            return getattr(import_module(module), name)
     except ImportError as error:
         raise CannotRun(f"not installed ({error})") from error
 

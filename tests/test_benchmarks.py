@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.linear_kd import OPERATION
 from benchmarks.measure import peak_bytes_of, quartiles
 from benchmarks.report import markdown, records
 from benchmarks.runner import Row, run_case
+from benchmarks.suites import SUITES
 
 TINY = Case("forward_kl", tokens=48, width=8, teacher_width=12, vocabulary=300, masked=0.5)
 MEBIBYTE = 2**20
@@ -94,6 +96,36 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert benchmarks.gpu.main(["--out", "nowhere"]) == 2 and not Path("nowhere").exists()
         assert "benchmarks.gpu needs a CUDA or ROCm GPU" in capsys.readouterr().err
         assert benchmarks.rows.main([]) == 2
+
+
+def test_the_gpu_command_keeps_what_a_cut_run_has(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A part that is cut, or fails, leaves the later ones to run; tests that fail end it before any figure."""
+    end = time.monotonic() + 100
+    parts = (
+        (0.01, ["-c", "import time; print('started', flush=True); time.sleep(60)"]),
+        (0.5, ["-c", "import sys; sys.exit(3)"]),
+        (0.5, ["-c", "import sys, pathlib; pathlib.Path(sys.argv[2], 'late').touch()"]),
+    )
+    assert benchmarks.gpu.run_parts(end, tmp_path, parts) == 3
+    assert "cut by the clock; what was finished stands" in capfd.readouterr().out
+    assert (tmp_path / "late").exists()
+    failing = [(0.5, ["-c", "import sys; sys.exit(1)", "pytest"]), (0.5, ["-c", "print('a figure')"])]
+    assert benchmarks.gpu.run_parts(end, tmp_path, tuple(failing)) == 1
+    shown = capfd.readouterr().out
+    assert (
+        "The kernels' tests fail, so there are no figures." in shown and "a figure" not in shown.splitlines()
+    )
+
+
+def test_every_part_of_the_gpu_command_exists(tmp_path: Path) -> None:
+    for _, part in benchmarks.gpu.PARTS:
+        command = benchmarks.gpu.command_of(part, 1.0, tmp_path)
+        assert command is not None and command[:2] == [sys.executable, "-m"]
+        if "--suite" in part and part[1] == "benchmarks":
+            from benchmarks.__main__ import parse
+
+            chosen = parse(command[3:])
+            assert chosen.skip_tests and chosen.out == tmp_path and SUITES[chosen.suite][0].device == "cuda"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
