@@ -70,22 +70,28 @@ def hidden_states(
     blocks = list(decoder_layers(model)) if layers else []
     hooks = [blocks[number - 1].register_forward_hook(keeper(number)) for number in set(layers)]
     try:
-        output = model.base_model(input_ids=input_ids, use_cache=False, **places)
+        output = body_of(model)(input_ids=input_ids, use_cache=False, **places)
     finally:
         for hook in hooks:
             hook.remove()
     return output.last_hidden_state, [found[number] for number in layers]
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head, also of a model that peft wrapped."""
+    unwrapped = getattr(model, "get_base_model", lambda: model)()
+    return unwrapped.base_model
+
+
 def reads_positions(model: PreTrainedModel) -> bool:
     """Whether the body takes position ids, without which several documents cannot share a row."""
-    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return "position_ids" in inspect.signature(body_of(model).forward).parameters
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of layers of the body."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in body_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise KdtrainError(f"{type(model).__name__} keeps its {count} layers in no list that could be found")

@@ -11,10 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.evaluate_run import evaluate_language_run
+from kdtrain.language.heads import check_model
 from kdtrain.language.lora import adapted_layers
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.language.run import LanguageSummary, prepare, run_language
+from kdtrain.language.trainer import KDConfig, KDTrainer
+from tests.language.conftest import tiny
 from tests.language.test_cache import losses, stored
+from tests.language.trainer_steps import tokens
+
+# peft 0.21 asks transformers 5.23 by names that it is about to drop; ends when peft asks by the new ones.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +58,6 @@ def test_needs(recipe: LanguageRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(recipe)
 
 
-# peft 0.21 asks transformers 5.23 by a name that it is about to drop; gone when peft asks by the new one.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageRecipe) -> None:
     peft = pytest.importorskip("peft")
     parts = prepare(recipe)
@@ -87,6 +92,21 @@ def test_frozen_head_takes_a_cross_term(recipe: LanguageRecipe, tmp_path: Path) 
     run_language(replace(short, output=str(tmp_path / "online")))
     run_language(stored(short, tmp_path, "cross_term"))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+
+
+def test_models_that_peft_wrapped(tmp_path: Path) -> None:
+    """What scripts with their own adapters hand over: body and head are found, and KDTrainer trains the adapters."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama"), config)
+    check_model(model, "student", packing=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = KDConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True
+    )
+    KDTrainer(model, tiny("qwen2", 1), args=arguments, train_dataset=tokens()).train()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(".lora_" in name for name in changed)
 
 
 def test_wrong_layers(recipe: LanguageRecipe) -> None:

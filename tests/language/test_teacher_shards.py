@@ -1,6 +1,7 @@
 """Kept tokens made elsewhere: they train as those of the own cache do, and what is wrong with them is told."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,39 +22,25 @@ from kdtrain.summary import Summary
 from tests.language.test_cache import losses
 
 KEPT = 24
+PAGE = Path(__file__).parents[2] / "docs" / "code-lm.md"
 
 
 @pytest.fixture(scope="module")
 def shards(
     language_distillation: LanguageRecipe, sources: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """What any program would write with a tokenizer, a model and safetensors: 60 documents in two files."""
+    """60 documents in two files, made by the code of the page."""
     folder = tmp_path_factory.mktemp("shards")
     given = str(language_distillation.teacher.path)
-    tokenizer, model = AutoTokenizer.from_pretrained(given), AutoModelForCausalLM.from_pretrained(given)
+    code = re.findall(r"```python shards\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    names = {
+        "teacher": AutoModelForCausalLM.from_pretrained(given),
+        "tokenizer": AutoTokenizer.from_pretrained(given),
+        "folder": str(folder),
+    }
     for number, texts in enumerate((sources[:25], sources[25:])):
-        documents, logprobs, ids = [], [], []
-        for text in texts:
-            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            pieces = [tokens[first : first + 32] for first in range(0, len(tokens), 32)]
-            for piece in pieces:
-                with torch.no_grad():
-                    kept = model(torch.tensor([piece])).logits[0].log_softmax(-1).topk(KEPT)
-                documents.append(torch.tensor(piece))
-                logprobs.append(kept.values)
-                ids.append(kept.indices)
-        save_file(
-            {
-                "lengths": torch.tensor([len(piece) for piece in documents]),
-                "input_ids": torch.cat(documents),
-                "teacher_logprobs": torch.cat(logprobs),
-                "teacher_token_ids": torch.cat(ids),
-            },
-            folder / f"part-{number}.safetensors",
-        )
-    manifest = {"format": "kdtrain teacher shards 1", "teacher": "tiny", "vocabulary": 286, "top_k": KEPT}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    tokenizer.save_pretrained(folder)
+        changed = code.replace("KEPT, LONGEST = 64, 1024", f"KEPT, LONGEST = {KEPT}, 32")
+        exec(changed, {**names, "texts": texts, "number": number})
     return folder
 
 
@@ -78,7 +65,7 @@ def test_equal_to_the_own_cache(
     """The same tokens kept by `kdtrain cache` give the same losses; here nobody needs the teacher."""
     run_language(recipe)
     said = capsys.readouterr().err
-    assert "24 kept tokens of tiny, which hold 8" in said and "% of the probability" in said
+    assert "24 kept tokens of my teacher, which hold 8" in said and "% of the probability" in said
     own = replace(
         recipe,
         teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
@@ -88,7 +75,7 @@ def test_equal_to_the_own_cache(
     found, wanted = losses(Path(recipe.output)), losses(tmp_path / "own")
     assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 4
     summary = Summary.load(Path(recipe.output))
-    assert summary.teacher is not None and summary.teacher["name"] == "tiny"
+    assert summary.teacher is not None and summary.teacher["name"] == "my teacher"
     assert "divergence" not in summary.test
 
 
@@ -118,14 +105,14 @@ def test_command_and_doctor(
     assert "all values are log-probabilities of different tokens" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
     levels = {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
-    assert set(levels.values()) == {"note"} and any("kept tokens of tiny" in text for text in levels)
+    assert set(levels.values()) == {"note"} and any("kept tokens of my teacher" in text for text in levels)
 
 
 def spoil(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
     """Change one tensor of the first file."""
 
     def write(folder: Path) -> None:
-        path = folder / "part-0.safetensors"
+        path = folder / "part-00000.safetensors"
         content = {key: tensor.clone() for key, tensor in load_file(path).items()}
         content[name] = change(content[name])
         save_file(content, path)
@@ -171,8 +158,8 @@ def manifest(**fields: object) -> Callable[[Path], None]:
         (manifest(top_k="many"), r"top_k must be a whole number above 0, got 'many'"),
         (manifest(top_k=8), r"teacher_logprobs must have shape \(\d+, 8\) for documents of"),
         (lambda folder: [path.unlink() for path in folder.glob("part-*")], r"holds no .safetensors file"),
-        (lambda folder: (folder / "part-1.safetensors").unlink(), r"pieces of the training documents are not in"),
-        (lambda folder: (folder / "part-1.safetensors").write_bytes(b"0" * 99), r"is damaged .*; make or copy it again"),
+        (lambda folder: (folder / "part-00001.safetensors").unlink(), r"pieces of the training documents are not in"),
+        (lambda folder: (folder / "part-00001.safetensors").write_bytes(b"0" * 99), r"is damaged .*; make or copy it again"),
         (spoil("lengths", lambda tensor: tensor.int()), r"lengths must be int64, got torch.int32"),
         (spoil("lengths", lambda tensor: tensor + 1), r"input_ids must have shape"),
         (spoil("teacher_logprobs", first(0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
