@@ -155,9 +155,15 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
     plan = plan_step(student, teacher, recipe, 1, sharded=False, chunk_rows=rows)
     words = (
         f"a step holds about {human_bytes(plan.total)} on one device: weights {human_bytes(plan.weights)}, gradients "
-        f"{human_bytes(plan.gradients)}, optimizer {human_bytes(plan.optimizer)}, activations {human_bytes(plan.activations)}, loss "
+        f"{human_bytes(plan.gradients)}, optimizer {human_bytes(plan.optimizer)}, activations {human_bytes(plan.activations)}, masks {human_bytes(plan.masks)}, loss "
         f"{human_bytes(plan.loss)} (with logits it would be {human_bytes(plan.eager_loss)}), teacher {human_bytes(plan.teacher)}"
     )
+    if plan.masks > plan.activations + plan.loss:
+        yield suspicious(
+            f"the masks that keep packed documents apart take {human_bytes(plan.masks)} of a step, since they grow with the square "
+            f"of data.max_length ({recipe.data.max_length}); set training.checkpointing: true, or data.packing: false, which "
+            "needs none"
+        )
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
     if free is not None and plan.total > free:
         more = "raise training.accumulation, set training.checkpointing: true, or use more devices (kdtrain doctor --plan)"

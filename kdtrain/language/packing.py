@@ -25,7 +25,7 @@ class LanguageBatch:
     input_ids: Tensor
     """(B, N) int64"""
     position_ids: Tensor
-    """(B, N) int64, 0 at the first token of every document and of the padding"""
+    """(B, N) int64, 0 at the first token of every document; padding counts on"""
     labels: Tensor
     """(B, N) int64, already shifted: the token after this one, or -100"""
     token_weight: Tensor | None = None
@@ -70,7 +70,9 @@ class PackedRows:
         columns = torch.arange(width)
         inside = columns < lengths[:, None]
         source = torch.where(inside, self.starts[index][:, None] + columns, 0)
-        padding = columns - lengths[:, None]
+        # Padding counts on from the last document: it would open another one, and with it a mask of (N, N), for nothing.
+        last = self.positions[self.starts[index] + lengths - 1].long()
+        padding = columns - lengths[:, None] + last[:, None] + 1
         return LanguageBatch(
             input_ids=torch.where(inside, self.tokens[source].long(), self.pad_id).to(device),
             position_ids=torch.where(inside, self.positions[source].long(), padding).to(device),

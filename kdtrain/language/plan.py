@@ -61,6 +61,8 @@ class Plan:
     gradients: int
     optimizer: int
     activations: int
+    masks: int
+    """of attention, for documents that share a row"""
     loss: int
     teacher: int
     sent: int
@@ -70,7 +72,8 @@ class Plan:
     @property
     def total(self) -> int:
         """The sum of what is held at the worst moment."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.teacher
+        moving = self.activations + self.masks + self.loss
+        return self.weights + self.gradients + self.optimizer + moving + self.teacher
 
 
 def plan_step(
@@ -98,12 +101,22 @@ def plan_step(
     # Kept for backward of one layer and token: four norms' inputs and outputs, q, k, v, the attention's output, the two
     # sums; gate, up, their activation and product in the feed-forward part.
     one_layer = tokens * unit * (10 * student.width + 4 * student.inner)
+    distils = teacher is not None and recipe.method.name != "ft"
+    widest = 0  # the widest moment of one layer of the teacher
+    if teacher is not None and distils and recipe.teacher.signal == "online":
+        size = WEIGHT_BYTES[recipe.teacher.precision]
+        widest = tokens * size * (4 * teacher.width + 3 * teacher.inner)
+    # Documents that share a row are kept apart by a mask: true or false once, and as numbers in every layer that is kept.
+    pairs = rows * recipe.data.max_length**2 if recipe.data.packing else 0
     if recipe.training.checkpointing:
-        activations = student.layers * tokens * student.width * unit + one_layer
+        # A layer of the student is recomputed when those of the teacher are gone: the larger of the two counts.
+        activations = student.layers * tokens * student.width * unit + max(0, one_layer - widest)
+        masks = pairs * (1 + unit)
     else:
         activations = student.layers * one_layer
+        masks = pairs * (1 + student.layers * unit)
     chunk = min(chunk_rows, tokens)
-    two = 2 if teacher is not None and recipe.method.name != "ft" else 1
+    two = 2 if distils else 1
     loss = (
         4 * two * chunk * student.vocabulary
         + 4 * student.vocabulary * student.width
@@ -113,13 +126,13 @@ def plan_step(
         tokens * student.vocabulary * (4 * 2 * two + 4)
     )  # logits and log-probabilities of each side, one gradient
     held, sent_teacher = 0, 0
-    if teacher is not None and recipe.method.name != "ft":
+    if teacher is not None and distils:
         size = WEIGHT_BYTES[recipe.teacher.precision]
         held = teacher.whole * size + tokens * teacher.width * size
         if recipe.teacher.signal == "online":
             body = teacher.parameters - teacher.whole
             held += body * size // share + (2 * body * size // teacher.layers if sharded else 0)
-            held += tokens * size * (4 * teacher.width + 3 * teacher.inner)  # the widest moment of one layer
+            held += widest
             sent_teacher = recipe.training.accumulation * body * size if sharded else 0
     sent = 0
     if devices > 1 and sharded:
@@ -137,6 +150,7 @@ def plan_step(
         gradients=4 * student.parameters // share,
         optimizer=8 * student.parameters // share,
         activations=activations,
+        masks=masks,
         loss=loss,
         teacher=held,
         sent=sent,
@@ -155,8 +169,8 @@ def plan_table(recipe: LanguageRecipe) -> str:
         + ("" if teacher is None else f"; teacher {teacher.parameters:,} parameters, D {teacher.width}")
         + f"; {recipe.training.batch_size} rows of {recipe.data.max_length} tokens a step, {recipe.training.precision}",
         "",
-        "| devices | tokens a piece | weights | gradients | optimizer | activations | loss | (eager loss) | teacher | total | sent a step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| devices | tokens a piece | weights | gradients | optimizer | activations | masks | loss | (eager loss) | teacher | total | sent a step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for devices in DEVICES:
         if devices > 1 and recipe.training.batch_size < devices:
@@ -165,7 +179,7 @@ def plan_table(recipe: LanguageRecipe) -> str:
             )
             continue
         plan = plan_step(student, teacher, recipe, devices, sharded=devices > 1)
-        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.loss, plan.eager_loss,
-                 plan.teacher, plan.total, plan.sent)  # fmt: skip
+        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.masks, plan.loss,
+                 plan.eager_loss, plan.teacher, plan.total, plan.sent)  # fmt: skip
         lines.append(f"| {devices} | {plan.tokens} | {' | '.join(human_bytes(part) for part in parts)} |")
     return "\n".join(lines)

@@ -44,7 +44,11 @@ def test_rows_hold_every_label_once(lengths: list[int], room: int, packing: bool
     batch = rows.batch(torch.arange(len(rows)), CPU, width=room + 2)
     for ids, places, labels, length in zip(*(t.tolist() for t in (batch.input_ids, batch.position_ids, batch.labels)),
                                            rows.lengths.tolist(), strict=True):  # fmt: skip
-        assert places[0] == 0 and places[length] == 0 and labels[length:] == [IGNORED] * (room + 2 - length)
+        assert (
+            places[0] == 0
+            and places[length] == places[length - 1] + 1
+            and labels[length:] == [IGNORED] * (room + 2 - length)
+        )
         for i in range(length):
             if labels[i] != IGNORED:
                 assert labels[i] == ids[i] + 1  # tokens are numbered through, so the label is the next one
