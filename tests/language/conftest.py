@@ -134,10 +134,10 @@ def language_teacher(language_recipe: LanguageRecipe, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def language_distillation(language_recipe: LanguageRecipe, language_teacher: Path) -> LanguageRecipe:
-    """Distillation of distribution and hidden states into a narrower student with the teacher's tokenizer."""
+    """Distillation of distribution, hidden states and attention into a narrower student with the teacher's tokenizer."""
     return replace(
         language_recipe,
         student=replace(language_recipe.student, tokenizer=None, hidden_size=16),
         teacher=LanguageTeacherRecipe(path=str(language_teacher)),
-        method=LanguageMethodRecipe(name="kd_features"),
+        method=LanguageMethodRecipe(name="kd_features", features=("hidden", "attention", "values")),
     )
