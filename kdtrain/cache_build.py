@@ -131,7 +131,10 @@ def teacher_outputs(
     *,
     sequences: bool = False,
 ) -> Outputs:
-    """Ask the teacher about the given rows: class logits and, with `layers`, states of first tokens or of all."""
+    """Ask the teacher about the given rows: class logits and, with `layers`, states of first tokens or of all.
+
+    Of all: but those of inserted tokens, which the student has not.
+    """
     input_ids, mask = rows.batch(index)
     output = teacher.model(
         input_ids=input_ids.to(device), attention_mask=mask.to(device), output_hidden_states=bool(layers)
@@ -146,9 +149,12 @@ def teacher_outputs(
     if not sequences:
         states = sentence_states(output, layers).float().cpu()
         return Outputs(logits, states.unflatten(0, (len(index), -1)))
-    flat = mask.flatten(0, -2).bool()
-    states = sequence_states(output, layers).transpose(1, 2)[flat.to(device)].float().cpu()
-    return Outputs(logits, states, mask.sum(dim=-1).reshape(len(index), -1))
+    kept = mask.flatten(0, -2).bool()
+    kept[:, 1 : 1 + len(teacher.insert)] = (
+        False  # inserted tokens would shift all others against the student's
+    )
+    states = sequence_states(output, layers).transpose(1, 2)[kept.to(device)].float().cpu()
+    return Outputs(logits, states, kept.sum(dim=-1).reshape(len(index), -1))
 
 
 def verify_cache(

@@ -50,7 +50,8 @@ class Teacher:
 
     def outputs_hash(self) -> str:
         """What its outputs depend on beside weights and tokenizer."""
-        return f"{list(self.order or ())} {list(self.insert)}"
+        inserted = f"{list(self.insert)}, without their states" if self.insert else "[]"
+        return f"{list(self.order or ())} {inserted}"
 
     def weights_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""

@@ -65,26 +65,26 @@ def examine_classification(content: dict[str, Any]) -> list[Finding]:
 
 
 def examine_study(content: dict[str, Any]) -> list[Finding]:
-    """The findings of every task and method with the first student and seed, each said once."""
+    """The findings of every task, student and method with the first seed, each said once."""
     from kdtrain.study.plan import study_from_dict, unfold
 
     study = study_from_dict(content)
     from kdtrain.doctor.classification import examine_recipe
+    from kdtrain.materials import Materials
 
     findings: dict[Finding, str] = {}
-    seen = set()
+    materials = Materials()
     for cell in unfold(study):
-        place = f"{cell.task}, {cell.method}"
-        if place in seen:
+        place = f"{cell.task}, {cell.student}, {cell.method}"
+        if cell.recipe.seed != study.seeds[0]:
             continue
-        seen.add(place)
         build = study.tasks[cell.task].get("build")
         try:
             if build is not None:
                 from kdtrain.study.shared import make_data
 
                 make_data(study.tasks[cell.task], cell)
-            for finding in examine_recipe(cell.recipe):
+            for finding in examine_recipe(cell.recipe, materials):
                 findings.setdefault(finding, place)
         except KdtrainError as error:
             findings.setdefault(wrong(str(error)), place)

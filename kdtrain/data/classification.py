@@ -126,7 +126,7 @@ def read_table(path: Path) -> dict[str, str]:
     table = {}
     for place, row in read_jsonl(path):
         name, text = row.get("id", row.get("idx")), row.get("code", row.get("func"))
-        if name is None or not isinstance(text, str):
+        if name is None or not isinstance(text, str) or not text.strip():
             raise KdtrainError(f"{place} must hold an id and code (columns: {', '.join(row)})")
         table[str(name)] = text
     return table

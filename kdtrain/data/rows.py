@@ -155,6 +155,6 @@ def _text(place: str, row: dict[str, Any], column: str, table: Mapping[str, str]
                 f"{place} names the id {value!r} in column {column!r}, which the code table lacks"
             )
         return table[str(value)]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         raise KdtrainError(f"{place} has no text in column {column!r} (columns: {', '.join(row)})")
     return value

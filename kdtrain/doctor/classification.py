@@ -3,6 +3,7 @@
 from kdtrain.doctor import Finding, data_checks, examine, method_checks, teacher_checks, wrong
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
+from kdtrain.materials import Materials
 from kdtrain.methods import method_class
 from kdtrain.recipe import Recipe
 
@@ -26,9 +27,12 @@ CHECKS = (
 """In the order in which their findings are printed."""
 
 
-def examine_recipe(recipe: Recipe) -> list[Finding]:
-    """All findings of one run; without data, or without what its method needs, only why."""
-    subject = Subject(recipe)
+def examine_recipe(recipe: Recipe, materials: Materials | None = None) -> list[Finding]:
+    """All findings of one run; without data, or without what its method needs, only why.
+
+    `materials` of earlier examinations save opening things again.
+    """
+    subject = Subject(recipe, materials or Materials())
     try:
         _ = subject.data, subject.teacher, method_class(recipe.method.name), subject.method
     except KdtrainError as error:

@@ -14,6 +14,7 @@ from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models import parameter_count, shape_of
 from kdtrain.objective import Batch, DistillationModel, Method
+from kdtrain.prepare import student_insert
 from kdtrain.students import build_student
 
 
@@ -149,14 +150,30 @@ def layers_meet(subject: Subject) -> Iterator[Finding]:
 
 def tokens_meet(subject: Subject) -> Iterator[Finding]:
     """CKD compares the i-th token of one tokenizer with the i-th of another."""
-    if not subject.method.whole_sequences or subject.teacher is None:
+    recipe, teacher = subject.recipe, subject.teacher
+    if not subject.method.whole_sequences or teacher is None:
         return
-    ours, theirs = subject.student_rows(1 << 20), subject.teacher_rows(1 << 20)
-    if isinstance(ours, PairRows) or isinstance(theirs, PairRows):
-        return
+    ours, theirs = (
+        rows.texts if isinstance(rows, PairRows) else rows
+        for rows in (subject.student_rows(1 << 20), subject.teacher_rows(1 << 20))
+    )
     ratio = float((ours.lengths / theirs.lengths).median())
     if not 0.8 < ratio < 1.25:
         yield suspicious(
             f"method ckd compares tokens place by place, and the student needs {ratio:.2f} times the teacher's tokens for a row: "
             "token 100 of one is not token 100 of the other; take student.vocab_size nearer to the teacher's vocabulary"
+        )
+    limits = (recipe.student.max_length, teacher.max_length)
+    cut = (ours.lengths > limits[0]) | (theirs.lengths > limits[1])
+    if subject.data.focus and limits[0] != limits[1] and float(cut.double().mean()) > 0.2:
+        yield suspicious(
+            f"method ckd compares tokens place by place, and {float(cut.double().mean()):.0%} of the rows are cut around "
+            f"{subject.data.focus}, to {limits[0]} tokens for the student and {limits[1]} for the teacher: they begin at "
+            "different places; set teacher.max_length to student.max_length"
+        )
+    inserted = len(student_insert(recipe.student, subject.tokenizer))
+    if inserted:
+        yield suspicious(
+            f"method ckd compares tokens place by place, and the student reads {inserted} inserted tokens of its own: all "
+            "others are that far off; set student.insert to []"
         )

@@ -1,6 +1,6 @@
 """What the checks of a classification run look at: a recipe, and all it names, opened when first asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,11 +29,8 @@ class Subject:
     """A recipe with everything it names, opened when a check first asks for it."""
 
     recipe: Recipe
-
-    @cached_property
-    def materials(self) -> Materials:
-        """Data and teacher, loaded once."""
-        return Materials()
+    materials: Materials = field(default_factory=Materials)
+    """data and teacher, and what was made of them; subjects of one study share it"""
 
     @property
     def data(self) -> ClassificationData:
@@ -58,12 +55,18 @@ class Subject:
             return load_tokenizer(
                 given, "student.tokenizer" if self.recipe.student.tokenizer else "student.path"
             )
-        return train_tokenizer(
-            self.data.train.all_texts()[: 10 * SAMPLE],
-            vocab_size=self.recipe.student.vocab_size,
-            max_length=self.recipe.student.max_length,
-            focus=self.data.focus,
-        )
+        student = self.recipe.student
+
+        def make() -> PreTrainedTokenizerBase:
+            return train_tokenizer(
+                self.data.train.all_texts()[: 10 * SAMPLE],
+                vocab_size=student.vocab_size,
+                max_length=student.max_length,
+                focus=self.data.focus,
+            )
+
+        key = ("a tokenizer like the student's", self.recipe.data, student.vocab_size, student.max_length)
+        return self.materials.once(key, make)
 
     @cached_property
     def sample(self) -> TextRows:
@@ -93,10 +96,16 @@ class Subject:
     @cached_property
     def teacher_logits(self) -> Tensor:
         """What the teacher says of the sample."""
-        assert self.teacher is not None
-        rows = self.teacher_rows()
-        parts = [
-            teacher_outputs(self.teacher, rows, index[None], (), CPU).logits
-            for index in torch.arange(len(rows))
-        ]
-        return torch.cat(parts)
+        teacher = self.teacher
+        assert teacher is not None
+
+        def ask() -> Tensor:
+            rows = self.teacher_rows()
+            return torch.cat(
+                [
+                    teacher_outputs(teacher, rows, index[None], (), CPU).logits
+                    for index in torch.arange(len(rows))
+                ]
+            )
+
+        return self.materials.once(("the teacher's answers", self.recipe.data, self.recipe.teacher), ask)

@@ -1,7 +1,7 @@
 """Checks of a classification run: its teacher, and what its outputs take on disk."""
 
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -11,6 +11,7 @@ from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models import shape_of
+from kdtrain.prepare import cache_folder
 
 
 def teacher_knows_the_task(subject: Subject) -> Iterator[Finding]:
@@ -66,5 +67,13 @@ def cache_fits(subject: Subject) -> Iterator[Finding]:
     need = count * (
         16 + 4 * len(data.classes) + parts * each * layers * shape_of(teacher.model.config).width * size
     )
-    place = Path(subject.recipe.teacher.cache or subject.recipe.output)
-    yield note(f"the teacher's outputs take about {human_bytes(need)} ({count:,} rows) below {place}")
+    place = cache_folder(subject.recipe)
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    text = f"the teacher's outputs take about {human_bytes(need)} ({count:,} rows) below {place}"
+    if need > free and not place.exists():
+        yield wrong(
+            f"{text}, and {human_bytes(free)} are free there: give another teacher.cache, or fewer rows (data.limit)"
+        )
+    else:
+        yield note(text)

@@ -16,6 +16,7 @@ import yaml
 
 from kdtrain.data.classification import ClassificationData
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_class
 from kdtrain.progress import progress, say
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
 from kdtrain.study.orphans import end_with
@@ -43,6 +44,8 @@ def run_cells(
         say(f"{len(cells) - len(todo)} of {len(cells)} runs are already done")
     if not todo:
         return
+    # Runs over whole sequences take the longest and go first, so that no core is left waiting for the last of them.
+    todo.sort(key=lambda cell: not method_class(cell.recipe.method.name).whole_sequences)
     devices = torch.cuda.device_count()
     workers = min(workers or devices or os.cpu_count() or 1, len(todo))
     threads = max(1, torch.get_num_threads() // workers)

@@ -68,6 +68,7 @@ def test_plain_files_with_a_column_mapping(tmp_path: Path, suffix: str) -> None:
         ('{"code": "x", "label": "Eror"}', "train.jsonl:2 has label 'Eror'"),
         ('{"code": "x", "label": 1.0}', "train.jsonl:2 has label 1.0"),
         ('{"code": "x"}', "train.jsonl:2 has no label in column 'label' (columns: code)"),
+        ('{"code": " \\n", "label": 0}', "train.jsonl:2 has no text in column 'code' (columns: code, label)"),
         ('{"text": "x", "label": 0}', "train.jsonl:2 has no text in column 'code' (columns: text, label)"),
     ],
 )

@@ -19,6 +19,7 @@ from kdtrain.doctor import teacher_checks as of_teacher
 from kdtrain.doctor.classification import CHECKS, examine_recipe
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
+from kdtrain.materials import Materials
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, save_recipe
 
 
@@ -106,8 +107,8 @@ def test_a_model_that_reads_padding(distillation: Recipe, monkeypatch: pytest.Mo
 
 def test_a_teacher_of_the_other_order(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
     """Two classes the wrong way round are told with the cure; a teacher of another task is told as such."""
-    subject = Subject(two_classes(distillation, tmp_path))
-    subject.__dict__["materials"] = Opened(subject, teacher)
+    turned = two_classes(distillation, tmp_path)
+    subject = Subject(turned, Opened(Subject(turned), teacher))
     subject.__dict__["teacher_logits"] = torch.eye(2)[1 - subject.sample.labels]
     assert told(
         list(of_teacher.teacher_knows_the_task(subject)), "wrong", "set teacher.class_order to [1, 0]"
@@ -117,10 +118,11 @@ def test_a_teacher_of_the_other_order(distillation: Recipe, teacher: Path, tmp_p
     assert told(list(of_teacher.teacher_knows_the_task(other)), "suspicious", "is it a teacher of this task")
 
 
-class Opened:
+class Opened(Materials):
     """Materials with a teacher whose class count the recipe does not check."""
 
     def __init__(self, subject: Subject, teacher: Path) -> None:
+        super().__init__()
         from kdtrain.teachers import load_teacher
         from tests.train.conftest import CLASSES
 
@@ -188,12 +190,32 @@ def test_weights_layers_and_metric(distillation: Recipe) -> None:
 
 def test_tokens_that_do_not_meet(distillation: Recipe) -> None:
     """A student that cuts a text into far more tokens than its teacher does."""
-    ckd = replace(distillation, method=MethodRecipe(name="ckd"))
+    alike = replace(distillation.teacher, max_length=distillation.student.max_length)
+    ckd = replace(distillation, method=MethodRecipe(name="ckd"), teacher=alike)
     assert not list(of_method.tokens_meet(Subject(ckd)))
     subject = Subject(ckd)
     rows = subject.student_rows(1 << 20)
     subject.__dict__["student_rows"] = lambda limit: replace(rows, lengths=2 * rows.lengths)
     assert told(list(of_method.tokens_meet(subject)), "suspicious", "times the teacher's tokens")
+    shorter = replace(ckd, student=replace(ckd.student, max_length=24))
+    assert told(
+        list(of_method.tokens_meet(Subject(shorter))),
+        "suspicious",
+        "set teacher.max_length to student.max_length",
+    )
+    shifted = replace(ckd, student=replace(ckd.student, insert=("</s>",)))
+    assert told(list(of_method.tokens_meet(Subject(shifted))), "suspicious", "set student.insert to []")
+
+
+def test_a_cache_larger_than_the_disk(
+    distillation: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(
+        distillation, teacher=replace(distillation.teacher, cache=str(tmp_path / "new" / "cache"))
+    )
+    assert told(list(of_teacher.cache_fits(Subject(fresh))), "note", "the teacher's outputs take about")
+    monkeypatch.setattr(of_teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert told(list(of_teacher.cache_fits(Subject(fresh))), "wrong", "1.0 kB are free there: give another")
 
 
 def test_what_cannot_even_start(recipe: Recipe) -> None:
@@ -222,7 +244,7 @@ def test_a_study_and_unknown_tasks(
     )
     assert main(["doctor", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "suspicious  (toy, loose) training.clip_norm is inf" in printed
+    assert "suspicious  (toy, small, loose) training.clip_norm is inf" in printed
     path.write_text("task: vision\n")
     assert main(["doctor", str(path)]) == 2
     assert "kdtrain doctor knows the tasks" in capsys.readouterr().err

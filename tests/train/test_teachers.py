@@ -101,6 +101,13 @@ def test_unixcoders_mode_stands_behind_the_first_token(tmp_path: Path) -> None:
     tokens = tokenize_split(rows_of(TEXTS), teacher.tokenizer, 12, None, teacher.insert)
     input_ids, _ = tokens.batch(torch.tensor([2]))
     assert input_ids[0, :3].tolist() == [0, mode, 2] and input_ids.shape[1] == 12 and input_ids[0, -1] == 2
+    # Stored sequences leave the inserted tokens out, so that token i is the student's token i.
+    outputs = teacher_outputs(teacher, tokens, torch.tensor([2, 0]), (1,), CPU, sequences=True)
+    assert outputs.lengths is not None and outputs.states is not None
+    assert outputs.lengths.flatten().tolist() == [10, int(tokens.lengths[0]) - 2]
+    with torch.inference_mode():
+        every = teacher.model(input_ids=input_ids, output_hidden_states=True).hidden_states[1][0]
+    torch.testing.assert_close(outputs.states[:10, 0], every[[0, *range(3, 12)]])
     assert load_teacher(str(tmp_path), CLASSES, TeacherRecipe(insert=())).insert == ()
     with pytest.raises(
         KdtrainError, match=r"teacher.insert names '<decoder>', which the tokenizer of .* lacks"
@@ -223,7 +230,8 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
     plain = replace(single, method=MethodRecipe(name="ft"), teacher=TeacherRecipe())
     student = replace(recipe.student, path=str(tmp_path / "run" / "student"))
     with pytest.raises(
-        KdtrainError, match=r"student.path: .* classifies pairs of texts, and the rows of this task are single"
+        KdtrainError,
+        match=r"student.path: .* classifies pairs of texts, and the rows of this task are single",
     ):
         run(replace(plain, student=student, output=str(tmp_path / "other")))
 
