@@ -67,6 +67,7 @@ def build_language_student(
             f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
         )
     if given.lora_rank:
+        torch.manual_seed(recipe.seed)  # loading draws random numbers too, not always as many
         add_adapters(model, given)
     if given.frozen_head:
         head = head_of(model)

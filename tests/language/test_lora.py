@@ -16,8 +16,10 @@ from kdtrain.language.lora import adapted_layers
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.language.run import LanguageSummary, prepare, run_language
 from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.recipe import save_recipe
 from tests.language.conftest import tiny
 from tests.language.test_cache import losses, stored
+from tests.language.test_processes import FSDP2, finish, launch
 from tests.language.trainer_steps import tokens
 
 # peft 0.21 asks transformers 5.23 by names that it is about to drop; ends when peft asks by the new ones.
@@ -86,12 +88,21 @@ def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageReci
 
 
 def test_frozen_head_takes_a_cross_term(recipe: LanguageRecipe, tmp_path: Path) -> None:
-    """Adapters leave the head alone: the stored cross-term gives the losses of the teacher itself."""
+    """Adapters leave the head alone: the stored cross-term gives the losses of the teacher itself, FSDP2 those of one process."""
     pytest.importorskip("peft")
-    short = replace(recipe, training=replace(recipe.training, max_steps=3, evaluate_every=3, log_every=1))
+    student = replace(recipe.student, lora_dropout=0.0)
+    training = replace(recipe.training, max_steps=3, evaluate_every=3, log_every=1)
+    short = replace(recipe, student=student, training=training)
     run_language(replace(short, output=str(tmp_path / "online")))
-    run_language(stored(short, tmp_path, "cross_term"))
+    found = stored(short, tmp_path, "cross_term")
+    run_language(found)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+    save_recipe(replace(found, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    finish(launch(tmp_path / "recipe.yaml", FSDP2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_models_that_peft_wrapped(tmp_path: Path) -> None:
