@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from kdtrain.doctor import Finding, wrong
@@ -71,6 +72,7 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
     study = study_from_dict(content)
     from kdtrain.doctor.classification import examine_recipe
     from kdtrain.materials import Materials
+    from kdtrain.study.shared import make_data, shared_cache
 
     findings: dict[Finding, str] = {}
     materials = Materials()
@@ -78,13 +80,10 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
         place = f"{cell.task}, {cell.student}, {cell.method}"
         if cell.recipe.seed != study.seeds[0]:
             continue
-        build = study.tasks[cell.task].get("build")
+        teacher = replace(cell.recipe.teacher, cache=shared_cache(study, cell))
         try:
-            if build is not None:
-                from kdtrain.study.shared import make_data
-
-                make_data(study.tasks[cell.task], cell)
-            for finding in examine_recipe(cell.recipe, materials):
+            make_data(study.tasks[cell.task], cell)
+            for finding in examine_recipe(replace(cell.recipe, teacher=teacher), materials):
                 findings.setdefault(finding, place)
         except KdtrainError as error:
             findings.setdefault(wrong(str(error)), place)

@@ -14,7 +14,7 @@ from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models import parameter_count, shape_of
 from kdtrain.objective import Batch, DistillationModel, Method
-from kdtrain.prepare import student_insert
+from kdtrain.prepare import student_insert, training_rows
 from kdtrain.students import build_student
 
 
@@ -23,9 +23,7 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
     recipe, data = subject.recipe, subject.data
     torch.manual_seed(recipe.seed)
     student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
-    rows = len(data.train) + (
-        len(data.unlabelled) if subject.method.needs_teacher and recipe.data.use_unlabelled else 0
-    )
+    rows = len(training_rows(recipe, data, subject.method))
     training = recipe.training
     steps = -(-rows // training.batch_size) * training.epochs
     steps = min(steps, training.max_steps or steps)

@@ -11,7 +11,7 @@ from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models import shape_of
-from kdtrain.prepare import cache_folder
+from kdtrain.prepare import cache_folder, cached_rows
 
 
 def teacher_knows_the_task(subject: Subject) -> Iterator[Finding]:
@@ -53,11 +53,7 @@ def cache_fits(subject: Subject) -> Iterator[Finding]:
     teacher, method, data = subject.teacher, subject.method, subject.data
     if teacher is None:
         return
-    count = (
-        len(data.valid)
-        + len(data.test)
-        + (len(data.train) + len(data.unlabelled) if method.needs_teacher else 0)
-    )
+    count = len(cached_rows(subject.recipe, data, method))
     layers = len({*subject.recipe.teacher.layers, *method.teacher_layers})
     rows = subject.teacher_rows()
     lengths = (rows.texts if isinstance(rows, PairRows) else rows).lengths.double()

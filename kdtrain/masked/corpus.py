@@ -62,9 +62,10 @@ def load_corpus(recipe: MaskedDataRecipe) -> Corpus:
     """
     corpus = _functions(recipe) if recipe.kind == "exceptions" else _documents(recipe)
     if not corpus.train or not corpus.valid:
+        what, more = ("functions", "") if corpus.marker else ("documents", ", or another data.held_out")
         raise KdtrainError(
-            f"the code of data.train leaves {len(corpus.train)} documents to train on and {len(corpus.valid)} to "
-            "measure on; name more code, or another data.held_out"
+            f"the code of data.train leaves {len(corpus.train)} {what} to train on and {len(corpus.valid)} to measure "
+            f"on; name more code{more}"
         )
     return corpus
 

@@ -66,6 +66,11 @@ def with_tokenizer(study: StudyRecipe, cell: Cell, data: ClassificationData) -> 
     return replace(cell, recipe=replace(cell.recipe, student=replace(student, tokenizer=str(folder))))
 
 
+def shared_cache(study: StudyRecipe, cell: Cell) -> str:
+    """Where the teacher's outputs of a task lie."""
+    return cell.recipe.teacher.cache or str(Path(study.output) / "teacher-cache" / cell.task)
+
+
 def with_cache(study: StudyRecipe, cells: list[Cell], materials: Materials) -> list[Cell]:
     """The cells of one task with one cache that holds what any of them needs."""
     first = cells[0].recipe
@@ -80,10 +85,9 @@ def with_cache(study: StudyRecipe, cells: list[Cell], materials: Materials) -> l
     methods = [build_method(cell.recipe, teacher) for cell in cells]
     layers = tuple(sorted({layer for method in methods for layer in method.teacher_layers}))
     sequences = first.teacher.sequences or any(method.whole_sequences for method in methods)
-    folder = first.teacher.cache or str(Path(study.output) / "teacher-cache" / cells[0].task)
     given = replace(
         first.teacher,
-        cache=folder,
+        cache=shared_cache(study, cells[0]),
         layers=tuple(sorted({*first.teacher.layers, *layers})),
         sequences=sequences,
     )
