@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.sharding import joined, load_state, whole_state
 from kdtrain.task import Evaluate, Objective, RunRecipe, TrainingData
+from kdtrain.zero import piece_of_batch, prepared
 
 SMALLER_IS_BETTER = ("loss", "divergence")
 
@@ -59,7 +59,7 @@ def train(
         num_training_steps=total_steps,
     )
     # The scheduler stays outside of prepare(), which would step it once per process.
-    model, optimizer = accelerator.prepare(plain, optimizer)
+    model, optimizer = prepared(accelerator, plain, optimizer, options)
     parameters = list(plain.parameters())
 
     checkpoints, metrics_path = folder / "checkpoints", folder / "metrics.jsonl"
@@ -128,7 +128,7 @@ def train(
             plain.start_step(step, total_steps)
             pieces, divisor = plain.look_ahead(pieces, mine, batch_rows, data.count(batch_rows), accelerator)
             for number, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
-                with accelerator.no_sync(model) if number < len(mine) - 1 else nullcontext():
+                with piece_of_batch(accelerator, model, last=number == len(mine) - 1):
                     loss, terms = model(piece, divisor)
                     accelerator.backward(loss * share)
                 sums[:-2] += terms * (share / (divisor * accelerator.num_processes))

@@ -24,6 +24,7 @@ from kdtrain.summary import Summary
 from kdtrain.task import RunRecipe
 from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
+from kdtrain.zero import start_deepspeed
 
 
 def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
@@ -38,6 +39,8 @@ def start_accelerator(recipe: RunRecipe) -> Accelerator:
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = recipe.training.precision
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return start_deepspeed(recipe.training)
     try:
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kdtrain.zero import is_zero, load_zero_state, whole_zero_state
+
 
 def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
     """The `state_dict()` of a model or optimizer with every tensor whole. All processes take part.
@@ -16,6 +18,8 @@ def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
     if isinstance(owner, nn.Module):
         again = repeated_names(owner)
         return {name: _whole(value) for name, value in owner.state_dict().items() if name not in again}
+    if is_zero(owner):
+        return whole_zero_state(owner)
     state = owner.state_dict()
     joined = {
         i: {name: _whole(value) for name, value in entry.items()} for i, entry in state["state"].items()
@@ -34,6 +38,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer the state that `whole_state` gave, cut as its parameters are cut."""
+    if is_zero(optimizer):
+        load_zero_state(optimizer, state)
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         i: {

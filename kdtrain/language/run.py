@@ -5,12 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.claim import claim
-from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.language.cache import Kind, Signal
 from kdtrain.language.cache_build import build_language_cache
@@ -148,10 +146,6 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     """
     folder = Path(recipe.output)
     accelerator = start_accelerator(recipe)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise KdtrainError(
-            "DeepSpeed is not supported yet with task code_lm; use recipes/accelerate/fsdp2.yaml"
-        )
     with accelerator.main_process_first():
         parts = prepare(recipe)
         finished = claim(folder, recipe, parts.identity)

@@ -17,7 +17,7 @@ from kdtrain.language.doctor import examine_language
 from kdtrain.language.heads import head_of
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import LanguageBatch
-from kdtrain.language.plan import CPU_CHUNK_ROWS, ModelShape, plan_step
+from kdtrain.language.plan import ModelShape, plan_step
 from kdtrain.language.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -156,7 +156,7 @@ def measured_and_planned(
         teacher=LanguageTeacherRecipe(path="-"),
         training=LanguageTrainingRecipe(batch_size=rows, checkpointing=checkpointing),
     )
-    plan = plan_step(shapes[0], shapes[1], recipe, 1, sharded=False, chunk_rows=CPU_CHUNK_ROWS)
+    plan = plan_step(shapes[0], shapes[1], recipe, 1, sharded=False, device="cpu")
     return memory.peak + 4 * (shapes[0].parameters + shapes[1].parameters), plan.total
 
 
@@ -230,5 +230,7 @@ def test_shipped_recipe_and_configurations_are_read() -> None:
     recipe = load_language_recipe(folder / "code-lm-kd.yaml")
     assert recipe.training.batch_size % (8 * recipe.training.accumulation) == 0
     assert load_config_from_file(str(folder / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"
-    config: Any = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
+    config: Any = load_config_from_file(str(folder / "accelerate" / "deepspeed.yaml"))
+    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
+    config = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+DEEPSPEED = {
+    "ACCELERATE_USE_CPU": "false",  # accelerate's switch for the CPU turns DeepSpeed off; DeepSpeed has its own
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "DS_ACCELERATOR": "cpu",
+}
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 MEASURED = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
 
 
@@ -69,7 +77,14 @@ def worker(agent: int, rank: int) -> int:
     raise AssertionError(f"torchrun {agent} has no worker of rank {rank}")
 
 
-@pytest.mark.parametrize("options", [{}, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param(FSDP2, id="fsdp2"),
+        pytest.param(DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED),
+    ],
+)
 def test_two_processes_equal_one(
     language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
 ) -> None:
@@ -91,8 +106,12 @@ def test_two_processes_equal_one(
         torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(FSDP2, id="fsdp2"), pytest.param(DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED)],
+)
 def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
-    language_distillation: LanguageRecipe, tmp_path: Path
+    language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
 ) -> None:
     """The process that writes is killed with -9 behind a checkpoint. The other one says which is gone and where the run
 
@@ -103,9 +122,9 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         save_recipe(replace(recipe, output=str(folder)), tmp_path / f"{folder.name}.yaml")
-    finish(launch(tmp_path / "whole.yaml", FSDP2))
+    finish(launch(tmp_path / "whole.yaml", options))
 
-    process = launch(tmp_path / "killed.yaml", FSDP2)
+    process = launch(tmp_path / "killed.yaml", options)
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -117,7 +136,7 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     assert errors.count("process 0 of 2 ended in the middle of training: killed") == 1, errors[-3000:]
     assert f"the same command goes on from step {reached} ({killed}/checkpoints/step-" in errors
 
-    assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", FSDP2))
+    assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", options))
     assert lines(killed) == lines(whole)
     for name in ("student/model.safetensors", "projection.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
@@ -134,3 +153,18 @@ def test_two_processes_of_trainer_equal_one(tmp_path: Path, words: list[str]) ->
     assert after.keys() == weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_that_is_not_supported_is_told(language_recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """A stage that spreads weights, and half precision with a loss scale, in one process each."""
+    for stage, precision, sentence in (
+        ("3", "fp32", "DeepSpeed's ZeRO stage 3 is not supported"),
+        ("2", "fp16", "training.precision fp16 needs a loss scale"),
+    ):
+        training = replace(language_recipe.training, precision=precision)
+        recipe = replace(language_recipe, training=training, output=str(tmp_path / "run"))
+        save_recipe(recipe, tmp_path / "recipe.yaml")
+        process = launch(tmp_path / "recipe.yaml", {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode != 0 and sentence in errors, errors[-2000:]
