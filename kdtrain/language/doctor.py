@@ -14,7 +14,7 @@ from kdtrain.files import human_bytes
 from kdtrain.language.evaluate import token_sums
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.packing import IGNORED, LanguageBatch
-from kdtrain.language.plan import CPU_CHUNK_ROWS, GPU_CHUNK_ROWS, ModelShape, plan_step
+from kdtrain.language.plan import ModelShape, plan_step
 from kdtrain.language.recipe import LanguageRecipe, language_recipe_from_dict
 from kdtrain.language.run import Prepared, prepare
 
@@ -151,8 +151,8 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
     recipe, parts = subject.recipe, subject.parts
     student = ModelShape.of(parts.student.config)
     teacher = None if parts.teacher is None else ModelShape.of(parts.teacher.model.config)
-    rows = GPU_CHUNK_ROWS if torch.cuda.is_available() else CPU_CHUNK_ROWS
-    plan = plan_step(student, teacher, recipe, 1, sharded=False, chunk_rows=rows)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = plan_step(student, teacher, recipe, 1, sharded=False, device=device)
     words = (
         f"a step holds about {human_bytes(plan.total)} on one device: weights {human_bytes(plan.weights)}, gradients "
         f"{human_bytes(plan.gradients)}, optimizer {human_bytes(plan.optimizer)}, activations {human_bytes(plan.activations)}, masks {human_bytes(plan.masks)}, loss "

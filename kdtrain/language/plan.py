@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from kdtrain.files import human_bytes
-from kdtrain.language.recipe import LanguageRecipe
+from kdtrain.language.recipe import LanguageRecipe, LanguageStudentRecipe
 from kdtrain.language.student import student_config
 from kdtrain.models import load_config
 
 DEVICES = (1, 8, 64, 256, 1024)
-CPU_CHUNK_ROWS = 256
-GPU_CHUNK_ROWS = 1024
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STORED_WITHOUT_HEAD = ("topk", "cross_term", "shards")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,16 @@ class ModelShape:
     layers: int
     inner: int
     """width inside the feed-forward layers"""
+    linear: tuple[tuple[str, int], ...]
+    """name and width in + width out of every linear layer but the head"""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ModelShape":
         """Counted on a model without memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        heads = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        head = model.get_output_embeddings().weight
+        heads = {model.get_input_embeddings().weight, head}
         text = config.get_text_config()
         inner = (
             getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
@@ -47,7 +51,19 @@ class ModelShape:
             width=text.hidden_size,
             layers=text.num_hidden_layers,
             inner=inner,
+            linear=tuple(
+                (name, sum(module.weight.shape))
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear | Conv1D) and module.weight is not head
+            ),
         )
+
+    def trained(self, recipe: LanguageStudentRecipe) -> int:
+        """The parameters that a student of this shape trains."""
+        if recipe.lora_rank:
+            ends = tuple(f".{target}" for target in recipe.lora_targets) or ("",)
+            return recipe.lora_rank * sum(sides for name, sides in self.linear if f".{name}".endswith(ends))
+        return self.parameters - (self.vocabulary * self.width if recipe.frozen_head else 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,13 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + moving + self.teacher
 
 
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of logits that the losses hold at a time by default (tests/language/test_plan.py holds this to kdkernels)."""
+    if device == "cpu":
+        return max(min(352, max(176, 2**27 // (8 * vocabulary))), 2**18 // vocabulary)
+    return max(1024, 2**30 // (8 * vocabulary) // 256 * 256)
+
+
 def plan_step(
     student: ModelShape,
     teacher: ModelShape | None,
@@ -83,13 +106,14 @@ def plan_step(
     devices: int,
     *,
     sharded: bool,
-    chunk_rows: int = GPU_CHUNK_ROWS,
+    device: str = "cuda",
 ) -> Plan:
     """Memory and communication of one device.
 
     Args:
         sharded: FSDP2: weights, gradients and optimizer state are spread; one layer is whole at a time, embeddings
             and head while the step lasts. Otherwise (DDP) every device holds everything.
+        device: "cuda" or "cpu", whose loss holds fewer rows of logits at a time.
     """
     share = devices if sharded else 1
     half = recipe.training.precision != "fp32"
@@ -115,11 +139,14 @@ def plan_step(
     else:
         activations = student.layers * one_layer
         masks = pairs * (1 + student.layers * unit)
-    chunk = min(chunk_rows, tokens)
+    trained = student.trained(recipe.student)
+    frozen = recipe.student.frozen_head or recipe.student.lora_rank > 0
+    # Kept tokens and cross-terms need no logits of the teacher; without a teacher a block of zeros stands for them.
+    blocks = 1 if recipe.method.name != "ft" and recipe.teacher.signal in STORED_WITHOUT_HEAD else 2
     two = 2 if distils else 1
     loss = (
-        4 * two * chunk * student.vocabulary
-        + 4 * student.vocabulary * student.width
+        4 * blocks * min(chunk_rows(student.vocabulary, device), tokens) * student.vocabulary
+        + (0 if frozen else 4 * student.vocabulary * student.width)
         + 4 * tokens * student.width
     )
     eager = (
@@ -136,19 +163,15 @@ def plan_step(
             sent_teacher = recipe.training.accumulation * body * size if sharded else 0
     sent = 0
     if devices > 1 and sharded:
-        sent = (
-            recipe.training.accumulation * 2 * student.parameters * unit
-            + student.parameters * 4
-            + sent_teacher
-        )
+        sent = recipe.training.accumulation * 2 * student.parameters * unit + trained * 4 + sent_teacher
     elif devices > 1:
-        sent = 2 * student.parameters * 4
+        sent = 2 * trained * 4
     return Plan(
         devices=devices,
         tokens=tokens,
         weights=4 * student.parameters // share + gathered,
-        gradients=4 * student.parameters // share,
-        optimizer=8 * student.parameters // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
         activations=activations,
         masks=masks,
         loss=loss,
