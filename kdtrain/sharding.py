@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kdtrain.zero import is_zero, load_zero_state, whole_zero_state
+from kdtrain.errors import KdtrainError
+from kdtrain.zero import FLAT_WEIGHTS, is_zero, load_zero_state, whole_zero_state
 
 
 def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
@@ -41,6 +42,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     if is_zero(optimizer):
         load_zero_state(optimizer, state)
         return
+    if FLAT_WEIGHTS in state["state"].get(0, {}):
+        raise KdtrainError(
+            "the checkpoint was written under DeepSpeed, which cuts the optimizer's state otherwise; go on under DeepSpeed"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         i: {

@@ -15,6 +15,9 @@ from torch import Tensor, distributed, nn
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingRecipe
 
+FLAT_WEIGHTS = "flat_weights"
+"""in a checkpoint: a group's float32 weights end to end, which tell DeepSpeed's state from others"""
+
 
 def start_deepspeed(options: TrainingRecipe) -> Accelerator:
     """Accelerate with DeepSpeed as its configuration says.
@@ -77,7 +80,7 @@ def whole_zero_state(wrapper: Any) -> dict[str, Any]:
     zero = wrapper.optimizer
     state = {}
     for i, part in enumerate(zero.single_partition_of_fp32_groups):
-        entry = {"weights": part.data, **zero.optimizer.state[part]}
+        entry = {FLAT_WEIGHTS: part.data, **zero.optimizer.state[part]}
         state[i] = {
             name: _gathered(value) if value.shape == part.shape else value for name, value in entry.items()
         }
@@ -87,6 +90,10 @@ def whole_zero_state(wrapper: Any) -> dict[str, Any]:
 def load_zero_state(wrapper: Any, state: dict[str, Any]) -> None:
     """Give each process its part back, for as many processes as there were."""
     zero, rank, count = wrapper.optimizer, distributed.get_rank(), distributed.get_world_size()
+    if FLAT_WEIGHTS not in state["state"].get(0, {}):
+        raise KdtrainError(
+            "the checkpoint was not written under DeepSpeed, which cuts the optimizer's state otherwise; go on without it"
+        )
     for i, part in enumerate(zero.single_partition_of_fp32_groups):
         for name, stored in state["state"][i].items():
             if stored.numel() == 1:  # the count of steps
@@ -98,7 +105,7 @@ def load_zero_state(wrapper: Any, state: dict[str, Any]) -> None:
                     f"the checkpoint holds DeepSpeed's state cut for another number of processes than the {count} that go on; "
                     "start as many as wrote it"
                 )
-            if name == "weights":
+            if name == FLAT_WEIGHTS:
                 part.data.copy_(own)
             else:  # not there before the first step
                 zero.optimizer.state[part][name] = own

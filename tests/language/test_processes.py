@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.run import run_language
 from kdtrain.plots import read_metrics
@@ -111,7 +113,10 @@ def test_two_processes_equal_one(
     [pytest.param(FSDP2, id="fsdp2"), pytest.param(DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED)],
 )
 def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
-    language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
+    language_distillation: LanguageRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, str],
 ) -> None:
     """The process that writes is killed with -9 behind a checkpoint. The other one says which is gone and where the run
 
@@ -136,23 +141,34 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     assert errors.count("process 0 of 2 ended in the middle of training: killed") == 1, errors[-3000:]
     assert f"the same command goes on from step {reached} ({killed}/checkpoints/step-" in errors
 
+    shutil.copytree(killed, tmp_path / "alone")
+    alone = replace(recipe, output=str(tmp_path / "alone"))
+    if options is DEEPSPEED:
+        with pytest.raises(KdtrainError, match="the checkpoint was written under DeepSpeed"):
+            run_language(alone)
+    else:  # one process goes on where two stopped: the same up to the order of sums
+        run_language(alone)
+        assert "the checkpoint is of 2 processes, 1 go on" in capsys.readouterr().err
+        for one, two in zip(lines(tmp_path / "alone"), lines(whole), strict=True):
+            assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
     assert f"resumed at step {reached}" in finish(launch(tmp_path / "killed.yaml", options))
     assert lines(killed) == lines(whole)
     for name in ("student/model.safetensors", "projection.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("words", [[], ["--sharded"]], ids=["ddp", "fsdp2"])
-def test_two_processes_of_trainer_equal_one(tmp_path: Path, words: list[str]) -> None:
-    """KDTrainer: losses, gradient norms, metrics of an odd number of rows, and the student."""
+def test_two_processes_of_trainer_equal_one(tmp_path: Path) -> None:
+    """KDTrainer, DDP and FSDP2: losses, gradient norms, metrics of an odd number of rows, and the student."""
     found, weights = steps(tmp_path)
-    finish(torchrun(["tests.language.trainer_steps", str(tmp_path), *words], {}))
-    for name, values in json.loads((tmp_path / "found.json").read_text()).items():
-        assert values == pytest.approx(found[name], rel=1e-4), name
-    after = load_file(tmp_path / "weights.safetensors")
-    assert after.keys() == weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
+    finish(torchrun(["tests.language.trainer_steps", str(tmp_path)], {}))
+    for kind in ("ddp", "fsdp2"):
+        for name, values in json.loads((tmp_path / f"{kind}.json").read_text()).items():
+            assert values == pytest.approx(found[name], rel=1e-4), (kind, name)
+        after = load_file(tmp_path / f"{kind}.safetensors")
+        assert after.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @NEEDS_DEEPSPEED

@@ -1,6 +1,6 @@
 """Two optimizer steps of KDTrainer on rows made here; as a program under torchrun, on all its processes.
 
-python -m tests.language.trainer_steps FOLDER [--sharded]
+python -m tests.language.trainer_steps FOLDER
 """
 
 import json
@@ -76,15 +76,14 @@ def steps(
 
 
 def main() -> None:
-    """The same on every process; the first writes what came out."""
-    folder, sharded = Path(sys.argv[1]), "--sharded" in sys.argv
-    count = int(os.environ["WORLD_SIZE"])
-    found, weights = steps(folder, processes=count, kind=ShardedKDTrainer if sharded else KDTrainer)
-    if distributed.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-        save_file(
-            {name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors"
-        )
+    """The same on every process, with DDP and with FSDP2; the first process writes what came out."""
+    folder, count = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    for name, kind in (("ddp", KDTrainer), ("fsdp2", ShardedKDTrainer)):
+        found, weights = steps(folder, processes=count, kind=kind)
+        if distributed.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps(found))
+            whole = {key: value.contiguous() for key, value in weights.items()}
+            save_file(whole, folder / f"{name}.safetensors")
     distributed.destroy_process_group()
 
 
