@@ -85,18 +85,26 @@ class Worker:
 
 
 def run_case(
-    case: AnyCase, contenders: list[str], rounds: int, seconds: float, say: Callable[[str], None]
+    case: AnyCase,
+    contenders: list[str],
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+    *,
+    errors: bool = True,
 ) -> list[Row]:
     """Measure one case: at most `rounds` rounds, stopping after `seconds` when MINIMUM_ROUNDS are done.
 
     Warm-up runs one contender after the other. Then every round times each contender once, in an order drawn
-    anew each time, so that a slow spell of the machine falls on all of them. Memory and error come last, untimed.
+    anew each time, so that a slow spell of the machine falls on all of them. Memory and error come last, untimed;
+    without `errors` nothing is computed in fp64.
     """
     end = time.monotonic() + seconds
     operation: Operation = operation_of(case)
+    errors = errors and operation.truth is not None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if operation.truth is not None and set(contenders) - operation.yardsticks:
+        if errors and set(contenders) - operation.yardsticks:
             say("fp64 truth")
             worker = Worker("truth", case, folder)
             found = worker.answer()
@@ -125,7 +133,7 @@ def run_case(
             say("memory and error")
             for worker in running:
                 worker.row.peak_bytes = worker.order("memory").get("peak_bytes")
-                if worker.row.cannot_run is None:
+                if errors and worker.row.cannot_run is None:
                     worker.row.errors = worker.order("error")
         finally:
             for worker in workers:

@@ -16,8 +16,9 @@ ENTROPY = Case("none", operation="linear_ce", teacher="none", **SHAPE)
 # Our time over that of a contender of the same run (the floor, or the eager lines), the best of five rounds, one thread;
 # and our peak memory in MiB, which hardly moves. Measured on 2026-11-22 on a 2-core x86-64 CPU under load:
 #   forward KL 1.30 and 41.4, reverse KL 1.61 and 43.4, JSD 1.56 and 43.5, cross entropy 1.02 and 41.5,
-#   projection 0.75 and 4.0, relations 0.53 and 12.6.
-# Time swings by a third there, so its limits lie that far above the middle of the rounds; memory's a fifth above.
+#   relations 0.53 and 12.6.
+# Time swings by a third there, so its limits lie that far above the middle of the rounds; memory's a fifth above. Losses of
+# a few milliseconds swing too much; tests/losses/test_feature_memory.py holds their memory.
 @pytest.mark.parametrize(
     ("case", "against", "times", "mebibytes"),
     [
@@ -25,14 +26,15 @@ ENTROPY = Case("none", operation="linear_ce", teacher="none", **SHAPE)
         pytest.param(Case("reverse_kl", **SHAPE), "products", 2.2, 52, id="reverse_kl"),
         pytest.param(Case("jsd", **SHAPE), "products", 2.2, 52, id="jsd"),
         pytest.param(ENTROPY, "products", 2.5, 50, id="cross entropy"),
-        pytest.param(features.Case("projection_mse", 4, 512, 256, 512), "floor", 2.0, 5, id="projection_mse"),
-        pytest.param(features.Case("relation_kl", 1, 512, 256, 512, 8), "eager", 0.8, 15, id="relation_kl"),
+        pytest.param(features.Case("relation_kl", 1, 512, 256, 512, 8), "eager", 0.9, 15, id="relation_kl"),
     ],
 )
 def test_speed_and_memory_stay_within_what_was_committed(
     case: AnyCase, against: str, times: float, mebibytes: int
 ) -> None:
-    theirs, ours = run_case(case, [against, "ours"], rounds=5, seconds=60.0, say=lambda what: None)
+    theirs, ours = run_case(
+        case, [against, "ours"], rounds=5, seconds=60.0, say=lambda what: None, errors=False
+    )
     assert (theirs.cannot_run, ours.cannot_run) == (None, None)
     ratios = [mine / base for mine, base in zip(ours.seconds, theirs.seconds, strict=True)]
     assert min(ratios) < times, f"{case.name}: {sorted(ratios)} x {against}"

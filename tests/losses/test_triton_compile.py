@@ -44,6 +44,19 @@ INSTRUCTIONS = {
     "decoupled": (69, 70, 59),
 }
 
+# Registers of a thread of the same kernels, by Triton 3.9; those of 3.6 lie within 20 of them. 24 more fail: what fits
+# beside each other on a multiprocessor changes in steps of 8.
+REGISTERS = {
+    "forward_kl": (56, 47, 51),
+    "reverse_kl": (58, 72, 62),
+    "jsd": (40, 48, 40),
+    "skew_kl": (91, 98, 102),
+    "skew_reverse_kl": (88, 80, 91),
+    "tvd": (64, 76, 80),
+    "alpha_beta": (95, 80, 88),
+    "decoupled": (80, 76, 91),
+}
+
 # Shared memory that every architecture of the table has for a program, without asking for more.
 SHARED_BYTES = 48 * 1024
 
@@ -124,15 +137,16 @@ def test_the_loops_move_the_bytes_of_the_design(counts: list[Counts]):
     assert checked == 4 * len(DIVERGENCES)
 
 
-def test_no_more_instructions_than_were_committed(counts: list[Counts]):
+def test_no_more_instructions_and_registers_than_were_committed(counts: list[Counts]):
     """A slow-down of the code shows here without a GPU; a new compiler may move the figures a little."""
     found = {
-        (row.variant.partition(" ")[0], row.architecture): row.instructions_per_column
+        (row.variant.partition(" ")[0], row.architecture): row
         for row in counts
         if row.variant.endswith("fp32 > bf16 over it, CE")
     }
     for divergence, most in INSTRUCTIONS.items():
-        for architecture, limit in zip(("sm_80", "sm_90", "sm_100"), most, strict=True):
-            now = found[divergence, architecture]
-            assert 0 < now <= math.ceil(1.05 * limit), (divergence, architecture, now, limit)
-    assert set(INSTRUCTIONS) == set(DIVERGENCES)
+        for number, architecture in enumerate(("sm_80", "sm_90", "sm_100")):
+            now, limit = found[divergence, architecture], most[number]
+            assert 0 < now.instructions_per_column <= math.ceil(1.05 * limit), (divergence, now, limit)
+            assert now.registers < REGISTERS[divergence][number] + 24, (divergence, now)
+    assert set(INSTRUCTIONS) == set(REGISTERS) == set(DIVERGENCES)
