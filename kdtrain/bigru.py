@@ -1,30 +1,15 @@
 """A bidirectional GRU encoder that loads like any transformers model once `kdtrain` is imported."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.bigru_outputs import BiGRUClassifierOutput, BiGRUOutput
 from kdtrain.bigru_steps import PackedSteps, bigru_layer
-
-
-@dataclass
-class BiGRUOutput(BaseModelOutput):
-    """`last_hidden_state` (B, N, 2D) and, for every layer, the sentence state (B, L, 2D)."""
-
-    sentence_states: Tensor | None = None
-
-
-@dataclass
-class BiGRUClassifierOutput(SequenceClassifierOutput):
-    """Class logits (B, C) and the sentence states (B, L, 2D) of all layers."""
-
-    sentence_states: Tensor | None = None
 
 
 class BiGRUPreTrainedModel(PreTrainedModel):

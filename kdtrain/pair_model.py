@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from kdtrain.bigru import BiGRUClassifierOutput
 from kdtrain.bigru_config import BiGRUConfig
+from kdtrain.bigru_outputs import BiGRUClassifierOutput
 from kdtrain.pair_config import PairConfig
 
 WITH_POOLER = ("roberta", "bert", "camembert", "xlm-roberta", "electra")

@@ -46,6 +46,14 @@ def test_save_and_load_in_a_fresh_process(tmp_path: Path, model: BiGRUForSequenc
     )
 
 
+def test_our_models_can_be_the_first_import() -> None:
+    """transformers registers them while it loads; none may wait for another of ours then."""
+    code = "import kdtrain.bigru, kdtrain.pair_model; print(kdtrain.bigru.BiGRUModel.__name__)"
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout == "BiGRUModel\n", found.stderr
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_never_read(model: BiGRUForSequenceClassification, side: str) -> None:
     rows = [[0, 5, 6, 7, 2], [0, 2], [0, 9, 2]]
