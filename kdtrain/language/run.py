@@ -93,6 +93,9 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
         size = objective.student.config.get_text_config().vocab_size
         folder = str(recipe.teacher.path)
         shards = ShardRows.of(rows, open_shards(folder, recipe.data.max_length, tokenizer, size))
+    signal = recipe.teacher.signal
+    if teacher is not None and recipe.method.name != "ft" and signal != "online" and signal != "shards":
+        Signal.for_run(signal, objective, recipe)  # refuses what cannot be stored before anything is written
     known = None if teacher is None else teacher.weights_hash
     identity = {"data": fingerprint, "teacher": known if shards is None else shards.shards.fingerprint}
     return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity, shards)

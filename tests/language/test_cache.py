@@ -117,6 +117,9 @@ def test_cross_term_states_its_cost_and_its_conditions(
     ):
         assert main([*command, *options]) == 2
         assert sentence in capsys.readouterr().err, options
+    with pytest.raises(KdtrainError, match=r"set student.frozen_head: true \(or student.lora_rank\)"):
+        run_language(stored(recipe, tmp_path, "cross_term"))
+    assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
 def test_second_writer_is_refused(recipe: LanguageRecipe, tmp_path: Path) -> None:
