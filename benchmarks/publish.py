@@ -19,6 +19,7 @@ from benchmarks.runner import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SHAPE = ("tokens", "width", "teacher_width", "vocabulary", "dtype", "rows", "classes")
+PAGES = 2**20  # what a process holds is counted in pages and arenas: less than this is no difference
 
 Row = dict[str, str]
 Cases = dict[str, dict[str, Row]]  # by name of the case, by contender
@@ -80,8 +81,8 @@ def short_name(row: Row) -> str:
     masked = f", {float(row['masked']):.0%} masked" if float(row.get("masked") or 0) else ""
     teacher = row.get("teacher", "head") or "head"
     stored = f", teacher as {teacher}" if teacher not in ("head", "none") else ""
-    divergence = row.get("divergence") or ""
-    return ("cross entropy" if divergence in ("", "none") else divergence) + masked + stored
+    named = {"linear_ce": "cross entropy", "kd": "forward_kl and cross entropy of given logits"}
+    return named.get(family_of(row), row.get("divergence") or row["case"]) + masked + stored
 
 
 def shape_of(cases: list[Row]) -> str:
@@ -183,7 +184,8 @@ def losses(rows: list[Row]) -> list[str]:
                     for one in (row, ours)
                 ]
                 better.append(f"faster ({words[0]} against {words[1]})")
-            if row["peak_extra_bytes"] and int(row["peak_extra_bytes"]) < int(ours["peak_extra_bytes"]):
+            saved = int(ours["peak_extra_bytes"] or 0) - int(row["peak_extra_bytes"] or 0)
+            if row["peak_extra_bytes"] and saved > PAGES:
                 mine, theirs = (mebibytes(int(one["peak_extra_bytes"])) for one in (ours, row))
                 better.append(f"leaner ({theirs} MiB against {mine} MiB)")
             if better:

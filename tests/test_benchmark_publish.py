@@ -68,6 +68,9 @@ def test_where_we_lose() -> None:
         f"{name}: TRL ChunkedDivergenceFunction is faster (1.20 x the floor against 1.50 x the floor)"
     ]
     assert publish.losses(ROWS[:2]) == []
+    assert publish.losses([ROWS[1], row("trl", "1.6", str(30 * 2**20 - 5))]) == []
+    given = {"case": "kd forward_kl with labels, N=32, C=20, float32", "family": "kd", "divergence": ""}
+    assert publish.short_name(row("ours", "1.0", **given)) == "forward_kl and cross entropy of given logits"
 
 
 def test_whole_steps() -> None:
