@@ -40,7 +40,7 @@ SUITES: dict[str, tuple[AnyCase, ...]] = {
     ),
     # How time and memory grow with the tokens.
     "sweep": tuple(Case("forward_kl", tokens=tokens) for tokens in (512, 1024, 2048, 4096)),
-    # Seconds instead of minutes: does everything run and agree?
+    # Tiny cases of everything: does it run and agree?
     "smoke": (
         Case("forward_kl", tokens=256, width=64, teacher_width=96, vocabulary=4000, masked=0.25),
         Case("jsd", tokens=256, width=64, teacher_width=96, vocabulary=4000),
