@@ -45,18 +45,13 @@ class ContextualDistillation(LogitDistillation):
         length = min(states.shape[2], batch.teacher_states.shape[2])
         ours = batch.attention_mask.reshape(len(states), -1)[:, :length].sum(dim=1)
         lengths = torch.minimum(ours, batch.teacher_mask[:, :length].sum(dim=1))
-        relation = logits.new_zeros(())
-        # The mean over rows of one length is the mean of their own means; over rows of several it would depend on
-        # how the batch was cut.
-        for length in lengths.unique().tolist():
-            rows = lengths == length
-            student, teacher = states[rows][:, :, :length], batch.teacher_states[rows][:, :, :length]
-            value = contextual_relation_loss(
-                student,
-                teacher,
-                window=self.recipe.window,
-                mask=student.new_ones((len(student), length), dtype=torch.bool),
-                layer_weight=self.recipe.layer_weight,
-            )
-            relation = relation + len(student) * value
-        return {**super().terms(logits, None, batch), "relation": relation / batch.parts}
+        relation = contextual_relation_loss(
+            states[:, :, :length],
+            batch.teacher_states[:, :, :length],
+            window=self.recipe.window,
+            mask=torch.arange(length, device=lengths.device) < lengths.unsqueeze(1),
+            layer_weight=self.recipe.layer_weight,
+            # Over all relations of the batch, the mean would depend on how the batch was cut.
+            average="samples",
+        )
+        return {**super().terms(logits, None, batch), "relation": relation * (len(states) / batch.parts)}

@@ -15,7 +15,7 @@ from .compiling import traceable
 from .matmul import wide_dtype
 from .options import Impl
 from .window_blocks import ContextualRelations
-from .windows import RelationCounts, Variant, count_relations
+from .windows import Average, RelationCounts, Variant, count_relations
 
 
 @traceable
@@ -29,6 +29,7 @@ def contextual_relation_loss(
     angle_weight: float = 1.0,
     layer_weight: float = 0.0,
     variant: Variant = "study",
+    average: Average = "relations",
     impl: Impl | None = None,
 ) -> Tensor:
     """Contextual distillation (CKD): how tokens lie to their neighbours, and layers to each other, as in the teacher.
@@ -62,6 +63,9 @@ def contextual_relation_loss(
         variant: "study", or "official": the distances as in the authors' code, softmax over the similarities of
             a token with every other one of its sequence (whatever the window) and KL(teacher, student),
             divided by the number of pairs; angles as with a mask.
+        average: "relations", the mean over all relations of the batch, in which longer samples count more; or
+            "samples", the mean over samples of each one's own mean, which does not depend on how a batch is cut into
+            equal pieces. Default "relations".
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
 
     Returns:
@@ -74,8 +78,8 @@ def contextual_relation_loss(
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
 
     Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or 2 MiB if that is more,
-    for any window; wide windows cost time. Backward computes the relations again. In half precision with fewer than
-    four samples the gradient is kept in float32 until it is rounded.
+    for any window; wide windows cost time. The gradient is computed in forward; from half-precision features in backward,
+    with the relations again, and with fewer than four samples it is kept in float32 until it is rounded.
 
     Source: Park et al., Distilling Linguistic Context for Language Model Compression (EMNLP 2021), word relation and
     layer-transforming relation; study: arXiv 2508.15423, whose code compares them by plain mean squared errors.
@@ -87,23 +91,29 @@ def contextual_relation_loss(
     ):  # fmt: skip
         checks.check_number(name, weight)
     checks.check_choice("variant", variant, get_args(Variant))
+    checks.check_choice("average", average, get_args(Average))
     checks.check_impl(impl)
     impl = resolve_impl(impl, student.device, student.dtype)
     factors = _Factors(distance_weight, angle_weight, layer_weight)
     # The loss chooses its dtypes itself; inside autocast the products would be rounded to half again.
     with torch.autocast(student.device.type, enabled=False):
         if impl == "reference":
-            return _reference_loss(student, teacher, mask, window, variant, factors)
-        axes = list(_axes(student, mask, window, variant, factors))
+            return _reference_loss(student, teacher, mask, window, variant, average, factors)
         scales = torch.stack(
             [
                 torch.stack([distance / counts.pairs, angle / counts.triples])
-                for _, counts, distance, angle in axes
+                .view(2, -1)
+                .expand(2, len(student))
+                for _, counts, distance, angle in _axes(student, mask, window, variant, average, factors)
             ]
         )
         solver = ContextualRelations(impl, window, variant, distance_weight != 0.0, angle_weight != 0.0)
         one = torch.ones((), dtype=wide_dtype(student.dtype), device=student.device)
-        return row_loss(solver, (student, teacher, mask, scales), None, one, "sum", gradient_in_forward=False)
+        # A half-precision gradient is rounded once, with the upstream gradient (a loss scale, say) in it.
+        in_forward = student.dtype == one.dtype
+        return row_loss(
+            solver, (student, teacher, mask, scales), None, one, "sum", gradient_in_forward=in_forward
+        )
 
 
 class _Factors(NamedTuple):
@@ -115,7 +125,12 @@ class _Factors(NamedTuple):
 
 
 def _axes(
-    student: Tensor, mask: Tensor | None, window: int, variant: Variant, factors: _Factors
+    student: Tensor,
+    mask: Tensor | None,
+    window: int,
+    variant: Variant,
+    average: Average,
+    factors: _Factors,
 ) -> Iterator[tuple[bool, RelationCounts, float, float]]:
     """Per axis with a weight: whether it is transposed, its counts, the weights of distances and angles."""
     for transposed, factor in ((False, 1.0), (True, factors.layer)):
@@ -124,15 +139,31 @@ def _axes(
         batch, layers, length = student.shape[:3]
         shape = (batch, length, layers) if transposed else (batch, layers, length)
         valid = None if mask is None else mask.unsqueeze(2 if transposed else 1).expand(shape)
-        counts = count_relations(shape, valid, window, variant, student.device, wide_dtype(student.dtype))
+        counts = count_relations(
+            shape, valid, window, variant, average, student.device, wide_dtype(student.dtype)
+        )
         yield transposed, counts, factor * factors.distance, factor * factors.angle
 
 
 def _reference_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, window: int, variant: Variant, factors: _Factors
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    window: int,
+    variant: Variant,
+    average: Average,
+    factors: _Factors,
 ) -> Tensor:
     loss = student.new_zeros((), dtype=wide_dtype(student.dtype))
-    for transposed, counts, distance, angle in _axes(student, mask, window, variant, factors):
+    if average == "samples":
+        loss = loss + student[..., :0].sum()  # 0, with a graph
+        for one in range(len(student)):
+            sample = slice(one, one + 1)
+            part = None if mask is None else mask[sample]
+            sides = (student[sample], teacher[sample])
+            loss = loss + _reference_loss(*sides, part, window, variant, "relations", factors) / len(student)
+        return loss
+    for transposed, counts, distance, angle in _axes(student, mask, window, variant, average, factors):
         # The sequences of an axis: the tokens of a layer, or the layers of a token.
         sides = (student.transpose(1, 2), teacher.transpose(1, 2)) if transposed else (student, teacher)
         valid = None

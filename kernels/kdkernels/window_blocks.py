@@ -115,7 +115,7 @@ class _Axis:
     """The relations of one axis and what their sums are multiplied with; None is not computed."""
 
     transposed: bool  # False: tokens of a layer; True: layers of a token
-    distance_scale: Tensor | None  # 0-D
+    distance_scale: Tensor | None  # (B,)
     angle_scale: Tensor | None
 
 
@@ -163,8 +163,8 @@ def _blocks(shape: tuple[int, int, int], rows: int, window: int) -> Iterator[_Bl
 class ContextualRelations:
     """Solver of `autograd` whose rows are the samples of a batch.
 
-    Its tensors are student (B, L, N, D_s), teacher (B, L, N, D_t), mask (B, N) or None, and what the sums are multiplied
-    with: distances and angles of tokens, and in a second row, where wanted, of layers.
+    Its tensors are student (B, L, N, D_s), teacher (B, L, N, D_t), mask (B, N) or None, and what the sums of each sample
+    are multiplied with, (1, 2, B): distances and angles of tokens; (2, 2, B): and of layers.
     """
 
     impl: Impl
@@ -189,15 +189,11 @@ class ContextualRelations:
         """Values (B,) and the gradient of the student's features."""
         student, teacher, mask, scales = tensors
         assert student is not None and teacher is not None and scales is not None
-        axes = [
-            _Axis(bool(index), scale[0] if self.distances else None, scale[1] if self.angles else None)
-            for index, scale in enumerate(scales)
-        ]
         dtype, batch = wide_dtype(student.dtype), student.shape[0]
         values = torch.zeros(batch, dtype=dtype, device=student.device)
         weight = torch.ones_like(values) if weight is None else weight
         if not needs[0]:
-            self._add(axes, student, teacher, mask, weight, values, None)
+            self._add(scales, student, teacher, mask, weight, values, None)
             return values, (None, None, None, None)
         grad = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
         # In half precision the sums of few samples at a time are kept in float32.
@@ -208,14 +204,15 @@ class ContextualRelations:
             part = slice(start, start + some)
             total = grad[part] if grad.dtype == dtype else grad[part].to(dtype)
             part_mask = None if mask is None else mask[part]
-            self._add(axes, student[part], teacher[part], part_mask, weight[part], values[part], total)
+            sides = (student[part], teacher[part])
+            self._add(scales[..., part], *sides, part_mask, weight[part], values[part], total)
             if total.dtype != grad.dtype:
                 grad[part] = total
         return values, (grad, None, None, None)
 
     def _add(
         self,
-        axes: list[_Axis],
+        scales: Tensor,
         student: Tensor,
         teacher: Tensor,
         mask: Tensor | None,
@@ -224,7 +221,8 @@ class ContextualRelations:
         grad: Tensor | None,  # (B, L, N, D_s), float32 or float64
     ) -> None:
         """Add values and gradient of every axis."""
-        for axis in axes:
+        for index, scale in enumerate(scales):
+            axis = _Axis(bool(index), scale[0] if self.distances else None, scale[1] if self.angles else None)
             tensors = (student, teacher, grad)
             if axis.transposed:
                 tensors = tuple(None if tensor is None else tensor.transpose(1, 2) for tensor in tensors)
@@ -309,22 +307,26 @@ class _AxisPass:
         valid = None if self.valid is None else pad(block.of(self.valid).reshape(-1), padding)
         counted = valid if valid is not None else torch.arange(rows, device=values.device) < count
         centre = counted & (position >= block.centres.start) & (position < block.centres.stop)
-        row_scale = self.weight[block.batch].repeat_interleave(count // shape[0], output_size=count)
-        row_scale = pad(row_scale, padding)
         sides = [
             self.backend.Rows(block.of(side), valid, rows, self.margin, self.dtype)
             for side in (self.student, self.teacher)
         ]
-        total = torch.zeros_like(row_scale)
+
+        def of_rows(samples: Tensor) -> Tensor:
+            """(R,) from one number of each sample."""
+            each = samples[block.batch].repeat_interleave(count // shape[0], output_size=count)
+            return pad(each, padding)
+
+        total = self.weight.new_zeros(rows)
         related = pairs.valid_pairs(counted, centre, position, self.student.shape[2], self.window)
         if distance_scale is not None:
-            value = self._distances(sides, related, centre, row_scale * distance_scale, grad)
-            total += value * distance_scale
+            value = self._distances(sides, related, centre, of_rows(self.weight * distance_scale), grad)
+            total += value * of_rows(distance_scale)
         if angle_scale is not None:
             for side in sides:
                 side.centre()
-            value = self._angles(block, sides, valid, related, row_scale * angle_scale, grad)
-            total += value * angle_scale
+            value = self._angles(block, sides, valid, related, of_rows(self.weight * angle_scale), grad)
+            total += value * of_rows(angle_scale)
         values[block.batch] += total[:count].view(shape[0], -1).sum(1)
 
     def _distances(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Variant = Literal["study", "official"]
+Average = Literal["relations", "samples"]
 
 # A vector shorter than this has no direction: the eps of F.normalize.
 SHORTEST = 1.0e-12
@@ -19,9 +20,9 @@ ROW_STEP = 32
 
 @dataclass(frozen=True)
 class RelationCounts:
-    """What the means of one axis divide by, 0-D each: pairs (position, neighbour), and triples with two neighbours.
+    """What the means of one axis divide by: pairs (position, neighbour), and triples with two neighbours.
 
-    1 where there is nothing to divide, so that a loss in which nothing counts is a finite 0.
+    0-D each; for a mean over samples (B,), each sample's own times the number of samples. At least 1 where there is nothing to divide, so that a loss in which nothing counts is a finite 0.
     """
 
     pairs: Tensor
@@ -33,6 +34,7 @@ def count_relations(
     valid: Tensor | None,  # (B, Q, M) bool
     window: int,
     variant: Variant,
+    average: Average,
     device: torch.device,
     dtype: torch.dtype,
 ) -> RelationCounts:
@@ -43,6 +45,7 @@ def count_relations(
     """
     batch, sequences, length = shape
     if valid is None and variant == "study":
+        # Samples are all alike.
         neighbours = length if window >= length else 2 * window + 1
         rows = batch * sequences * length
         pairs, triples = (
@@ -56,6 +59,10 @@ def count_relations(
     positions = torch.arange(length, device=device)
     first, last = (positions - window).clamp_min(0), (positions + window + 1).clamp_max(length)
     neighbours = (before[..., last] - before[..., first]) * valid
-    pairs = (before[..., -1] ** 2 if variant == "official" else neighbours).sum()
-    triples = (neighbours**2).sum()
-    return RelationCounts(pairs.clamp_min(1).to(dtype), triples.clamp_min(1).to(dtype))
+    pairs = before[..., -1] ** 2 if variant == "official" else neighbours.sum(-1)
+    counts = (pairs.sum(1), (neighbours**2).sum((1, 2)))  # (B,) each
+    if average == "samples":
+        pairs, triples = (count.clamp_min(1) * batch for count in counts)
+    else:
+        pairs, triples = (count.sum().clamp_min(1) for count in counts)
+    return RelationCounts(pairs.to(dtype), triples.to(dtype))

@@ -149,6 +149,28 @@ def test_mask_counts_existing_relations(impl: Impl, window: int) -> None:
     torch.testing.assert_close(loss, masked_loss(student, teacher, mask, window))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_samples_can_count_alike(impl: Impl, masked: bool) -> None:
+    """The mean of what each sample gives alone; a sample without a token is one of them and adds nothing."""
+    student, teacher = features(3, 2, 6, 4).requires_grad_(), features(3, 2, 6, 5)
+    mask = torch.arange(6, device=DEVICE) < torch.tensor([[6], [3], [0]], device=DEVICE)
+    options = {"window": 2, "layer_weight": 0.5, "impl": impl}
+    loss = contextual_relation_loss(
+        student, teacher, mask=mask if masked else None, average="samples", **options
+    )
+    (gradient,) = torch.autograd.grad(loss, student)
+    alone = [
+        contextual_relation_loss(
+            student[[one]], teacher[[one]], mask=mask[[one]] if masked else None, **options
+        )
+        for one in range(3)
+    ]
+    expected = torch.stack(alone).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=1e-5, atol=1e-8)
+
+
 # The official variant differs in arithmetic that both back ends share, so Triton's slow interpreter takes one.
 @pytest.mark.parametrize(
     ("impl", "variant"),

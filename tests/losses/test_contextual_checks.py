@@ -50,6 +50,7 @@ STUDENT, TEACHER = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 6)
         ({"angle_weight": "1"}, "angle_weight must be a plain number, got str"),
         ({"layer_weight": torch.ones(())}, "layer_weight must be a plain number, got Tensor"),
         ({"variant": "paper"}, "variant must be one of 'study', 'official', got 'paper'"),
+        ({"average": "rows"}, "average must be one of 'relations', 'samples', got 'rows'"),
         ({"impl": "cuda"}, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'"),
     ],
 )
