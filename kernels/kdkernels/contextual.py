@@ -77,7 +77,7 @@ def contextual_relation_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.
 
-    Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or 2 MiB if that is more,
+    Memory beyond the inputs is the gradient and scratch of 0.6 of the student's features, or 8 MiB if that is more,
     for any window; wide windows cost time. The gradient is computed in forward; from half-precision features in backward,
     with the relations again, and with fewer than four samples it is kept in float32 until it is rounded.
 

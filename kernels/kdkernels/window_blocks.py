@@ -26,9 +26,9 @@ from .windows import ROW_STEP, Variant
 # Scratch as a share of the student's features, so that it and the gradient stay below two of them.
 SCRATCH_SHARE = 0.6
 
-# Numbers that bands may always have, 2 MiB of float32. With fewer rows than these a block is mostly overhead, and bands
-# that do not fit even so are not made.
-LEAST_SCRATCH = 1 << 19
+# Numbers that bands may always have, 8 MiB of float32: blocks of small features would be mostly calls. With fewer rows than
+# these any block is, and bands that do not fit even so are not made.
+LEAST_SCRATCH = 1 << 21
 LEAST_ROWS = 64
 
 # Scratch of tiles of pairs, in numbers: less is mostly overhead, more is of no use.

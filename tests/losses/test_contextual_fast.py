@@ -221,9 +221,9 @@ found = {{}}
 for shape, width, window, variant in (
     ((8, 4, 64, 2048), 256, 3, "study"),
     ((8, 4, 64, 2048), 256, 20, "study"),
-    ((2, 4, 256, 512), 768, 50, "study"),
-    ((2, 4, 128, 1024), 768, 128, "study"),
-    ((1, 2, 256, 2048), 768, 60, "study"),
+    ((8, 4, 256, 512), 768, 50, "study"),
+    ((8, 2, 128, 2048), 768, 128, "study"),
+    ((8, 2, 256, 1024), 768, 100, "study"),
     ((8, 2, 256, 512), 768, 10, "official"),
 ):
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(*shape[:3], width)
