@@ -82,7 +82,7 @@ OPERATION = Operation(
         "liger_ce": "Liger LigerFusedLinearCrossEntropyLoss",
         "cut_ce": "cut-cross-entropy",
     },
-    tests=("tests/losses/test_linear_kd_loss.py",),
+    tests=("tests/losses/test_labels_only.py",),
     truth=truth,
     yardsticks=linear_kd.YARDSTICKS,
 )

@@ -232,7 +232,8 @@ class LanguageObjective(Objective):
             # What is kept was kept of the shared tokens already.
             vocab_map=self.vocab_map if isinstance(teacher, TeacherHead) else None,
         )
-        if isinstance(teacher, TeacherTopK | TeacherCrossTerm):
+        # Statistics cost passes over the logits: not where the loss is the one number that is reported.
+        if self.recipe.name == "ft" or isinstance(teacher, TeacherTopK | TeacherCrossTerm):
             loss = values()
             return loss, loss.detach()[None] * divisor
         loss, stats = values(return_stats=True)

@@ -47,11 +47,12 @@ class Backend(Protocol):
         *,
         temperature: float,
         at_one: bool,  # whether the second row is wanted; else it repeats the first
-        row_weight: Tensor | None = None,  # (R,) rows with 0 are not read and give 0
+        row_weight: Tensor | None = None,  # (R,) rows with 0 give 0, whatever they hold
     ) -> Tensor:
-        """(3, R) the largest logit z of each row, log sum exp((logits - z) / temperature) and log sum exp(logits - z).
+        """(3, R) a number z of each row, log sum exp((logits - z) / temperature) and log sum exp(logits - z).
 
-        A row of nothing but -inf gives 0 and -inf.
+        z is the largest logit; it may be 0 in rows whose exponentials can be summed as they are. A row of nothing but
+        -inf gives 0 and -inf.
         """
         ...
 

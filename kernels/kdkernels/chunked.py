@@ -25,7 +25,7 @@ from .matmul import (
     wide_dtype,
 )
 from .options import RowTerms
-from .teacher_rows import CrossTermWork, RowOptions, RowTensors, full_work, take, top_k_work
+from .teacher_rows import CrossTermWork, RowOptions, RowTensors, row_work, take
 from .teachers import Form, Tail
 
 
@@ -142,12 +142,7 @@ class LinearKD:
             self.autocast,
             self.logit_dtype,
         )
-        if self.form == "full":
-            work = full_work(options, tuple(teacher), index, len(buffer), tensors_of_rows, results.stats)
-        elif self.form == "top_k":
-            work = top_k_work(options, tuple(teacher), index, tensors_of_rows)
-        else:
-            work = CrossTermWork.prepare(options, tuple(teacher), index, hidden, tensors_of_rows)
+        work = row_work(options, tuple(teacher), index, len(buffer), hidden, tensors_of_rows, results.stats)
         for start in range(0, counted, size):
             here = slice(start, min(start + size, counted))
             chunk = here.stop - start
@@ -199,25 +194,25 @@ class LogitKD:
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         rows, vocabulary = logits.shape
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs[0] else None
-        # Stored teacher logits need no buffer, so their rows are one chunk.
-        size = max(rows, 1)
-        if self.form == "top_k" or teacher[1] is not None:
-            size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
-        results = RowResults(rows, self.terms, self.stats, logits)
         options = RowOptions(
             self.terms, self.backend, self.form, self.tail, self.shared, self.stats, self.autocast
         )
+        # The work with labels only or with a top k overwrites its logits, and these are the caller's.
+        overwritten = self.form == "top_k"
+        if options.labels_only:
+            overwritten = not self.terms.student_transform.is_identity
+        # Stored teacher logits need no buffer, so their rows are one chunk.
+        size = max(rows, 1)
+        if overwritten or (teacher[1] is not None and not options.labels_only):
+            size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
+        results = RowResults(rows, self.terms, self.stats, logits)
         tensors_of_rows = RowTensors(None, labels, weight, target, non_target, vocab_map)
-        if self.form == "full":
-            work = full_work(options, tuple(teacher), None, min(size, rows), tensors_of_rows, results.stats)
-        else:
-            work = top_k_work(options, tuple(teacher), None, tensors_of_rows)
+        work = row_work(options, tuple(teacher), None, min(size, rows), None, tensors_of_rows, results.stats)
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             grad = None if d_logits is None else d_logits[here]
             source = logits[here]
-            if self.form == "top_k":
-                # That work overwrites its logits, and these are the caller's.
+            if overwritten:
                 source = source.clone() if grad is None else grad.copy_(source)
             results.put(here, *work(source, here, grad))
         return results.values(rows, None), (d_logits, *(None,) * 7)

@@ -21,8 +21,10 @@ def _bad_rows(logits: Tensor) -> Tensor:
 
 
 def _bad_teacher_rows(problem: Problem, rows: slice) -> Tensor:
-    """(R,) the same of the teacher, in whatever form it was given."""
+    """(R,) the same of the teacher, in whatever form it was given; False where it was not read."""
     teacher = problem.teacher
+    if not problem.terms.reads_teacher(problem.return_stats):
+        return problem.counted.denominator.new_zeros((), dtype=torch.bool)
     if isinstance(teacher, TeacherLogits):
         return _bad_rows(teacher.logits[rows])
     if isinstance(teacher, TeacherHead):

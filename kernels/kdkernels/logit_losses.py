@@ -109,7 +109,8 @@ def kd_loss(
             Decoupled(target, non_target).
         temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
         kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
-            and 0.0. The cross entropy is of the student at temperature 1, over its whole vocabulary.
+            and 0.0. The cross entropy is of the student at temperature 1, over its whole vocabulary. With kd_weight 0 the
+            teacher is not read, whatever it holds, unless return_stats asks for numbers of it.
         label_smoothing: in [0, 1): that share of the label's weight is spread over the student's whole vocabulary, as
             in F.cross_entropy. Default 0.0.
         t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
@@ -281,6 +282,8 @@ def linear_kd_loss(
         teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), any form of `kd_loss`, or
             TeacherCrossTerm where the student's head is frozen. Frozen; D_t and the dtype may differ from the student's.
         student_bias: (V_s,), the bias of the student's head. Scale and softcap come after it.
+        kd_weight: with 0 (and without return_stats) the teacher is not read and its logits are not made: plain training
+            with chunked logits. Only a vocab_group still reads it.
         static_shapes: keep rows that do not count in the products instead of gathering the others first.
             Reading their number is the only time the host waits for the device. Default False.
         mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and multiplies four times;

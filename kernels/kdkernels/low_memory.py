@@ -112,6 +112,9 @@ class LowMemoryKD:
             take(tensor, index) for tensor in (hidden, labels, weight, target, non_target)
         )
         assert hidden is not None
+        shared = vocabulary if self.shared is None else self.shared
+        if not self.terms.reads_teacher(stats=False):
+            shared, target, non_target = 0, None, None  # no tile has anything of the teacher
         wide, counted = wide_dtype(head.dtype), hidden.shape[0]
         values = torch.zeros(counted, dtype=wide, device=hidden.device)
         gradients = [
@@ -133,7 +136,7 @@ class LowMemoryKD:
                 source[places] if source.stride(-1) == 1 else source[places].contiguous(),
                 teacher_head,
                 teacher_bias,
-                vocabulary if self.shared is None else self.shared,
+                shared,
                 columns,
                 buffers,
             )
@@ -163,7 +166,7 @@ class LowMemoryKD:
         for _, student, teacher, options in chunk.tiles():
             backend.tile_statistics(student, teacher, labels, terms, state, row_weight=weight, **options)
         wanted = any(gradient is not None for gradient in gradients)
-        summed = tiles.needs_sums_first(terms) or not wanted
+        summed = chunk.shared > 0 and (tiles.needs_sums_first(terms) or not wanted)
         if summed:
             for _, student, teacher, options in chunk.tiles():
                 if teacher is not None:

@@ -65,6 +65,10 @@ class RowTerms:
         """The factor of the divergence: kd_weight, times T squared unless that was turned off."""
         return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
 
+    def reads_teacher(self, stats: bool) -> bool:
+        """False where nothing that is wanted depends on the teacher; with `stats` numbers of it are wanted."""
+        return stats or self.kd_scale != 0.0
+
 
 class LossOptions(TypedDict, total=False):
     """The keywords of `kd_loss` that do not change what it returns; meanings and defaults are in its docstring."""

@@ -173,6 +173,28 @@ def kd_row_terms(
     return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
 
 
+def label_row_terms(
+    student_logits: Tensor,  # (N, V), before the transform
+    labels: Tensor | None,  # (N,)
+    weight: Tensor | None,  # (N,)
+    terms: RowTerms,
+) -> tuple[Tensor, Tensor]:
+    """What a loss with kd_weight 0 has instead of `kd_row_terms`: a divergence of 0 whatever the teacher is, and the cross entropy."""
+    everywhere = torch.ones((), dtype=torch.bool, device=student_logits.device)
+    zeros = student_logits.masked_fill(everywhere, 0.0).sum(1)  # 0 for NaN too, and part of the graph
+    if labels is None or terms.ce_weight == 0.0:
+        return zeros, zeros
+    if weight is not None:
+        dead = weight == 0
+        student_logits, labels = (
+            student_logits.masked_fill(dead.unsqueeze(1), 0.0),
+            labels.masked_fill(dead, 0),
+        )
+    student_logits = transformed(student_logits, terms.student_transform)
+    ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=terms.label_smoothing)
+    return zeros, ce if weight is None else ce.masked_fill(weight == 0, 0.0)
+
+
 def shared_logits(
     student: Tensor, teacher: Tensor, vocab_map: int | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

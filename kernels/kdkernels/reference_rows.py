@@ -17,10 +17,15 @@ def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Row losses (N,) and, where they are wanted, the statistics (7, N), by plain autograd."""
+    """Row losses (N,) and, where they are wanted, the statistics (7, N), by plain autograd.
+
+    With kd_weight 0 the teacher is not read, unless for statistics: nothing it holds, a NaN or -inf, can reach the loss.
+    """
     terms, labels, weight = problem.terms, problem.labels, problem.counted.weight
     statistics = None
-    if isinstance(problem.teacher, TeacherTopK):
+    if not terms.reads_teacher(problem.return_stats):
+        kd, ce = reference.label_row_terms(logits, labels, weight, terms)
+    elif isinstance(problem.teacher, TeacherTopK):
         kd, ce = top_k_row_terms(logits, problem.teacher, labels, weight, terms)
     elif isinstance(problem.teacher, TeacherCrossTerm):
         assert hidden is not None

@@ -1,4 +1,4 @@
-"""Teachers that are a few numbers per token: the kept entries of a top k, or the cross-term of a frozen head.
+"""Teachers that are a few numbers per token (the kept entries of a top k, the cross-term of a frozen head), or none.
 
 Of a row of student logits such a loss needs its log-sum-exps, and its gradient is a multiple of the row's softmax except
 at a few entries. So a back end supplies just that (`row_statistics`, `softmax_gradient`), and all that has the size
@@ -65,6 +65,8 @@ class _Rows:
     ) -> _Rows:
         chain = transform_(logits, bias, terms.student_transform, derivative)
         dead = None if row_weight is None else (row_weight == 0).unsqueeze(1)
+        if chain is not None and dead is not None:
+            chain.masked_fill_(dead, 0.0)  # of a row that holds NaN it would be NaN, and so its gradient of 0
         label_logit = total = None
         labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
         if labels is not None:
@@ -252,3 +254,35 @@ def cross_term_rows(
             own = own if constant is None else own + constant.unsqueeze(1)
         rows.finish(grad, own)
     return kd.to(_wide(logits)), ce
+
+
+def label_rows(
+    backend: Backend,
+    logits: Tensor,  # (R, V) of the student before bias and transform, overwritten where there is one of them
+    labels: Tensor | None,  # (R,)
+    terms: RowTerms,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    grad: Tensor | None = None,  # (R, V), may lie over the logits
+) -> tuple[Tensor, Tensor]:
+    """0 and cross entropy (R,), and into `grad` its weighted gradient, as `Backend.kd_rows` for a divergence of weight 0."""
+    wide = _wide(logits)
+    nothing = logits.new_zeros(logits.shape[0], dtype=wide)
+    if labels is None or terms.ce_weight == 0.0:
+        if grad is not None:
+            grad.zero_()
+        return nothing, nothing
+    if bias is not None or not terms.student_transform.is_identity:
+        logits = logits.to(wide)  # half logits are transformed in float32
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
+    statistics = backend.row_statistics(logits, temperature=1.0, at_one=True, row_weight=row_weight)
+    zero, log_sum = statistics[0], statistics[2]
+    ce = rows.cross_entropy(zero, log_sum)
+    _, of_ce, constant = rows.factors()
+    if grad is not None and rows.label_logit is not None and of_ce is not None:
+        backend.softmax_gradient(logits, statistics, of_ce, None, constant, temperature=1.0, grad=grad)
+        own = _softmax_entries(rows.label_logit - zero.unsqueeze(1), log_sum, of_ce)
+        own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
+        rows.finish(grad, own if constant is None else own + constant.unsqueeze(1))
+    return nothing, ce

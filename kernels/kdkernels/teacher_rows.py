@@ -1,4 +1,4 @@
-"""The row work of a chunk with each form of teacher, over the counted rows.
+"""The row work of a chunk with each form of teacher, or with labels only, over the counted rows.
 
 A chunk's student logits lie in a buffer that may be overwritten; the work gives divergence and cross entropy of its rows and
 writes the gradient of the logits.
@@ -16,7 +16,7 @@ from .autograd import Tensors
 from .backends import Backend
 from .matmul import head_logits, logit_buffer
 from .options import RowTerms
-from .sparse import cross_term_rows, top_k_rows
+from .sparse import cross_term_rows, label_rows, top_k_rows
 from .teachers import Form, Tail
 
 # Logits, which rows of all they are, and where their gradient goes > divergence and cross entropy.
@@ -83,6 +83,11 @@ class RowOptions:
     stats: bool
     autocast: torch.dtype | None
     logit_dtype: torch.dtype | None = None
+
+    @property
+    def labels_only(self) -> bool:
+        """The work reads no teacher."""
+        return not self.terms.reads_teacher(self.stats)
 
 
 @dataclass(frozen=True)
@@ -199,3 +204,40 @@ class CrossTermWork:
             # Rows that do not count may hold anything.
             cross = (cross * weight).masked_fill_(weight == 0, 0.0)
         d_hidden.add_(cross.to(d_hidden.dtype), alpha=factor)
+
+
+def label_work(options: RowOptions, rows: RowTensors) -> RowWork:
+    """Without a teacher."""
+
+    def work(logits: Tensor, here: slice, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        return label_rows(
+            options.backend,
+            logits,
+            part(rows.labels, here),
+            options.terms,
+            bias=rows.bias,
+            row_weight=part(rows.weight, here),
+            grad=grad,
+        )
+
+    return work
+
+
+def row_work(
+    options: RowOptions,
+    teacher: Tensors,
+    index: Tensor | None,
+    chunk: int,
+    hidden: Tensor | None,  # (M, D_s) the counted rows, for a cross-term
+    rows: RowTensors,
+    stats: Callable[[slice], Tensor | None],
+) -> RowWork:
+    """The work that the form of the teacher and the terms ask for."""
+    if options.labels_only:
+        return label_work(options, rows)
+    if options.form == "full":
+        return full_work(options, teacher, index, chunk, rows, stats)
+    if options.form == "top_k":
+        return top_k_work(options, teacher, index, rows)
+    assert hidden is not None
+    return CrossTermWork.prepare(options, teacher, index, hidden, rows)

@@ -1,4 +1,4 @@
-"""One softmax at a time, for teachers that are a few numbers per token: statistics of a row, and multiples of its softmax."""
+"""One softmax at a time, for teachers that are a few numbers per token or none: statistics of a row, and multiples of its softmax."""
 
 from __future__ import annotations
 
@@ -7,39 +7,56 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import block_rows
+from .rows import LEAST_SUM, MOST_SUM, block_rows
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _exponentials(logits: Tensor, zero: Tensor | None, temperature: float, out: Tensor) -> Tensor:
+    """out (R, V) = exp((logits - zero) / temperature) with (R,) zeros or none; out may be the logits."""
+    if zero is not None:
+        logits = torch.sub(logits, zero.unsqueeze(1), out=out)
+    elif logits.dtype != out.dtype:
+        logits = out.copy_(logits)  # else the exponential would be rounded to half
+    if temperature != 1.0:
+        logits = torch.mul(logits, 1.0 / temperature, out=out)
+    return torch.exp(logits, out=out)
+
+
 def row_statistics(
     logits: Tensor, *, temperature: float, at_one: bool, row_weight: Tensor | None = None
 ) -> Tensor:
-    """(3, R) largest logit and log-sum-exps from it; the contract is `kdkernels.backends.Backend.row_statistics`."""
+    """(3, R) zero and log-sum-exps from it; the contract is `kdkernels.backends.Backend.row_statistics`."""
     rows, vocabulary = logits.shape
     statistics = torch.zeros((3, rows), dtype=_wide(logits), device=logits.device)
     sizes = block_rows(rows, vocabulary, logits.device)
     scratch = torch.empty(
         (sizes[0] if sizes else 0, vocabulary), dtype=statistics.dtype, device=logits.device
     )
+    temperatures = [temperature, 1.0] if at_one and temperature != 1.0 else [temperature]
+    # As in `rows.py`: a block is first tried without its maxima, where looking at the result does not make the host wait.
+    careful = logits.device.type != "cpu"
     for block, part in zip(
         logits.split_with_sizes(sizes), statistics.split_with_sizes(sizes, 1), strict=True
     ):
-        room = scratch[: block.shape[0]]
+        room, sums = scratch[: block.shape[0]], part[1 : 1 + len(temperatures)]
+        if not careful:
+            for out, heat in zip(sums, temperatures, strict=True):
+                torch.sum(_exponentials(block, None, heat, room), -1, out=out)
+            least, most = torch.aminmax(sums)
+            careful = not (float(least) > LEAST_SUM and float(most) < MOST_SUM)  # also for NaN
+            if not careful:
+                continue
         zero = part[0]
         torch.amax(block, -1, out=zero) if block.dtype == zero.dtype else zero.copy_(block.amax(-1))
         zero.masked_fill_(zero == -math.inf, 0.0)
-        for out, scale in ((part[1], 1.0 / temperature), (part[2], 1.0)):
-            if out is part[2] and not (at_one and temperature != 1.0):
-                out.copy_(part[1])
-                break
-            torch.sub(block, zero.unsqueeze(1), out=room)
-            if scale != 1.0:
-                room.mul_(scale)
-            torch.sum(room.exp_(), -1, out=out)
-            out.log_()
+        for out, heat in zip(sums, temperatures, strict=True):
+            torch.sum(_exponentials(block, zero, heat, room), -1, out=out)
+    if len(temperatures) == 1:
+        statistics[2] = statistics[1]
+    statistics[1:].log_()
     return statistics if row_weight is None else statistics.masked_fill_(row_weight == 0, 0.0)
 
 
@@ -55,27 +72,34 @@ def softmax_gradient(
 ) -> None:
     """Multiples of two softmaxes into `grad`; the contract is `kdkernels.backends.Backend.softmax_gradient`."""
     rows, vocabulary = logits.shape
-    zero, log_sum, log_sum_at_one = statistics.unsqueeze(2).unbind()
+    zero = statistics[0]
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and not bool(zero.any()):
+        zero = None
+    # Normalisers are at least 1 where zero is the maximum, and in range where it is not: no factor overflows.
+    of_first = (factor * (-statistics[1]).exp()).unsqueeze(1)
+    of_second = None if factor_at_one is None else (factor_at_one * (-statistics[2]).exp()).unsqueeze(1)
     sizes = block_rows(rows, vocabulary, logits.device)
     scratch = torch.empty(
         (2, sizes[0] if sizes else 0, vocabulary), dtype=statistics.dtype, device=logits.device
     )
     dead = factor == 0 if factor_at_one is None else (factor == 0) & (factor_at_one == 0)
+    any_dead = not on_cpu or bool(dead.any())
     start = 0
     for size in sizes:
         here = slice(start, start + size)
         start += size
-        first, second = scratch[0, :size], scratch[1, :size]
-        torch.sub(logits[here], zero[here], out=first)
-        if factor_at_one is not None:
-            torch.sub(first, log_sum_at_one[here], out=second).exp_()
-        if temperature != 1.0:
-            first.mul_(1.0 / temperature)
-        first.sub_(log_sum[here]).exp_().mul_(factor[here].unsqueeze(1))
-        if factor_at_one is not None:
-            first.addcmul_(second, factor_at_one[here].unsqueeze(1))
+        block, own_zero = logits[here], None if zero is None else zero[here]
+        second = None
+        if of_second is not None:
+            second = _exponentials(block, own_zero, 1.0, scratch[1, :size])
+        out = grad[here] if grad.dtype == scratch.dtype else scratch[0, :size]
+        _exponentials(block, own_zero, temperature, out).mul_(of_first[here])
+        if second is not None and of_second is not None:
+            out.addcmul_(second, of_second[here])
         if constant is not None:
-            first.add_(constant[here].unsqueeze(1))
-        if logits.device.type != "cpu" or bool(dead[here].any()):
-            first.masked_fill_(dead[here].unsqueeze(1), 0.0)
-        grad[here] = first
+            out.add_(constant[here].unsqueeze(1))
+        if any_dead:
+            out.masked_fill_(dead[here].unsqueeze(1), 0.0)
+        if out.dtype != grad.dtype:
+            grad[here] = out
