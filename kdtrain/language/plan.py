@@ -141,8 +141,8 @@ def plan_step(
         masks = pairs * (1 + student.layers * unit)
     trained = student.trained(recipe.student)
     frozen = recipe.student.frozen_head or recipe.student.lora_rank > 0
-    # Kept tokens and cross-terms need no logits of the teacher; without a teacher a block of zeros stands for them.
-    blocks = 1 if recipe.method.name != "ft" and recipe.teacher.signal in STORED_WITHOUT_HEAD else 2
+    # Kept tokens and cross-terms need no logits of the teacher, nor do labels alone.
+    blocks = 2 if distils and recipe.teacher.signal not in STORED_WITHOUT_HEAD else 1
     two = 2 if distils else 1
     loss = (
         4 * blocks * min(chunk_rows(student.vocabulary, device), tokens) * student.vocabulary
