@@ -9,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kdtrain.files import write_atomic
 
@@ -25,6 +27,11 @@ def metrics_at(folder: Path, step: int) -> dict[str, float]:
     return {name.removeprefix("valid/"): value for name, value in found.items()}
 
 
+def legend_beside(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, outside of them: inside it hides what it names."""
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right center")
+
+
 def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draw training loss and validation accuracy over steps, one line a run, into a PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -39,7 +46,7 @@ def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
+    legend_beside(figure, right)
     save_figure(figure, path)
 
 
@@ -70,7 +77,7 @@ def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    legend_beside(figure, axes)
     save_figure(figure, path)
 
 

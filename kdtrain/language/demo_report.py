@@ -5,13 +5,14 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import EngFormatter
 from transformers import PreTrainedTokenizerBase
 
 from kdtrain.files import human_bytes, write_atomic, write_json
 from kdtrain.language.run import LanguageSummary
 from kdtrain.language.teacher import load_causal
 from kdtrain.models import load_tokenizer
-from kdtrain.plots import plt, read_metrics, save_figure
+from kdtrain.plots import legend_beside, plt, read_metrics, save_figure
 from kdtrain.summary import installed_versions
 
 NEW_TOKENS = 32
@@ -105,7 +106,7 @@ def complete(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt:
 
 def learning_picture(runs: Mapping[str, Path], output: Path) -> None:
     """Training loss and held-out loss over tokens, one line a run."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
     for name, folder in runs.items():
         lines = read_metrics(folder)
         steps = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
@@ -122,5 +123,6 @@ def learning_picture(runs: Mapping[str, Path], output: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    legend_beside(figure, right)
     save_figure(figure, output / "learning_curves.png")

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from kdtrain.plots import save_figure
+from kdtrain.plots import legend_beside, save_figure
 from kdtrain.study.results import TaskResult
 
 MARKERS = "osD^vPX*"
@@ -67,7 +67,7 @@ def metric_over_size(tasks: Sequence[TaskResult], path: Path) -> None:
             axes.set_title(f"{task.name}, {architecture}", fontsize=10)
             axes.set_xlabel("parameters")
         line[0].set_ylabel(f"test {task.metric}, %")
-    grid[0][-1].legend(frameon=False, fontsize=8)
+    legend_beside(figure, grid[0][-1])
     save_figure(figure, path)
 
 
@@ -98,6 +98,6 @@ def retained_over_size(tasks: Sequence[TaskResult], path: Path) -> bool:
         axes.set_title(f"{task.name} (filled: RoBERTa, open: BiGRU)", fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    line[0][-1].legend(frameon=False, fontsize=8)
+    legend_beside(figure, line[0][-1])
     save_figure(figure, path)
     return True
