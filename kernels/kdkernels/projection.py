@@ -60,6 +60,10 @@ class ProjectionDistance:
         half = head is not None and has_half_products(head)
         # Narrow numbers go into the memory of the projection they replace, as the products take them.
         narrow = buffer.view(head.dtype) if half and head is not None else buffer
+        # Rows of weight 0 have a gradient of 0, but 0 * NaN would reach the projection. A CPU can look whether there are any.
+        dead = None if weight is None else weight == 0
+        if dead is not None and dead.device.type == "cpu" and not bool(dead.any()):
+            dead = None
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             prediction, grad = (side[: here.stop - start, :width] for side in (buffer, narrow))
@@ -80,9 +84,8 @@ class ProjectionDistance:
                 else:
                     hidden_gradient(grad, head, d_student[here])
             if d_head is not None:
-                # Rows of weight 0 have a gradient of 0, but 0 * NaN would reach the projection.
                 kept = source[here]
-                kept = kept if part is None else kept.masked_fill((part == 0).unsqueeze(1), 0.0)
+                kept = kept if dead is None else kept.masked_fill(dead[here].unsqueeze(1), 0.0)
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
         return values, (d_student, None, d_head, d_bias)
 
