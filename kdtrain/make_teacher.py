@@ -1,8 +1,8 @@
 """Make the demo's teacher: masked-language-model stage, then fine-tuning, on the training side of the split only.
 
-Run with `kdtrain demo --train-teacher`; recipes/exceptions-mlm.yaml and recipes/exceptions-teacher.yaml are the same two
-stages for larger models. The shipped one (kdtrain/teacher/) was made by an earlier form of the first stage (one loop of its
-own, no held-out measure); its teacher.json says from which distributions, and what it scored.
+Run with `kdtrain demo --train-teacher`; recipes/code-mlm.yaml and recipes/teacher.yaml are the same two stages for larger
+models. The shipped one (kdtrain/teacher/) was made by an earlier form of the first stage (one loop of its own, no held-out
+measure); its teacher.json says from which distributions, and what it scored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PRETRAINING = MaskedTrainingRecipe(
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What is trained. The defaults made the shipped teacher: 3.4 million parameters, 6.8 MB in half precision."""
+    """What is trained. The defaults have the shipped teacher's shape: 3.4 million parameters, 6.8 MB in half precision."""
 
     shape: StudentRecipe = SHAPE
     pretraining: MaskedTrainingRecipe = PRETRAINING
