@@ -7,7 +7,6 @@ halved in. On a GPU memory is what tensors hold at most; on a CPU what the proce
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.language_steps import CPU, GPU, OPERATION, SMOKE, Case
 from benchmarks.measure import environment, peak_bytes_of, resident_bytes
-from benchmarks.runner import ROOT
+from benchmarks.runner import ROOT, checkout_first
 
 CASES = {"cpu": CPU[0], "gpu": GPU[0], "smoke": SMOKE[0]}
 CONTENDERS = ("kd", "eager")
@@ -75,12 +74,11 @@ def search(contender: str, case: Case, limit: int) -> dict[str, int]:
 
 def in_own_process(contender: str, suite: str, limit: int) -> dict[str, int]:
     """The search, where nothing else has left memory behind."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "benchmarks.batches", "--suite", suite, "--one", contender, str(limit)]
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env=checkout_first(),
         stdout=subprocess.PIPE,
         check=True,
         text=True,

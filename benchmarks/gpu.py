@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.runner import ROOT
+from benchmarks.runner import ROOT, checkout_first
 
 MINUTES = 9.0
 # Shares of the time that is left when a part starts: what comes later shall not be eaten by what came before.
@@ -78,7 +78,10 @@ def run_parts(end: float, out: Path, parts: tuple[tuple[float, list[str]], ...] 
             continue
         print(f"[{(end - time.monotonic()) / 60:.1f} minutes left] {' '.join(part)}", flush=True)
         try:
-            status = subprocess.run(command, cwd=ROOT, timeout=max(seconds, 1.0), check=False).returncode
+            done = subprocess.run(
+                command, cwd=ROOT, env=checkout_first(), timeout=max(seconds, 1.0), check=False
+            )
+            status = done.returncode
         except subprocess.TimeoutExpired:
             tests = (
                 "; the tests did not finish, so figures below rest on those that ran"

@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_ROUNDS = 3
 
 
+def checkout_first() -> dict[str, str]:
+    """The environment of a process that measures this checkout, whatever else is installed, or nothing."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 @dataclass
 class Row:
     """What one contender did in one case."""
@@ -37,8 +43,6 @@ class Worker:
         self.row = Row(contender)
         truth = str(folder / "truth.pt")
         job = {"contender": contender, "family": case.family, "case": case.as_dict(), "truth": truth}
-        # The checkout comes first on the path, so that it is what is measured, whatever else is installed.
-        path = os.pathsep.join(filter(None, [str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
         self._complaints = (
             folder / f"{contender}.stderr"
         )  # a file: a pipe that nobody reads fills up and blocks
@@ -46,7 +50,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker", json.dumps(job)],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path},
+                env=checkout_first(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
