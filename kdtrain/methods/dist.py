@@ -17,7 +17,7 @@ class CorrelationDistillation(Method):
 
     rho is Pearson's correlation between the probabilities of student and teacher at temperature T: rho_b over the
     classes of one row, rho_c over the rows of one class. The second needs every row of the batch at once: where the
-    batch is cut into pieces or shared between processes, `plan_batch` brings the others' logits, and the gradient
+    batch is cut into pieces or shared between processes, `look_ahead` brings the others' logits, and the gradient
     is that of the uncut batch. With two classes rho_b is +1 or -1 and has no gradient.
     """
 
