@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 
 # One thread a process: sums come out in one order everywhere, and tests that run side by side do not fight.
@@ -28,10 +29,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 
+from tests.support.interpreter import patch_language_once
+
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/conftest.py could switch its interpreter on.")
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton") is not None:
+        patch_language_once()
 
 import pytest
 
