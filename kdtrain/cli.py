@@ -10,12 +10,12 @@ from kdtrain.errors import KdtrainError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": (
         "kdtrain.commands.demo",
-        "the whole story on this machine: data, teacher, students, table, plots",
+        "the whole story on this machine in minutes: data, teacher, students, table, plots",
     ),
-    "data": ("kdtrain.commands.data", "build a data set"),
+    "data": ("kdtrain.commands.data", "build a data set, or convert a public one"),
     "train": ("kdtrain.commands.train", "train one student as a recipe says"),
     "cache": ("kdtrain.commands.cache", "store the teacher's outputs that a recipe needs"),
-    "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again"),
+    "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again, or compare it with another"),
     "doctor": ("kdtrain.commands.doctor", "what can be told about a recipe before any training"),
     "study": ("kdtrain.commands.study", "a grid of methods, students, tasks and seeds: table, figure, costs"),
 }
@@ -25,7 +25,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; user errors are one line and code 2."""
     words = list(sys.argv[1:] if words is None else words)
-    parser = argparse.ArgumentParser(prog="kdtrain", description="Distil code models.")
+    parser = argparse.ArgumentParser(
+        prog="kdtrain",
+        description="Distil code models: a small one learns from a large one.",
+        epilog="Try `kdtrain demo` first. `kdtrain COMMAND --help` lists what a command takes; of train, cache and study "
+        "also every field of a recipe. Recipes to start from are in recipes/ of the repository.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

@@ -6,7 +6,7 @@ from typing import Any
 from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import TASK, LanguageRecipe, language_recipe_from_dict
 from kdtrain.progress import say
-from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict
+from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict, task_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Fill the recipe's teacher cache, and check it when asked."""
     content = read_recipe(arguments.recipe, arguments.overrides)
-    if content.get("task") == TASK:
+    task = task_of(content)
+    if task == TASK:
         return cache_language_model(content, arguments)
+    if task == "study":
+        raise KdtrainError(
+            f"{arguments.recipe} is a study, which stores its teachers' outputs itself; start it with kdtrain study {arguments.recipe}"
+        )
     recipe = recipe_from_dict(content)
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")

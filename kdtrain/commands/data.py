@@ -2,12 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command a data set."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="DATASET")
-    exceptions = kinds.add_parser("exceptions", help="which exception type does a handler catch? 20 classes")
+    exceptions = _kind(
+        kinds,
+        "exceptions",
+        "exception classification in Python, from any code: which of 20 types does a handler catch?",
+        "Splits by module; near duplicates are removed.",
+    )
     exceptions.add_argument(
         "trees",
         type=Path,
@@ -15,9 +21,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="trees of Python code; without any, what is installed here under a permissive licence",
     )
-    devign = kinds.add_parser("devign", help="defect detection in C, from CodeXGLUE's files")
-    clones = kinds.add_parser("bigclonebench", help="clone detection in Java, from CodeXGLUE's files")
-    cubert = kinds.add_parser("cubert", help="exception classification, from CuBERT's files")
+    devign = _kind(
+        kinds,
+        "devign",
+        "defect detection in C, from CodeXGLUE's files",
+        "The folder holds function.json with train.txt, valid.txt and test.txt, or train.jsonl, valid.jsonl and test.jsonl "
+        "with `func` and `target`; .xz and .gz are read too.",
+    )
+    clones = _kind(
+        kinds,
+        "bigclonebench",
+        "clone detection in Java, from CodeXGLUE's files",
+        "The folder holds data.jsonl with `idx` and `func`, and train.txt, valid.txt and test.txt with two ids and a label a "
+        "line; .xz and .gz are read too.",
+    )
+    cubert = _kind(
+        kinds,
+        "cubert",
+        "exception classification in Python, from CuBERT's files",
+        "The folder holds JSON lines with `function` and `label`, any number of files a split; .xz and .gz are read too.",
+    )
     for kind in (devign, clones, cubert):
         kind.add_argument("source", type=Path, metavar="FOLDER", help="where the downloaded files lie")
     for kind in (devign, clones):
@@ -31,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep this part of train and valid; the study kept 0.1 (default: 1)",
     )
     for kind in (exceptions, devign, clones, cubert):
-        kind.add_argument("--output", type=Path, required=True, help="folder to write")
+        kind.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+
+
+def _kind(kinds: Any, name: str, summary: str, more: str) -> argparse.ArgumentParser:
+    return kinds.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
 
 
 def main(arguments: argparse.Namespace) -> int:

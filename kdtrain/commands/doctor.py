@@ -7,7 +7,7 @@ from typing import Any
 
 from kdtrain.doctor import Finding, wrong
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe.files import read_recipe
+from kdtrain.recipe import read_recipe, task_of
 
 EXAMINERS = {
     "classification": "kdtrain.commands.doctor:examine_classification",
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print what was found; code 1 when something is wrong."""
     content = read_recipe(arguments.recipe, arguments.overrides)
-    task = content.get("task", "study" if "tasks" in content else "classification")
+    task = task_of(content)
     if task not in EXAMINERS:
         raise KdtrainError(f"kdtrain doctor knows the tasks {', '.join(EXAMINERS)}, got task: {task}")
     if arguments.plan:

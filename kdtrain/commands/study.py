@@ -2,16 +2,22 @@
 
 import argparse
 
+from kdtrain.recipe import describe_fields
+from kdtrain.study.plan import StudyRecipe, load_study, unfold
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        f"fields of a study, with their defaults:\n{describe_fields(StudyRecipe)}\n\n"
+        "The sections inside are those of a recipe of task classification: kdtrain train --help"
+    )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --seeds '[0]' or --workers 1")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the grid, or what is left of it, and print the report."""
-    from kdtrain.study.plan import load_study, unfold
-
     study = load_study(arguments.recipe, arguments.overrides)
     unfold(study)  # every wrong cell is told before torch is loaded
     from kdtrain.study.study import run_study

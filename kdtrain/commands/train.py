@@ -7,7 +7,7 @@ from typing import Any
 from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.masked.recipe import MaskedRecipe
-from kdtrain.recipe import Recipe, describe_fields, read_recipe
+from kdtrain.recipe import Recipe, describe_fields, read_recipe, task_of
 
 TASKS = {
     "classification": (Recipe, "kdtrain.recipe:recipe_from_dict", "kdtrain.run:run"),
@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train, measure, save."""
     content = read_recipe(arguments.recipe, arguments.overrides)
-    task = content.get("task", "classification")
+    task = task_of(content)
+    if task == "study":
+        raise KdtrainError(
+            f"{arguments.recipe} is a study of many runs; start it with kdtrain study {arguments.recipe}"
+        )
     if task not in TASKS:
         raise KdtrainError(f"kdtrain train knows the tasks {', '.join(TASKS)}, got task: {task}")
     _, reader, runner = TASKS[task]

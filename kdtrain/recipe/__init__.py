@@ -8,6 +8,7 @@ from kdtrain.recipe.files import (
     recipe_from_dict,
     recipe_to_dict,
     save_recipe,
+    task_of,
 )
 from kdtrain.recipe.sections import (
     DataRecipe,
@@ -32,4 +33,5 @@ __all__ = [
     "recipe_from_dict",
     "recipe_to_dict",
     "save_recipe",
+    "task_of",
 ]

@@ -33,7 +33,11 @@ def describe_fields(kind: type[Any] = Recipe) -> str:
 
 
 def _describe(item: dataclasses.Field[Any], prefix: str) -> str:
-    default = "none" if item.default in (None, (), "") else item.default
+    if item.default is dataclasses.MISSING:
+        default = "needed" if item.default_factory is dataclasses.MISSING else "none"
+    else:
+        default = "none" if item.default in (None, (), "") else item.default
+        default = list(default) if isinstance(default, tuple) else default
     return f"  --{prefix}{item.name} ({default})\n        {item.metadata['help']}"
 
 
@@ -67,6 +71,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
                 raise KdtrainError(f"--{dotted}: {section} is not a section of {path}")
         place[last] = value
     return content
+
+
+def task_of(content: dict[str, Any]) -> str:
+    """What a recipe's content is a recipe of."""
+    return content.get("task", "study" if "tasks" in content else TASK)
 
 
 def save_recipe(recipe: Any, path: Path) -> None:

@@ -89,6 +89,28 @@ def test_unknown_words_of_other_commands_are_refused(capsys: pytest.CaptureFixtu
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "STUDY"], "is a study of many runs; start it with kdtrain study"),
+        (["cache", "STUDY"], "which stores its teachers' outputs itself; start it with kdtrain study"),
+        (
+            ["demo", "--task", "code-lm", "--seeds", "2"],
+            "--seeds and --train-teacher are for --task exceptions",
+        ),
+        (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["demo", "--site-packages", "."], "add --train-teacher"),
+    ],
+)
+def test_words_that_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("tasks: {}\n")
+    assert main([str(study) if word == "STUDY" else word for word in words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "--help"])
