@@ -3,11 +3,11 @@
 A solver computes, for a tuple of tensors and a weight per row, the unweighted value of every row and
 the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
 
-- `GradientInForward` for `mean` and `sum` of losses whose matrix products are dear: the gradient is
+- `GradientInForward` for `mean` and `sum` of losses whose products or exponentials are dear: the gradient is
   computed together with the value, backward only multiplies it by the upstream gradient. It is handed out
   without a copy; a second backward over a retained graph computes it anew;
 - `RecomputeInBackward` where the upstream gradient is needed first (`reduction="none"`) or where the
-  gradient is as large as an input and cheap to compute (`kd_loss`): only the inputs are kept.
+  gradient is as large as an input and bytes are what it costs (`kd_loss` on GPUs): only the inputs are kept.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ def labels_out_of_range(labels: Tensor, alive: Tensor, vocabulary: int) -> Tenso
 
 def refuse_labels(labels: Tensor, alive: Tensor, vocabulary: int) -> None:
     """Raise the sentence about labels out of range, with the first offending value."""
-    bad = labels[labels_out_of_range(labels, alive, vocabulary)]
-    if bad.numel():
+    out_of_range = labels_out_of_range(labels, alive, vocabulary)
+    if bool(out_of_range.any()):
+        bad = labels[out_of_range]
         raise ValueError(
             f"labels must be in [0, {vocabulary}) or equal to ignore_index, got {int(bad[0])} "
             f"in {bad.numel()} place(s), the first of them; check the vocabulary and the padding of the labels"

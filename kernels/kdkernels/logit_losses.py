@@ -24,8 +24,20 @@ from .sharded import ShardedKD, shard_of
 from .stats import KDStats, stats_from_rows
 from .teachers import Teacher, TeacherCrossTerm
 
-# Logits of at most this many elements keep their gradient from the forward pass of `kd_loss`: 256 KiB in float32.
+# Logits of at most this many elements keep their gradient from the forward pass of `kd_loss` everywhere: 256 KiB in float32.
 SMALL_LOGITS = 1 << 16
+
+
+def _gradient_with_value(logits: Tensor) -> bool:
+    """True where `kd_loss` takes the gradient along in the forward pass instead of starting again in backward.
+
+    On a CPU that saves the exponentials of half the work and costs no memory at the peak, which is when both exist. On
+    a GPU scaling a finished gradient moves as many bytes as it saves, and in half precision it would round twice; but
+    of a few classes the calls cost more than the bytes.
+    """
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+        return True
+    return logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
 
 
 def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
@@ -136,8 +148,9 @@ def kd_loss(
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
         finite 0 that still has a graph. With return_stats=True (loss, KDStats).
 
-    The gradient has the dtype of `student_logits` and is computed in backward, in float32. The loss has no
-    second derivative (impl="reference" does).
+    The gradient has the dtype of `student_logits` and is computed in float32 (float64 for float64): together with the
+    value for few logits and for float32 and float64 on a CPU, else in backward. The loss has no second derivative
+    (impl="reference" does).
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
@@ -202,10 +215,13 @@ def kd_loss(
                 stats=return_stats,
             )
             tensors = (logits, *problem.teacher_tensors, *problem.row_tensors)
-            # A few classes cost more in calls than in memory: take the gradient along instead of starting again.
-            small = logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
             loss, statistics = row_loss_and_rest(
-                solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=small
+                solver,
+                tensors,
+                counted.weight,
+                counted.denominator,
+                reduction,
+                gradient_in_forward=_gradient_with_value(logits),
             )
         if check_finite:
             refuse_bad_rows(problem, loss, logits, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -27,7 +27,8 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     """The loss chooses its dtypes itself; inside autocast the products would be rounded to half again."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
 CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 352, 176
 CPU_CHUNK_BYTES = 1 << 27
 
+# Elements of a buffer that is no trouble to hold, 4 MiB in float32: narrow rows, as of features, are taken this many at a time.
+CPU_CHUNK_ELEMENTS = 1 << 20
+
 # Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that feed the products.
 CHUNK_BYTES = 1 << 30
 LEAST_CHUNK_ROWS = 1024
@@ -42,7 +45,7 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
         return max(1, min(rows, chunk_bytes // (8 * vocabulary)))
     if device.type == "cpu":
         fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
-        most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
+        most = max(min(CHUNK_ROWS, fit), CPU_CHUNK_ELEMENTS // vocabulary)
         return max(1, math.ceil(rows / math.ceil(rows / most)))  # equal chunks: a small last one is slow
     return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
 
@@ -87,8 +90,8 @@ def kd_rows(
     plan = _Plan.make(terms, vocabulary, labels, student_bias, teacher_bias, vocab_map, dtype)
     # What is small is taken for all rows at once, before and after the loop over blocks.
     sums = student_logits.new_ones((len(Sums._fields), rows, 1), dtype=dtype)
+    fields = Sums(*sums.unbind())
     if decoupled is not None:
-        fields = Sums(*sums.unbind())
         for field, weight in ((fields.target, decoupled[0]), (fields.non_target, decoupled[1])):
             field.copy_(weight.unsqueeze(1))
     kd_factor = ce_factor = target = total = None
@@ -100,19 +103,18 @@ def kd_rows(
     if plan.cross_entropy:
         target, total = torch.empty_like(sums[0]), torch.empty_like(sums[0])
     sizes = block_rows(rows, vocabulary, student_logits.device)
-    parts = sums.split_with_sizes(sizes, dim=1)
     own_stats = None if stats is None else torch.empty((rows, len(stats)), dtype=dtype, device=stats.device)
-    by_row = (
-        student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, own_stats, *sums.unbind()
+    by_row: Any = (
+        sums, student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, own_stats, *fields
     )  # fmt: skip
-    blocks = zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True)
+    blocks = (by_row,) if len(sizes) == 1 else zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True)
     scratch = _Scratch.make(
         plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, stats, dtype
     )
     # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
     # block is first tried without; elsewhere looking at the result would make the host wait for the device.
     careful = not on_cpu
-    for part, block in zip(parts, blocks, strict=True):
+    for part, *block in blocks:
         arguments, block_sums = _Rows(*block[:9]), Sums(*block[9:])
         if part.shape[1] != scratch.exp_s.shape[0]:
             scratch = scratch.first(part.shape[1])
@@ -120,11 +122,10 @@ def kd_rows(
             careful = True
             _solve(arguments, block_sums, part, plan, scratch, careful)
 
-    rounded = Sums(*sums.unbind())
-    divergences = plan.arithmetic.values(Sums(*sums.double().unbind()), rounded).to(dtype)
+    divergences = plan.arithmetic.values(Sums(*sums.double().unbind()), fields).to(dtype)
     cross_entropies = torch.zeros_like(divergences)
     if target is not None and total is not None:
-        normaliser = rounded.exp_ce if plan.separate else rounded.exp_s
+        normaliser = fields.exp_ce if plan.separate else fields.exp_s
         smoothing = terms.label_smoothing
         cross_entropies = normaliser.log() - target * (1.0 - smoothing)
         if smoothing != 0.0:
@@ -139,7 +140,7 @@ def kd_rows(
 
 def _cut(tensor: Any, sizes: list[int]) -> Any:
     """A tensor's blocks of rows, in one call as they are many; None for each block of None."""
-    return [None] * len(sizes) if tensor is None else tensor.split_with_sizes(sizes)
+    return [None] * len(sizes) if tensor is None else tensor.split_with_sizes(sizes, dim=-2)
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,10 @@ class _Scratch(NamedTuple):
         if stats is not None:
             widths["ratio"] = widths["spare"] = max(whole, teacher.shape[1])
         memory = student.new_empty(rows * sum(widths.values()), dtype=dtype)
-        pieces = memory.split([rows * width for width in widths.values()])
-        return _Scratch(*(piece.view(rows, -1) for piece in pieces))
+        pieces = memory.split_with_sizes([rows * width for width in widths.values()])
+        return _Scratch(
+            *(piece.view(rows, width) for piece, width in zip(pieces, widths.values(), strict=True))
+        )
 
     def first(self, rows: int) -> _Scratch:
         """The same for a block of fewer rows."""
