@@ -26,7 +26,7 @@ def add_adapters(model: PreTrainedModel, recipe: LanguageStudentRecipe) -> None:
         from peft import LoraConfig
     except ImportError:
         raise KdtrainError(
-            "student.lora_rank needs peft, which is not installed; pip install 'kdkernels[lora]', or set student.lora_rank: 0"
+            "student.lora_rank needs peft, which is not installed; pip install peft, or set student.lora_rank: 0"
         ) from None
     targets = list(recipe.lora_targets)
     head = model.get_output_embeddings()
