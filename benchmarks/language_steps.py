@@ -5,6 +5,7 @@ between two lines of its log. Models have random weights and the text is random 
 """
 
 import atexit
+import itertools
 import shutil
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.operation import Operation, Step
+from benchmarks.operation import Operation, Step, training_step
 
 if TYPE_CHECKING:
     from kdtrain.language.objective import LanguageObjective
@@ -142,25 +143,15 @@ def _step(
     case: Case, objective: "LanguageObjective", rows: "PackedRows | CachedRows", loss_of: Any = None
 ) -> Step:
     """The step of `kdtrain.loop`, in which `loss_of` may stand for the objective's own loss."""
-    parameters = list(objective.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    batches = torch.arange(BATCHES * case.rows).split(case.rows)
-    done = 0
+    batches = itertools.cycle(torch.arange(BATCHES * case.rows).split(case.rows))
 
-    def step() -> Tensor:
-        nonlocal done
-        index = batches[done % BATCHES]
-        done += 1
+    def loss() -> Tensor:
+        index = next(batches)
         batch = rows.batch(index, torch.device(case.device))
         with _autocast(case):
-            loss = (loss_of or (lambda *given: objective(*given)[0]))(batch, rows.count(index))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return (loss_of or (lambda *given: objective(*given)[0]))(batch, rows.count(index))
 
-    return step
+    return training_step(objective, loss)
 
 
 def plain(case: Case, inputs: Inputs) -> Step:

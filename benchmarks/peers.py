@@ -5,6 +5,7 @@ torch's own to the same loss and gradients as ours; of the others the error agai
 """
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -43,16 +44,39 @@ def beta_of(case: Case) -> float:
     return PEER_BETA[case.divergence]
 
 
+def need_forward_kl(case: Case) -> None:
+    """For who has that one divergence."""
+    if case.divergence != "forward_kl":
+        raise CannotRun(f"has no {case.divergence}")
+
+
+def counted_hidden(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Hidden states of student and teacher for who knows no ignored rows: its caller picks the others."""
+    sides = (inputs.student_hidden, inputs.teacher_hidden)
+    return (sides[0][inputs.counted], sides[1][inputs.counted]) if case.masked else sides
+
+
+def of_both_heads(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+    """A step of Liger's losses that take hidden states and head of either side."""
+    return with_backward(
+        lambda: loss(
+            inputs.student_hidden,
+            inputs.student_weight,
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.labels,
+        )
+    )
+
+
 def trl(case: Case, inputs: Inputs) -> Step:
-    """TRL's `ChunkedDivergenceFunction`. It knows no ignored rows, so its caller picks the counted ones, as its trainer does."""
+    """TRL's `ChunkedDivergenceFunction`, on the counted rows, as its trainer calls it."""
     function, beta = find("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction"), beta_of(case)
 
     def loss() -> Tensor:
-        student_hidden, teacher_hidden = inputs.student_hidden, inputs.teacher_hidden
-        if case.masked:
-            student_hidden, teacher_hidden = student_hidden[inputs.counted], teacher_hidden[inputs.counted]
+        student, teacher = counted_hidden(case, inputs)
         divergence, _entropy = function.apply(
-            student_hidden, inputs.student_weight, None, teacher_hidden, inputs.teacher_weight, None, beta
+            student, inputs.student_weight, None, teacher, inputs.teacher_weight, None, beta
         )
         return divergence.mean()
 
@@ -64,15 +88,7 @@ def liger_chunked(case: Case, inputs: Inputs) -> Step:
     loss = find("liger_kernel.chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta_of(case), ignore_index=IGNORE_INDEX
     )
-    return with_backward(
-        lambda: loss(
-            inputs.student_hidden,
-            inputs.student_weight,
-            inputs.teacher_hidden,
-            inputs.teacher_weight,
-            inputs.labels,
-        )
-    )
+    return of_both_heads(loss, inputs)
 
 
 def liger_jsd(case: Case, inputs: Inputs) -> Step:
@@ -80,15 +96,7 @@ def liger_jsd(case: Case, inputs: Inputs) -> Step:
     make = find("liger_kernel.transformers.fused_linear_jsd", "LigerFusedLinearJSD")
     loss = make(jsd_beta=beta_of(case), ignore_index=IGNORE_INDEX)
     need_gpu(case)
-    return with_backward(
-        lambda: loss(
-            inputs.student_hidden,
-            inputs.student_weight,
-            inputs.teacher_hidden,
-            inputs.teacher_weight,
-            inputs.labels,
-        )
-    )
+    return of_both_heads(loss, inputs)
 
 
 def liger_kl(case: Case, inputs: Inputs) -> Step:
@@ -96,8 +104,7 @@ def liger_kl(case: Case, inputs: Inputs) -> Step:
     make = find("liger_kernel.transformers.fused_linear_kl_div", "LigerFusedLinearKLDivLoss")
     if case.teacher != "logits":
         raise CannotRun(f"takes a teacher as probabilities only, here it comes as {case.teacher}")
-    if case.divergence != "forward_kl":
-        raise CannotRun(f"has no {case.divergence}")
+    need_forward_kl(case)
     need_gpu(case)
     loss = make(ignore_index=IGNORE_INDEX)
     with torch.no_grad():
@@ -106,16 +113,14 @@ def liger_kl(case: Case, inputs: Inputs) -> Step:
 
 
 def fla(case: Case, inputs: Inputs) -> Step:
-    """fla's `fused_kl_div_loss`. It knows no ignored rows, so its caller picks the counted ones."""
+    """fla's `fused_kl_div_loss`, on the counted rows."""
     loss = find("fla.modules.fused_kl_div", "fused_kl_div_loss")
     need_head(case)
-    if case.divergence != "forward_kl":
-        raise CannotRun(f"has no {case.divergence}")
+    need_forward_kl(case)
     need_gpu(case)
 
     def of_counted() -> Tensor:
-        rows = (inputs.student_hidden, inputs.teacher_hidden)
-        student, teacher = (side[inputs.counted] for side in rows) if case.masked else rows
+        student, teacher = counted_hidden(case, inputs)
         return loss(student, teacher, inputs.student_weight, inputs.teacher_weight)
 
     return with_backward(of_counted)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operation import Operation, Step
+from benchmarks.operation import Operation, Step, training_step
 
 CLASSES = 20
 METHODS = ("ft", "kd", "kd_features", "dist", "pkd", "ckd")
@@ -82,18 +82,7 @@ def _contender(name: str) -> Any:
             teacher_mask=teacher_mask,
         )
         model = DistillationModel(_student(shape), method).to(case.device).train()
-        parameters = list(model.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-        def step() -> Tensor:
-            loss, _ = model(batch, case.rows)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
-        return step
+        return training_step(model, lambda: model(batch, case.rows)[0])
 
     return contender
 
