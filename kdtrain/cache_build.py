@@ -1,6 +1,5 @@
 """Fill a teacher cache and check one: what costs time and disk, and is said beforehand."""
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,15 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes, write_json
 from kdtrain.models import sentence_states, sequence_states, shape_of
 from kdtrain.progress import progress, say
-from kdtrain.shards import MANIFEST, check_agreement, check_room, verify_checksums, write_shard, writing
+from kdtrain.shards import (
+    MANIFEST,
+    check_agreement,
+    check_room,
+    stored_sample,
+    verify_checksums,
+    write_shard,
+    writing,
+)
 from kdtrain.teachers import Teacher
 
 SHARD_ROWS = 2048
@@ -174,8 +181,7 @@ def verify_cache(
     """
     verify_checksums(cache.folder)
     keys = rows.keys()
-    known = [i for i, key in enumerate(keys) if key in cache.places]
-    chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
+    chosen = stored_sample(cache.places, keys, count, seed)
     tokens = tokenize_split(
         rows.select(chosen), teacher.tokenizer, teacher.max_length, identity.focus, teacher.insert
     )

@@ -8,8 +8,9 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def verify_checksums(folder: Path) -> None:
             raise KdtrainError(
                 f"{path} has changed since it was written; delete this one file and it is computed again"
             )
+
+
+def stored_sample(places: Mapping[str, Any], keys: Sequence[str], count: int, seed: int) -> list[int]:
+    """The numbers of `count` random rows, in order, out of those whose key is stored (all of these if they are fewer)."""
+    known = [i for i, key in enumerate(keys) if key in places]
+    return sorted(random.Random(seed).sample(known, min(count, len(known))))
 
 
 def check_agreement(folder: Path, key: str, name: str, stored: Tensor, now: Tensor, tolerance: float) -> None:

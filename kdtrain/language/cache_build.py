@@ -1,6 +1,5 @@
 """Fill a language teacher's cache and check one: what costs time and disk, and is said beforehand."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,15 @@ from kdtrain.language.heads import Head
 from kdtrain.language.packing import PackedRows
 from kdtrain.language.teacher import LanguageTeacher
 from kdtrain.progress import progress, say
-from kdtrain.shards import MANIFEST, check_agreement, check_room, verify_checksums, write_shard, writing
+from kdtrain.shards import (
+    MANIFEST,
+    check_agreement,
+    check_room,
+    stored_sample,
+    verify_checksums,
+    write_shard,
+    writing,
+)
 
 SHARD_TOKENS = 1 << 18
 CHUNK_TOKENS = 512
@@ -146,8 +153,7 @@ def verify_language_cache(
     """
     verify_checksums(cache.folder)
     keys = row_keys(rows)
-    known = [i for i, key in enumerate(keys) if key in cache.places]
-    chosen = sorted(random.Random(seed).sample(known, min(count, len(known))))
+    chosen = stored_sample(cache.places, keys, count, seed)
     nn.Module.to(teacher.model, device)
     name = TENSORS[cache.signal.kind][0]
     for i in chosen:
