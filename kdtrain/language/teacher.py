@@ -13,6 +13,7 @@ from kdkernels import TeacherHead
 from kdtrain.language.heads import Head, check_model, decoder_layers, head_of, hidden_states
 from kdtrain.language.packing import LanguageBatch
 from kdtrain.models import blaming, load_tokenizer, parameter_count
+from kdtrain.zero import spreads_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,12 +68,13 @@ class LanguageTeacher:
                     setattr(module, name, nn.ModuleList())
 
     def place(self, accelerator: Accelerator) -> None:
-        """Move it to this process's device; under FSDP2 its layers are sharded over the processes.
+        """Move it to this process's device; under FSDP2 and ZeRO 3 its layers are sharded over the processes.
 
-        Embeddings and head stay whole on every process: the loss reads all of the head in every step.
+        PyTorch shards them in both: DeepSpeed has but one engine for a model and its optimizer. Embeddings and head stay whole on every process: the loss reads all of the head in every step.
         """
         self.model.to(accelerator.device)
-        if not accelerator.is_fsdp2 or not any(
+        spread = accelerator.is_fsdp2 or spreads_weights(accelerator)
+        if not spread or not any(
             isinstance(module, nn.ModuleList) and len(module) for module in self.model.base_model.modules()
         ):
             return

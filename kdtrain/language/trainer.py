@@ -10,7 +10,6 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -23,6 +22,7 @@ from kdtrain.language.packing import IGNORED, padded_batch
 from kdtrain.language.recipe import LanguageMethodRecipe
 from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
 from kdtrain.language.vocabulary import match_vocabularies
+from kdtrain.zero import gathered_weights, loading_whole, spread_weights
 
 
 @dataclass
@@ -71,7 +71,7 @@ class KDTrainer(Trainer):
         others: as for `Trainer`. Data sets have `input_ids` and `labels` (not shifted, -100 where nothing counts).
 
     Raises:
-        KdtrainError: tokenizers or heads that do not fit; DataParallel or DeepSpeed.
+        KdtrainError: tokenizers or heads that do not fit; DataParallel; a teacher that ZeRO 3 has cut.
     """
 
     loss_is_scaled_for_ga = True
@@ -81,13 +81,14 @@ class KDTrainer(Trainer):
         self, model: PreTrainedModel, teacher: PreTrainedModel | str, args: KDConfig, **others: Any
     ) -> None:
         super().__init__(model=model, args=args, **others)
-        if args.n_gpu > 1 or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if args.n_gpu > 1:
             raise KdtrainError(
-                "KDTrainer runs in one process a device, with DDP or FSDP2; DataParallel and DeepSpeed are not supported yet"
+                "KDTrainer runs in one process a device, with DDP, FSDP2 or DeepSpeed; DataParallel is not supported yet"
             )
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels of an accumulated batch
         known = open_teacher(teacher, args.teacher_precision)
-        check_model(model, "student", packing=False)
+        with gathered_weights(spread_weights(model).values()):
+            check_model(model, "student", packing=False)
         sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
         vocab_map = None
         if isinstance(teacher, str) and self.processing_class is not None:
@@ -194,7 +195,13 @@ def refuse_cut_documents(inputs: dict[str, Tensor]) -> None:
 def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeacher:
     """A frozen teacher, loaded where a name was given."""
     if isinstance(teacher, str):
-        return load_language_teacher(teacher, precision, packing=False)
+        with loading_whole():
+            return load_language_teacher(teacher, precision, packing=False)
+    if spread_weights(teacher):
+        raise KdtrainError(
+            "ZeRO 3 has cut the teacher while it was loaded, and nothing puts it together to run; give KDTrainer its folder or "
+            "hub id, or load it before KDConfig is made"
+        )
     teacher.eval().requires_grad_(False)
     check_model(teacher, "teacher", packing=False)
     path = str(teacher.config.name_or_path)

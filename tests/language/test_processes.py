@@ -1,4 +1,4 @@
-"""Two gloo processes, replicated (DDP) and sharded (FSDP2), take the same steps as one, and survive kill -9."""
+"""Two gloo processes, replicated (DDP) and sharded (FSDP2, DeepSpeed), take the same steps as one, and survive kill -9."""
 
 import json
 import os
@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.run import run_language
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
+from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps
 
 FSDP2 = {
@@ -34,6 +36,8 @@ DEEPSPEED = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     "DS_ACCELERATOR": "cpu",
 }
+ZERO3 = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+TRAINER_DEEPSPEED = {key: DEEPSPEED[key] for key in ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")}
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 MEASURED = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
 
@@ -84,7 +88,8 @@ def worker(agent: int, rank: int) -> int:
     [
         pytest.param({}, id="ddp"),
         pytest.param(FSDP2, id="fsdp2"),
-        pytest.param(DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED),
+        pytest.param(DEEPSPEED, id="zero2", marks=NEEDS_DEEPSPEED),
+        pytest.param(ZERO3, id="zero3", marks=NEEDS_DEEPSPEED),
     ],
 )
 def test_two_processes_equal_one(
@@ -110,7 +115,11 @@ def test_two_processes_equal_one(
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(FSDP2, id="fsdp2"), pytest.param(DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED)],
+    [
+        pytest.param(FSDP2, id="fsdp2"),
+        pytest.param(DEEPSPEED, id="zero2", marks=NEEDS_DEEPSPEED),
+        pytest.param(ZERO3, id="zero3", marks=NEEDS_DEEPSPEED),
+    ],
 )
 def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     language_distillation: LanguageRecipe,
@@ -143,7 +152,7 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
 
     shutil.copytree(killed, tmp_path / "alone")
     alone = replace(recipe, output=str(tmp_path / "alone"))
-    if options is DEEPSPEED:
+    if options is not FSDP2:
         with pytest.raises(KdtrainError, match="the checkpoint was written under DeepSpeed"):
             run_language(alone)
     else:  # one process goes on where two stopped: the same up to the order of sums
@@ -158,11 +167,23 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_two_processes_of_trainer_equal_one(tmp_path: Path) -> None:
-    """KDTrainer, DDP and FSDP2: losses, gradient norms, metrics of an odd number of rows, and the student."""
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [
+        pytest.param(("ddp", "fsdp2"), {}, id="torch"),
+        pytest.param(("zero2", "zero3"), TRAINER_DEEPSPEED, id="deepspeed", marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_two_processes_of_trainer_equal_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kinds: tuple[str, ...], options: dict[str, str]
+) -> None:
+    """KDTrainer: losses, gradient norms, metrics of an odd number of rows, and the student."""
+    tiny("llama").save_pretrained(tmp_path / "student")
+    tiny("qwen3", 1, hidden_size=48).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
     found, weights = steps(tmp_path)
-    finish(torchrun(["tests.language.trainer_steps", str(tmp_path)], {}))
-    for kind in ("ddp", "fsdp2"):
+    finish(torchrun(["tests.language.trainer_steps", str(tmp_path), *kinds], options))
+    for kind in kinds:
         for name, values in json.loads((tmp_path / f"{kind}.json").read_text()).items():
             assert values == pytest.approx(found[name], rel=1e-4), (kind, name)
         after = load_file(tmp_path / f"{kind}.safetensors")
@@ -173,9 +194,9 @@ def test_two_processes_of_trainer_equal_one(tmp_path: Path) -> None:
 
 @NEEDS_DEEPSPEED
 def test_deepspeed_that_is_not_supported_is_told(language_recipe: LanguageRecipe, tmp_path: Path) -> None:
-    """A stage that spreads weights, and half precision with a loss scale, in one process each."""
+    """A stage that spreads nothing, and half precision with a loss scale, in one process each."""
     for stage, precision, sentence in (
-        ("3", "fp32", "DeepSpeed's ZeRO stage 3 is not supported"),
+        ("0", "fp32", "DeepSpeed's ZeRO stage 0 spreads nothing"),
         ("2", "fp16", "training.precision fp16 needs a loss scale"),
     ):
         training = replace(language_recipe.training, precision=precision)

@@ -1,21 +1,29 @@
 """Two optimizer steps of KDTrainer on rows made here; as a program under torchrun, on all its processes.
 
-python -m tests.language.trainer_steps FOLDER
+python -m tests.language.trainer_steps FOLDER KIND...
+
+A folder for zero3 holds the models: `student`, which is then loaded in parts, and `teacher`.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import distributed
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
+from kdtrain.errors import KdtrainError
+from kdtrain.language.heads import decoder_layers
 from kdtrain.language.packing import IGNORED
-from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.language.trainer import KDConfig, KDTrainer, open_teacher
 from kdtrain.sharding import whole_state
 from tests.language.conftest import VOCABULARY, tiny
 
@@ -41,11 +49,27 @@ class ShardedKDTrainer(KDTrainer):
         self.is_fsdp_enabled = True
 
 
+KINDS: dict[str, tuple[type[KDTrainer], int]] = {
+    "ddp": (KDTrainer, 0),
+    "fsdp2": (ShardedKDTrainer, 0),
+    "zero2": (KDTrainer, 2),
+    "zero3": (KDTrainer, 3),
+}
+"""the class, and DeepSpeed's stage"""
+
+
+def deepspeed(stage: int) -> dict[str, Any] | None:
+    """A configuration as people have it, for a stage above 0."""
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": {"stage": stage}} | dict.fromkeys(automatic, "auto") if stage else None
+
+
 def steps(
-    folder: Path, *, processes: int = 1, accumulation: int = 1, kind: type[KDTrainer] = KDTrainer
+    folder: Path, *, processes: int = 1, accumulation: int = 1, name: str = "ddp"
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
     """Losses of two steps, metrics of 7 held-out rows, and the student's weights (on the first process)."""
-    student = tiny("llama")
+    kind, stage = KINDS[name]
+    student, teacher = tiny("llama"), tiny("qwen3", 1, hidden_size=48)
     arguments = KDConfig(
         output_dir=str(folder),
         max_steps=2,
@@ -56,15 +80,25 @@ def steps(
         logging_steps=1,
         save_strategy="no",
         use_cpu=True,
+        deepspeed=deepspeed(stage),
         ce_weight=0.3,
     )
+    if stage == 3:
+        student = AutoModelForCausalLM.from_pretrained(folder / "student")
+        assert student.lm_head.weight.numel() == 0, "each process has a part"
+        with pytest.raises(KdtrainError, match="ZeRO 3 has cut the teacher"):
+            open_teacher(student, "fp32")
     trainer = kind(
         student,
-        tiny("qwen3", 1, hidden_size=48),
+        str(folder / "teacher") if stage == 3 else teacher,
         args=arguments,
         train_dataset=tokens(16, 4),
         eval_dataset=tokens(7, 4),
     )
+    if name in ("fsdp2", "zero3"):
+        assert trainer.objective.teacher is not None
+        spread = next(decoder_layers(trainer.objective.teacher.model).parameters())
+        assert isinstance(spread, DTensor), "the teacher's layers are spread"
     trainer.train()
     metrics = trainer.evaluate()
     found = {
@@ -76,10 +110,10 @@ def steps(
 
 
 def main() -> None:
-    """The same on every process, with DDP and with FSDP2; the first process writes what came out."""
+    """The same on every process, in the kinds that are named; the first process writes what came out."""
     folder, count = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
-    for name, kind in (("ddp", KDTrainer), ("fsdp2", ShardedKDTrainer)):
-        found, weights = steps(folder, processes=count, kind=kind)
+    for name in sys.argv[2:]:
+        found, weights = steps(folder, processes=count, name=name)
         if distributed.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(found))
             whole = {key: value.contiguous() for key, value in weights.items()}
