@@ -26,7 +26,8 @@ FOUNDATIONS = {
     "compiling": {"divergences", "stats", "teachers", "traced"},
     "traced": {"autograd", "compiling", "matmul", "options"},
     "checks": {"options", "divergences", "teachers", "compiling", "counting"},
-    "logit_checks": {"checks", "compiling", "divergences", "options", "teachers"},
+    "logit_checks": {"checks", "options", "teachers"},
+    "teacher_checks": {"checks", "compiling", "divergences", "logit_checks", "options", "teachers"},
     "prepare": {
         "backends",
         "checks",
@@ -35,6 +36,7 @@ FOUNDATIONS = {
         "logit_checks",
         "matmul",
         "options",
+        "teacher_checks",
         "teachers",
     },
     "stats": set[str](),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, logit_checks
+from . import checks, teacher_checks
 from .matmul import TILE_ROWS, wide_dtype
 from .options import LogitTransform
 from .prepare import autocast_off, flat
@@ -51,10 +51,10 @@ def teacher_cross_term(
     Source: forward KL written as log sum exp(s / T) - <p_t, s> / T - H(p_t), in which <p_t, s> is linear in the hidden state.
     """
     checks.check_temperature(temperature)
-    teacher = logit_checks.check_full_teacher(teacher)
+    teacher = teacher_checks.check_full_teacher(teacher)
     rows = teacher.hidden if isinstance(teacher, TeacherHead) else teacher.logits
     vocabulary = teacher.weight.shape[0] if isinstance(teacher, TeacherHead) else rows.shape[-1]
-    logit_checks.check_averaged_head(student_weight, student_bias, vocabulary, rows)
+    teacher_checks.check_averaged_head(student_weight, student_bias, vocabulary, rows)
 
     source, head, bias, transform = flat(rows), None, None, LogitTransform()
     if isinstance(teacher, TeacherHead):

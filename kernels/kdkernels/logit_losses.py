@@ -14,7 +14,7 @@ from .chunked import LinearKD, LogitKD
 from .compiling import traceable
 from .divergences import Divergence
 from .finite import refuse_bad_rows
-from .logit_checks import check_cross_term_head, check_logit_dtype
+from .logit_checks import check_logit_dtype
 from .low_memory import LowMemoryKD
 from .options import IGNORE_INDEX, Impl, LinearLossOptions, LossOptions, Mode, Reduction, RowTerms
 from .prepare import autocast_dtype, autocast_off, check_options, flat, prepare
@@ -22,6 +22,7 @@ from .reference import linear, wide
 from .reference_rows import cast_to, reference_rows
 from .sharded import ShardedKD, shard_of
 from .stats import KDStats, stats_from_rows
+from .teacher_checks import check_cross_term_head
 from .teachers import Teacher, TeacherCrossTerm
 
 # Logits of at most this many elements keep their gradient from the forward pass of `kd_loss` everywhere: 256 KiB in float32.
@@ -297,6 +298,7 @@ def linear_kd_loss(
         student_weight: (V_s, D_s), the student's head; no work is spent on its gradient when it is frozen.
         teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), any form of `kd_loss`, or
             TeacherCrossTerm where the student's head is frozen. Frozen; D_t and the dtype may differ from the student's.
+        labels: as `kd_loss`; on a GPU, too, labels out of range are refused, except with static_shapes.
         student_bias: (V_s,), the bias of the student's head. Scale and softcap come after it.
         kd_weight: with 0 (and without return_stats) the teacher is not read and its logits are not made: plain training
             with chunked logits. Only a vocab_group still reads it.

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from . import checks, logit_checks
+from . import checks, logit_checks, teacher_checks
 from .backends import resolve_impl
 from .counting import Counted, count_rows
 from .divergences import Decoupled, Divergence, resolve_divergence
@@ -160,8 +160,8 @@ def prepare(
     `sharded_vocabulary` is the size of the whole, where `vocabulary` is a rank's slice of it.
     """
     cast = autocast_dtype(student)
-    teacher = logit_checks.check_teacher(teacher, same_dtype=cast is None)
-    mapping = logit_checks.check_pair(student_name, student, vocabulary, teacher, vocab_map)
+    teacher = teacher_checks.check_teacher(teacher, same_dtype=cast is None)
+    mapping = teacher_checks.check_pair(student_name, student, vocabulary, teacher, vocab_map)
     checks.check_rows(
         student_name,
         student,
@@ -171,7 +171,7 @@ def prepare(
         terms.ce_weight,
         ignore_index,
     )
-    logit_checks.check_divergence(terms.divergence, teacher, labels, student_name, student)
+    teacher_checks.check_divergence(terms.divergence, teacher, labels, student_name, student)
     if isinstance(teacher, TeacherHead):
         transform = logit_checks.check_transform("TeacherHead.", "scale", teacher.scale, teacher.softcap)
         terms = replace(terms, teacher_transform=transform)
