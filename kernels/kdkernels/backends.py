@@ -1,8 +1,8 @@
 """Which back end runs a loss, and what a back end has to supply.
 
-A back end is a package (`_torch`, `_triton`) with the three functions below. Both are driven by
-the same schedule (`chunked.py`) and import nothing of each other. They are imported only when used,
-so that `import kdkernels` does not pull in triton.
+A back end is a package (`_torch`, `_triton`) with the functions of `Backend`. Both are driven by the same schedules
+(`chunked.py`, `low_memory.py`, `sharded.py`, `projection.py`, `attention_relations.py`) and import nothing of each other.
+They are imported only when used, so that `import kdkernels` does not pull in triton.
 """
 
 from __future__ import annotations
