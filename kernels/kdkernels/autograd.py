@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .compiling import making_a_graph
 from .options import Reduction
 
 Tensors = tuple[Tensor | None, ...]
@@ -247,7 +248,7 @@ def row_loss_and_rest(
     gradient_in_forward: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
-    if torch.compiler.is_compiling():
+    if making_a_graph():
         from .traced import (
             row_loss as traced_row_loss,
         )  # imports the compiler, which eager users do not wait for

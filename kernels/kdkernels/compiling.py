@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from .divergences import JSD, TVD, AlphaBeta, Decoupled, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from .stats import KDStats
@@ -36,9 +37,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
+def making_a_graph() -> bool:
+    """True while tensors have no values because `torch.compile` makes a graph.
+
+    torch 2.11 and 2.12 say `is_compiling` only in code that the compiler reads, not in what it runs as one node.
+    """
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+
 def values_can_be_read(tensor: Tensor) -> bool:
     """True where looking at values costs nothing: on a CPU, and not while a graph is made."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not making_a_graph()
 
 
 def traceable(function: Callable[P, R]) -> Callable[P, R]:

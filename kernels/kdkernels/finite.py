@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .compiling import making_a_graph
 from .prepare import Problem
 from .reference import linear
 from .teachers import TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
@@ -42,7 +43,7 @@ def refuse_bad_rows(
     problem: Problem, loss: Tensor, source: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """Raise when the loss is not finite; `source` is student logits (N, V), or hidden states with `weight`."""
-    if torch.compiler.is_compiling():
+    if making_a_graph():
         raise ValueError(
             "check_finite=True reads the loss back, which a compiled graph cannot; leave it at False there"
         )
