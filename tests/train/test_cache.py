@@ -21,6 +21,7 @@ from kdtrain.data.tokens import tokenize
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe, Recipe, TeacherRecipe
 from kdtrain.teachers import Teacher, load_teacher
+from tests.support.commands import Program
 from tests.train.conftest import CLASSES, FOCUS
 
 CPU = torch.device("cpu")
@@ -196,22 +197,19 @@ def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Pat
         f"data: {{train: {tmp_path}/rows.jsonl, valid: {tmp_path}/rows.jsonl, classes: [{', '.join(CLASSES)}]}}\n"
         f"teacher: {{path: {teacher}, cache: {tmp_path}/cache, batch_tokens: 1024}}\nmethod: {{name: kd}}\n"
     )
-    command = [sys.executable, "-m", "kdtrain", "cache", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = ["kdtrain", "cache", str(tmp_path / "recipe.yaml")]
+    process = Program(command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cache").glob("shard-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the build was over before it could be killed"
+    assert process.kill() == -signal.SIGKILL, "the build was over before it could be killed"
     kept = len(TeacherCache(tmp_path / "cache", ()))
     assert 2048 <= kept < 6000
-    again = subprocess.run(
-        [*command, "--verify"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"teacher cache: {6000 - kept} rows x (3 logits)" in again.stderr
-    assert "all checksums hold and 64 recomputed rows agree" in again.stderr
+    again = Program([*command, "--verify"])
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert f"teacher cache: {6000 - kept} rows x (3 logits)" in errors
+    assert "all checksums hold and 64 recomputed rows agree" in errors
 
 
 def test_teacher_that_cannot_be_used(tmp_path: Path, teacher: Path) -> None:

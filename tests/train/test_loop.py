@@ -1,10 +1,7 @@
 """The loop end to end, on tiny models: it learns, it can be killed, it does not repeat itself."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from kdtrain.plots import read_metrics
 from kdtrain.recipe import MethodRecipe, Recipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
+from tests.support.commands import Program, torchrun
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -66,20 +64,19 @@ def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) ->
     run(replace(recipe, output=str(whole)))
 
     save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = ["kdtrain", "train", str(tmp_path / "recipe.yaml")]
+    process = Program(command)
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert process.kill() == -signal.SIGKILL, "the run was over before it could be killed"
     reached = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
     assert 0 < reached < Summary.load(whole).training["steps"]
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert f"resumed at step {reached}" in again.stderr
+    again = Program(command)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert f"resumed at step {reached}" in errors
     assert lines(killed) == lines(whole)
     for name in ("student/model.safetensors", "projection.safetensors", "predictions/test.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
@@ -163,16 +160,9 @@ def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: s
     recipe = replace(distillation, student=student, training=training)
     run(replace(recipe, output=str(tmp_path / "one")))
     save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
-    found = subprocess.run(
-        [*launch, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    process = torchrun(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["training"]["processes"] == 2
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name, value in one.items():

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +36,7 @@ from kdtrain.recipe.sections import StudentRecipe
 from kdtrain.students import roberta_config
 from kdtrain.summary import Summary
 from kdtrain.tokenizers import train_tokenizer
+from tests.support.commands import Program
 
 CODE = (
     "def f(a):\n    try:\n        g(a)\n    except KeyError:\n        raise TypeError(a)\n    raise OSError\n"
@@ -183,17 +181,16 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
     assert run_masked(replace(recipe, output=str(whole))) == summary
 
     save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = ["kdtrain", "train", str(tmp_path / "recipe.yaml")]
+    process = Program(command)
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step" in again.stderr
+    assert process.kill() == -signal.SIGKILL, "the run was over before it could be killed"
+    again = Program(command)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert "resumed at step" in errors
     for name in ("student/model.safetensors", "student/tokenizer.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.study.plan import study_from_dict, unfold
 from kdtrain.study.statistics import deviation, metric_of_sums, paired_test, row_counts
+from tests.support.commands import Program
 
 
 def content(toy: Path, teacher: Path, output: Path) -> dict[str, Any]:
@@ -86,26 +83,23 @@ def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: 
     """kill -9 after the first finished run; the same command then finishes only what is left."""
     output = tmp_path / "study"
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content(toy, teacher, output), sort_keys=False))
-    command = [sys.executable, "-m", "kdtrain", "study", str(tmp_path / "study.yaml")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["kdtrain", "study", str(tmp_path / "study.yaml")]
+    process = Program(command)
     deadline = time.monotonic() + 200
     while not list(output.glob("runs/*/summary.json")) and time.monotonic() < deadline:
-        assert process.poll() is None, "the study was over before it could be killed"
+        assert process.returncode is None, "the study was over before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     time.sleep(3)  # the workers see that their parent is gone
     done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/summary.json")}
     assert 1 <= len(done) < 8
 
-    again = subprocess.run(
-        [*command, "--workers", "1"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"{len(done)} of 8 runs are already done" in again.stderr
+    again = Program([*command, "--workers", "1"])
+    printed, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert f"{len(done)} of 8 runs are already done" in errors
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    check_report(output, again.stdout)
+    check_report(output, printed)
     assert len(list((output / "tokenizers").iterdir())) == 1
     manifest = json.loads((output / "teacher-cache" / "toy" / "manifest.json").read_text())
     assert manifest["layers"] == [0, 2, 3] and manifest["sequences"]
