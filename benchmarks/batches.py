@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -72,11 +73,10 @@ def search(contender: str, case: Case, limit: int) -> dict[str, int]:
     return {"rows": rows, "peak_bytes": peaks.get(rows, 0)}
 
 
-def in_own_process(contender: str, suite: str, limit: int) -> dict[str, int]:
-    """The search, where nothing else has left memory behind."""
-    command = [sys.executable, "-m", "benchmarks.batches", "--suite", suite, "--one", contender, str(limit)]
+def in_own_process(module: str, *arguments: str) -> Any:
+    """What a module of this package prints last, as JSON, where nothing else has left memory behind."""
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=checkout_first(),
         stdout=subprocess.PIPE,
@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print("| | rows (0: not one fits) | tokens | it holds MiB |\n|---|---:|---:|---:|")
     for contender in CONTENDERS:
-        found = in_own_process(contender, chosen.suite, limit)
+        one = ("--suite", chosen.suite, "--one", contender, str(limit))
+        found = in_own_process("benchmarks.batches", *one)
         print(
             f"| {OPERATION.labels[contender]} | {found['rows']} | {found['rows'] * case.length} "
             f"| {found['peak_bytes'] / 2**20:.0f} |",
