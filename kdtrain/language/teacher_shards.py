@@ -1,4 +1,4 @@
-"""Kept tokens of a teacher that ran elsewhere, in a folder that any program can write (docs/integrations.md).
+"""Kept tokens of a teacher that ran elsewhere, in a folder that any program can write (docs/code-lm.md).
 
 manifest.json              {"format": "kdtrain teacher shards 1", "teacher": a name, "vocabulary": V_t, "top_k": K}
 tokenizer.json, ...        the teacher's tokenizer, as `save_pretrained` writes it

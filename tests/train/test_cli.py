@@ -127,6 +127,13 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
                 assert f"--{section.name}.{field.name} (" in own, (task, section.name, field.name)
 
 
+def test_help_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    printed = capsys.readouterr().out
+    assert "--tasks (needed)" in printed and "--common (none)" in printed and "--seeds ([0, 1, 2])" in printed
+
+
 def test_cache_without_a_teacher(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", str(saved)]) == 2
     assert "names no teacher; set teacher.path" in capsys.readouterr().err
