@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,8 @@ from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps
+from tests.support import commands
+from tests.support.commands import Program
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -47,9 +50,10 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(folder)]
 
 
-def launch(recipe: Path, options: dict[str, str]) -> "subprocess.Popen[str]":
-    """kdtrain train in two processes."""
-    return torchrun(["kdtrain", "train", str(recipe)], options)
+def launch(recipe: Path, options: dict[str, str]) -> "subprocess.Popen[str] | Program":
+    """kdtrain train in two processes; with FSDP2 they are forks, the others start as a user's do."""
+    words = ["kdtrain", "train", str(recipe)]
+    return commands.torchrun(words, options) if "FSDP_VERSION" in options else torchrun(words, options)
 
 
 def torchrun(module: list[str], options: dict[str, str]) -> "subprocess.Popen[str]":
@@ -63,7 +67,7 @@ def torchrun(module: list[str], options: dict[str, str]) -> "subprocess.Popen[st
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
+def finish(process: "subprocess.Popen[str] | Program") -> str:
     """Its remarks, once it has ended well."""
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
@@ -71,16 +75,15 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 def worker(agent: int, rank: int) -> int:
-    """The process that torchrun started for this rank."""
+    """The process that torchrun started for this rank: it starts them in their order."""
+    children = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
-            environment = (path.parent / "environ").read_bytes().split(b"\0") if parent == agent else []
-        except OSError:
-            continue
-        if f"RANK={rank}".encode() in environment:
-            return int(path.parent.name)
-    raise AssertionError(f"torchrun {agent} has no worker of rank {rank}")
+        with suppress(OSError):  # it has ended since
+            numbers = path.read_text().rsplit(")", 1)[1].split()
+            if int(numbers[1]) == agent:
+                children.append((int(numbers[19]), int(path.parent.name)))
+    assert len(children) == 2, f"torchrun {agent} has the workers {children}"
+    return sorted(children)[rank][1]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,8 @@ def test_two_processes_of_trainer_equal_one(
     tiny("qwen3", 1, hidden_size=48).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     found, weights = steps(tmp_path)
-    finish(torchrun(["tests.language.trainer_steps", str(tmp_path), *kinds], options))
+    start = torchrun if options else commands.torchrun
+    finish(start(["tests.language.trainer_steps", str(tmp_path), *kinds], options))
     for kind in kinds:
         for name, values in json.loads((tmp_path / f"{kind}.json").read_text()).items():
             assert values == pytest.approx(found[name], rel=1e-4), (kind, name)
