@@ -10,11 +10,12 @@ any-name.safetensors, ...  of documents that stand end to end:
 
 Entry i of a document says what follows its token i: log-probabilities of the whole distribution at temperature 1. An
 entry that was not kept has the log-probability -inf and any id that is free. Documents longer than a row are cut as
-the rows are.
+the rows are. Files of `datasets` (any-name.arrow, teacher_arrow.py) hold the same, a document a row.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ class TeacherShards:
     manifest: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     paths: list[Path]
+    """of the shards; an Arrow file may hold several"""
+    firsts: list[int]
+    """of the shards' tokens in their files"""
     shards: list[dict[str, Tensor]]
     places: dict[bytes, Place]
     shared: int
@@ -77,22 +81,25 @@ class TeacherShards:
         """
         manifest = read_manifest(folder)
         tokenizer = load_tokenizer(str(folder), "teacher.path")
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise KdtrainError(f"teacher.path: {folder} holds no .safetensors file")
-        shards, places = [], {}
-        for number, path in enumerate(paths):
-            shard = map_shard(path, REMEDY)
-            check_shard(path, shard, manifest)
-            shards.append(shard)
-            first = 0
-            for length in shard["lengths"].tolist():
-                for start in range(first, first + length, max_length):
-                    size = min(max_length, first + length - start)
-                    key = piece_key(shard["input_ids"][start : start + size])
-                    places[key] = (number, start, size)
-                first += length
-        return cls(folder, manifest, tokenizer, paths, shards, places, manifest["vocabulary"])
+        paths, firsts, shards, places = [], [], [], {}
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.arrow")]):
+            tokens = 0
+            for shard in read_file(path):
+                check_shard(path, shard, manifest)
+                first = 0
+                for length in shard["lengths"].tolist():
+                    for start in range(first, first + length, max_length):
+                        size = min(max_length, first + length - start)
+                        key = piece_key(shard["input_ids"][start : start + size])
+                        places[key] = (len(shards), start, size)
+                    first += length
+                paths.append(path)
+                firsts.append(tokens)
+                shards.append(shard)
+                tokens += first
+        if not shards:
+            raise KdtrainError(f"teacher.path: {folder} holds no .safetensors or .arrow file with documents")
+        return cls(folder, manifest, tokenizer, paths, firsts, shards, places, manifest["vocabulary"])
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +132,7 @@ class TeacherShards:
         }
         for words, rows in wrong.items():
             if bool(rows.any()):
-                token = place[1] + int(rows.nonzero()[0])
+                token = self.firsts[place[0]] + place[1] + int(rows.nonzero()[0])
                 raise KdtrainError(f"{self.paths[place[0]]}: the entry of token {token} holds {words}")
 
     def verify(self) -> None:
@@ -190,11 +197,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return {"teacher": "an unnamed teacher", **found}
 
 
+def read_file(path: Path) -> Iterable[dict[str, Tensor]]:
+    """The shards of one file, memory-mapped."""
+    if path.suffix == ".safetensors":
+        return [map_shard(path, REMEDY)]
+    from kdtrain.language.teacher_arrow import map_arrow
+
+    return map_arrow(path, REMEDY)
+
+
 def check_shard(path: Path, shard: dict[str, Tensor], manifest: dict[str, Any]) -> None:
     """Refuse tensors that are missing, of another dtype, or that do not fit together."""
     for name, dtypes in DTYPES.items():
         if name not in shard:
-            raise KdtrainError(f"{path} has no tensor {name} (it has {', '.join(sorted(shard))})")
+            raise KdtrainError(f"{path} has no {name} (it has {', '.join(sorted(shard))})")
         if shard[name].dtype not in dtypes:
             words = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise KdtrainError(f"{path}: {name} must be {words}, got {shard[name].dtype}")

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +20,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.language.doctor import examine_language
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.language.run import prepare, run_language
+from kdtrain.language.teacher_shards import TeacherShards
 from kdtrain.recipe import recipe_to_dict, save_recipe
 from kdtrain.summary import Summary
 from tests.language.test_cache import losses
@@ -77,6 +81,85 @@ def test_equal_to_the_own_cache(
     summary = Summary.load(Path(recipe.output))
     assert summary.teacher is not None and summary.teacher["name"] == "my teacher"
     assert "divergence" not in summary.test
+
+
+@pytest.fixture(scope="module")
+def arrow(
+    shards: Path, recipe: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, pa.Table]:
+    """The documents of the first file once more, by the page's other code, and that file's table."""
+    folder = tmp_path_factory.mktemp("arrow")
+    for path in [*shards.glob("*.json")]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = load_file(shards / "part-00000.safetensors")
+    lengths = content["lengths"].tolist()
+    names = {
+        "documents": content["input_ids"].split(lengths),
+        "logprobs": content["teacher_logprobs"].split(lengths),
+        "ids": content["teacher_token_ids"].split(lengths),
+        "folder": str(folder),
+    }
+    exec(re.findall(r"```python arrow\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
+    (path,) = folder.glob("*.arrow")
+    with pa.memory_map(str(path)) as source:
+        return folder, pa.ipc.open_stream(source).read_all()
+
+
+def test_arrow_files_hold_the_same(shards: Path, arrow: tuple[Path, pa.Table], tmp_path: Path) -> None:
+    """As `datasets` writes them, and in several record batches of a file that is read in any order."""
+    folder, table = arrow
+    wanted = TeacherShards.open(shards, 32)
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut, ignore=shutil.ignore_patterns("*.arrow"))
+    with pa.ipc.new_file(str(cut / "any.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+    for given, batches in ((folder, 1), (cut, -(-len(table) // 7))):
+        found = TeacherShards.open(given, 32)
+        assert len(found.shards) == batches and 20 < len(found.places) < len(wanted.places)
+        found.verify()
+        for key, place in found.places.items():
+            for mine, theirs in zip(found.read(place), wanted.read(wanted.places[key]), strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def column(name: str, change: Callable[[list[Any]], object]) -> Callable[[pa.Table], pa.Table]:
+    """Change the first row of one column, whose type stays."""
+
+    def changed(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        change(values[0])
+        place = table.schema.get_field_index(name)
+        return table.set_column(place, name, pa.array(values, table.schema.field(name).type))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda table: table.drop_columns(["input_ids"]), r"has no input_ids \(it has lengths, teacher_logprobs, teacher_token_ids\)"),
+        (lambda table: table.cast(table.schema.set(1, pa.field("teacher_logprobs", pa.list_(pa.list_(pa.float64()))))), r"teacher_logprobs must be float32 or float16 or bfloat16, got torch.float64"),
+        (lambda table: table.set_column(0, "input_ids", pa.array([7] * len(table))), r"input_ids must be lists of numbers without nulls, got int64"),
+        (column("input_ids", lambda row: row.__setitem__(0, None)), r"input_ids must be lists of numbers without nulls, got list<"),
+        (column("input_ids", lambda row: row.pop()), r"the lists of a row must have as many entries as it has tokens"),
+        (column("teacher_token_ids", lambda row: row[0].pop()), r"teacher_token_ids must hold equally many entries for every token, got 23 to 24"),
+        (column("teacher_logprobs", lambda row: row[4].__setitem__(0, 0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_arrow_files_is_told(
+    arrow: tuple[Path, pa.Table], tmp_path: Path, damage: Callable[[pa.Table], pa.Table], sentence: str
+) -> None:
+    folder, table = arrow
+    shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.arrow"))
+    path = tmp_path / "shards" / "any.arrow"
+    table = damage(table)
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(KdtrainError, match=sentence):
+        TeacherShards.open(tmp_path / "shards", 32).verify()
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(KdtrainError, match=r"any.arrow is damaged .*; make or copy it again"):
+        TeacherShards.open(tmp_path / "shards", 32)
 
 
 def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
@@ -157,7 +240,7 @@ def manifest(**fields: object) -> Callable[[Path], None]:
         (manifest(format=2), r"must name the format 'kdtrain teacher shards 1', got 2"),
         (manifest(top_k="many"), r"top_k must be a whole number above 0, got 'many'"),
         (manifest(top_k=8), r"teacher_logprobs must have shape \(\d+, 8\) for documents of"),
-        (lambda folder: [path.unlink() for path in folder.glob("part-*")], r"holds no .safetensors file"),
+        (lambda folder: [path.unlink() for path in folder.glob("part-*")], r"holds no .safetensors or .arrow file"),
         (lambda folder: (folder / "part-00001.safetensors").unlink(), r"pieces of the training documents are not in"),
         (lambda folder: (folder / "part-00001.safetensors").write_bytes(b"0" * 99), r"is damaged .*; make or copy it again"),
         (spoil("lengths", lambda tensor: tensor.int()), r"lengths must be int64, got torch.int32"),
