@@ -125,14 +125,17 @@ def parameter_count(model: nn.Module) -> int:
 @contextmanager
 def blaming(path: str, field: str, what: str) -> Iterator[None]:
     """Turn what transformers raises while it loads into one sentence."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+    folder = Path(path).is_dir()
+    # The hub's ids are a name, or an owner and a name.
+    if not folder and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise KdtrainError(f"{field}: there is no folder {path}")
     try:
         with quiet():
             yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise KdtrainError(f"{field}: no {what} could be loaded from {path}: {reason}") from None
+        place = path if folder else f"{path}, which is no folder here"
+        raise KdtrainError(f"{field}: no {what} could be loaded from {place}: {reason}") from None
 
 
 @contextmanager

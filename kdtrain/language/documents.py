@@ -129,7 +129,8 @@ def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dic
         if isinstance(error, KdtrainError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise KdtrainError(f"{field}: {path} could not be read as a data set: {reason}") from None
+        words = path if place.exists() else f"{path}, which is no file or folder here,"
+        raise KdtrainError(f"{field}: {words} could not be read as a data set: {reason}") from None
 
 
 def _dictionaries(rows: Any) -> Iterator[dict[str, Any]]:

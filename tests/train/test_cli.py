@@ -44,6 +44,7 @@ def test_train_evaluate_and_compare(saved: Path, tmp_path: Path, capsys: pytest.
         (["--method.name", "kd5"], "method.name must be one of ft, kd, kd_features, dist, pkd"),
         (["--data.path", "./nowhere"], "nowhere is no data set: it has no dataset.json"),
         (["--teacher.path", "./nowhere"], "teacher.path: there is no folder ./nowhere"),
+        (["--teacher.path", "runs/none/student"], "teacher.path: there is no folder runs/none/student"),
         (["--student.tokenizer", "./nowhere"], "student.tokenizer: there is no folder ./nowhere"),
         (["--training.epochs", "0"], "training.epochs must be greater than 0, got 0"),
     ],
