@@ -60,6 +60,7 @@ def test_needs(recipe: LanguageRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(recipe)
 
 
+@pytest.mark.xdist_group("programs")
 def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageRecipe) -> None:
     peft = pytest.importorskip("peft")
     parts = prepare(recipe)

@@ -27,6 +27,8 @@ from tests.language.trainer_steps import steps
 from tests.support import commands
 from tests.support.commands import Program
 
+pytestmark = pytest.mark.xdist_group("programs")
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

@@ -14,7 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from kdkernels import Decoupled, LinearKDLoss, TeacherHead, linear_kd_loss
 from tests.support.inputs import DIVERGENCES
+from tests.support.interpreter import patch_language_once
 from tests.support.processes import run_processes
+
+pytestmark = pytest.mark.xdist_group("programs")
 
 WORLD = 2
 
@@ -165,6 +168,7 @@ def sharded_kernels(rank: int) -> list[list[Tensor]]:
         name: tensor if name == "labels" else tensor.float() for name, tensor in sharded_inputs().items()
     }
     group = torch.distributed.group.WORLD
+    patch_language_once()
     return [
         solve(inputs, group, slices(2)[rank], divergence=one, ce_weight=0.4, temperature=2.0, impl="triton")
         for one in ("forward_kl", "jsd")

@@ -2,7 +2,7 @@
 
 `python -m` spends seconds on imports before the program's first line. Here one process does that once, and each program
 is a fork of it: a real process with its own id, signals, environment and exit code, which nothing the tests did before
-can have touched.
+can have touched. Tests that use it share the xdist group "programs", so that a parallel run has one such process.
 """
 
 import multiprocessing
@@ -16,7 +16,8 @@ import tempfile
 import weakref
 from pathlib import Path
 
-_forks = multiprocessing.get_context("forkserver")
+START_METHOD = "forkserver"
+_forks = multiprocessing.get_context(START_METHOD)
 _forks.set_forkserver_preload(["tests.support.preloaded"])
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+from tests.support import commands
 
 
 def run_processes(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -19,7 +21,8 @@ def run_processes(function: Callable[..., Any], world: int, folder: Path, *argum
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    spawn(_process, (function, world, port, str(folder), arguments), nprocs=world)
+    whole = (function, world, port, str(folder), arguments)
+    start_processes(_process, whole, nprocs=world, start_method=commands.START_METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

@@ -181,6 +181,7 @@ def test_verify_finds_rows_of_another_model(tmp_path: Path, model: Teacher, data
         check(tmp_path, model, identity, data)
 
 
+@pytest.mark.xdist_group("programs")
 def test_cut_shard_is_a_sentence(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
     build(tmp_path, model, identity_of(model), data)
     shard = tmp_path / "shard-00000.safetensors"

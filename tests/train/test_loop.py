@@ -50,6 +50,7 @@ def test_run_leaves_what_it_promises(teacher: Path) -> None:
     assert int(logits.argmax()) == 0
 
 
+@pytest.mark.xdist_group("programs")
 def test_saved_student_gives_the_saved_predictions(teacher: Path) -> None:
     predictions = load_file(teacher.parent / "predictions" / "test.safetensors")
     accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).double().mean()
@@ -149,6 +150,7 @@ def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path
 
 # Features bring weights of their own; dist compares each row with every other one of the batch, and only its first steps
 # are compared: its gradient is hundreds of times larger, so that a rounding of 1e-7 shows after three steps.
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize(("method", "steps"), [("kd_features", 6), ("dist", 2)])
 def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: str, steps: int) -> None:
     """torchrun with two gloo processes takes the same steps as one process, up to the order of sums."""

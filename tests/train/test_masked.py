@@ -152,6 +152,7 @@ def test_pieces_and_padding_do_not_change_the_step(kind: str) -> None:
     assert len(found[0][1]) == (1 if kind == "text" else 2)
 
 
+@pytest.mark.xdist_group("programs")
 def test_heads_read_hidden_tokens_only() -> None:
     """RoBERTa's and ModernBERT's head on some rows is the whole model's on these; another family runs whole."""
     tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)

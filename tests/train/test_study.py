@@ -54,6 +54,7 @@ def test_cells_are_recipes(toy: Path, teacher: Path, tmp_path: Path) -> None:
     assert cells[0].recipe.training.max_steps == 4
 
 
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
