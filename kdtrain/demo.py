@@ -42,7 +42,7 @@ TRAINING = TrainingRecipe(epochs=100, max_steps=2000, batch_size=32, learning_ra
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What the demo trains. The defaults are sized for two cores and six minutes."""
+    """What the demo trains. The defaults are sized for two cores and five minutes."""
 
     student: StudentRecipe = STUDENT
     teacher_layers: tuple[int, ...] = (4,)

@@ -44,7 +44,7 @@ def _methods() -> dict[str, LanguageMethodRecipe]:
 
 @dataclass(frozen=True)
 class LanguageDemoPlan:
-    """What the demo trains. The defaults are sized for two cores and eight minutes."""
+    """What the demo trains. The defaults are sized for two cores and five minutes."""
 
     vocab_size: int = 16384
     train_characters: int = 3_000_000
