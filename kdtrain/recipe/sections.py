@@ -164,7 +164,7 @@ class MethodRecipe:
         "pairs [student layer, teacher layer]; by default every student layer, spread evenly over the teacher's",
     )
     project: Literal["student", "teacher"] = option(
-        "student", "which side is mapped onto the width of the other"
+        "student", "which side is mapped onto the width of the other (kd_features; in pkd it is the teacher)"
     )
 
     def __post_init__(self) -> None:
