@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = {"kdkernels": ROOT / "kernels", "kdtrain": ROOT}
 OURS = {"kdkernels", "kdtrain", "kernels", "tests", "benchmarks"}
 
-# What each module of kdkernels may import of kdkernels. The public side (`logit_losses`, `feature_losses`, `modules` and
-# the package itself) is not named here: it may import all of these, but reaches a back end only through `backends`,
-# which loads the one that is asked for.
+# What each module of kdkernels may import of kdkernels. The public side (`logit_losses`, `linear_losses`,
+# `feature_losses`, `modules` and the package itself) is not named here: it may import all of these, but reaches a back end
+# only through `backends`, which loads the one that is asked for.
 FOUNDATIONS = {
     "divergences": set[str](),
     "matmul": set[str](),
@@ -39,7 +39,7 @@ FOUNDATIONS = {
         "teacher_checks",
         "teachers",
     },
-    "stats": set[str](),
+    "stats": {"options"},
     "finite": {"compiling", "prepare", "reference", "teachers"},
     "reference": {"options", "divergences", "matmul"},
     "reference_sparse": {"options", "reference", "teachers"},

@@ -24,7 +24,8 @@ from .divergences import (
     SkewReverseKL,
 )
 from .feature_losses import cosine_loss, projection_mse
-from .logit_losses import kd_loss, linear_kd_loss
+from .linear_losses import linear_kd_loss
+from .logit_losses import kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .options import IGNORE_INDEX, Impl, Reduction
 from .stats import KDStats

@@ -6,7 +6,8 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from .logit_losses import kd_loss, linear_kd_loss
+from .linear_losses import linear_kd_loss
+from .logit_losses import kd_loss
 from .options import KDOptions, LinearKDOptions
 from .prepare import check_options
 from .stats import KDStats

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .options import Reduction
 
 
 class KDStats(NamedTuple):
@@ -39,3 +42,11 @@ class KDStats(NamedTuple):
 def stats_from_rows(rows: Tensor, shape: tuple[int, ...]) -> KDStats:
     """(7, N) as `KDStats` of the given shape."""
     return KDStats(*(row.reshape(shape) for row in rows.detach().unbind()))
+
+
+def in_shape(
+    loss: Tensor, statistics: Tensor | None, leading: torch.Size, reduction: Reduction
+) -> Tensor | tuple[Tensor, KDStats]:
+    """The loss in its shape, with the statistics where they were asked for."""
+    loss = loss.reshape(leading) if reduction == "none" else loss
+    return loss if statistics is None else (loss, stats_from_rows(statistics, leading))
