@@ -78,18 +78,17 @@ def installed_sources(roots: Iterable[Path] = ()) -> tuple[list[SourceFile], lis
         [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), *roots]
     ):
         for installed in metadata.distributions(path=[str(root)]):
-            licence = _licence(installed.metadata)
+            fields = installed.metadata  # parsed anew each time it is asked for
+            licence = _licence(fields)
             if licence is None:
                 continue
-            distributions.append(Distribution(installed.metadata["Name"], installed.version, licence))
+            distributions.append(Distribution(fields["Name"], fields["Version"], licence))
             # RECORD is read as text: `installed.files` builds an object for each of some 30,000 entries.
             for line in (installed.read_text("RECORD") or "").splitlines():
                 name = line.rsplit(",", 2)[0]
                 if name.endswith(".py") and not name.startswith(("..", "/", '"')):
                     path = root / name
-                    files.setdefault(
-                        path, SourceFile(path, module_name(path, root), installed.metadata["Name"])
-                    )
+                    files.setdefault(path, SourceFile(path, module_name(path, root), fields["Name"]))
     ordered = sorted(files.values(), key=lambda file: (file.module, str(file.path)))
     return ordered, sorted(set(distributions), key=lambda one: (one.name.lower(), one.version))
 
