@@ -40,7 +40,7 @@ def relation_kl(
         def log_relations(q, k):                                                             # (B, N, D) each
             q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))             # (B, heads, N, d)
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-            return F.log_softmax(scores.masked_fill(~mask[:, None, None, :], -math.inf), -1)
+            return F.log_softmax(scores.masked_fill(~mask[:, None, None, :], -1e9), -1)
         teacher, student = log_relations(teacher_q, teacher_k), log_relations(student_q, student_k)
         kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)           # (B, heads, N)
         loss = kl.mean(1)[mask].mean()
