@@ -98,7 +98,7 @@ def _commit() -> str | None:
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Where and with what this runs. Taken before the first measurement, so that the load is the others' and not ours."""
-    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "fla-core", "cut-cross-entropy")
+    packages = ("triton", "transformers", "trl", "liger-kernel", "fla-core", "cut-cross-entropy")
     name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
     gpu: dict[str, Any] = {}
     if device == "cuda":
@@ -111,6 +111,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # names its build (+cpu, +cu130), which the registry's metadata leave out
         **{package: version for package in packages if (version := _version(package))},
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
