@@ -18,7 +18,7 @@ EXAMINERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One recipe of any task; everything behind it overrides fields."""
+    """One recipe; everything behind it overrides fields."""
     parser.add_argument(
         "recipe",
         help="YAML file of a run (task classification or code_lm) or a study; any field can follow, as in --seed 1",

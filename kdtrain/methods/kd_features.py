@@ -1,13 +1,17 @@
 """Logit distillation with hidden states: patient distillation (Sun et al. 2019, arXiv 1908.09355) for unequal widths."""
 
+from typing import ClassVar, Literal
+
 from torch import Tensor, nn
 
 from kdkernels import projection_mse
 from kdtrain.methods.kd import LogitDistillation
-from kdtrain.methods.layers import layer_pairs
+from kdtrain.methods.layers import Pairs, layer_pairs
 from kdtrain.models import Shape
 from kdtrain.objective import Batch
 from kdtrain.recipe import MethodRecipe
+
+Side = Literal["student", "teacher"]
 
 
 class FeatureDistillation(LogitDistillation):
@@ -17,17 +21,24 @@ class FeatureDistillation(LogitDistillation):
     inside the student.
     """
 
+    normalize: ClassVar[bool] = False
+    """whether both sides are divided by their L2 norm, the mapped one after its map"""
+
     def __init__(self, recipe: MethodRecipe, student: Shape, teacher: Shape | None) -> None:
         super().__init__(recipe, student, teacher)
         assert teacher is not None
-        pairs = layer_pairs(recipe.layer_map, student.layers, teacher.layers)
+        pairs, project = self.compared(recipe, student, teacher)
+        self.project: Side = project
         self.student_layers = tuple(pair[0] for pair in pairs)
         self.teacher_layers = tuple(pair[1] for pair in pairs)
         self.weights["feature"] = recipe.feature_weight
         widths = (student.width, teacher.width)
-        source, target = widths if recipe.project == "student" else widths[::-1]
-        self.target_width = target
-        self.projections = nn.ModuleList(nn.Linear(source, target) for _ in pairs)
+        source, self.target_width = widths if project == "student" else widths[::-1]
+        self.projections = nn.ModuleList(nn.Linear(source, self.target_width) for _ in pairs)
+
+    def compared(self, recipe: MethodRecipe, student: Shape, teacher: Shape) -> tuple[Pairs, Side]:
+        """The pairs of layers, and the side that is mapped onto the other's width."""
+        return layer_pairs(recipe.layer_map, student.layers, teacher.layers), recipe.project
 
     def terms(self, logits: Tensor, states: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """kd, ce and feature."""
@@ -40,7 +51,8 @@ class FeatureDistillation(LogitDistillation):
                 batch.teacher_states[:, i],
                 projection.weight,
                 projection.bias,
-                project=self.recipe.project,
+                project=self.project,
+                normalize=self.normalize,
                 reduction="sum",
             )
         feature = total / (self.target_width * len(self.projections) * batch.parts)
