@@ -34,13 +34,17 @@ def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
     return load_teacher(recipe.teacher.path, data.classes, recipe.teacher, pairs=data.pairs)
 
 
-def start_accelerator(recipe: RunRecipe) -> Accelerator:
-    """Accelerate for this run; each run of a process may have its own precision."""
+def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Accelerator:
+    """Accelerate for this run; each run of a process may have its own precision.
+
+    Args:
+        spread_weights: whether this command can do with parts of the student's weights (DeepSpeed's ZeRO 3).
+    """
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = recipe.training.precision
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return start_deepspeed(recipe.training)
+        return start_deepspeed(recipe.training, spread_weights=spread_weights)
     try:
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:

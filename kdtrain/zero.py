@@ -27,11 +27,14 @@ FLAT_WEIGHTS = {
 every weight, the others all of a group at once: neither reads what the other wrote."""
 
 
-def start_deepspeed(options: TrainingRecipe) -> Accelerator:
+def start_deepspeed(options: TrainingRecipe, *, spread_weights: bool) -> Accelerator:
     """Accelerate with DeepSpeed as its configuration says.
 
+    Args:
+        spread_weights: whether ZeRO 3 will do.
+
     Raises:
-        KdtrainError: DeepSpeed is not installed, ZeRO 0, or precision fp16.
+        KdtrainError: DeepSpeed is not installed, ZeRO 0, ZeRO 3 where it does not do, or precision fp16.
     """
     if options.precision == "fp16":
         raise KdtrainError(
@@ -48,6 +51,10 @@ def start_deepspeed(options: TrainingRecipe) -> Accelerator:
         raise KdtrainError(
             f"DeepSpeed's ZeRO stage {plugin.zero_stage} spreads nothing; use 2, or 3 to spread weights too, or "
             "recipes/accelerate/ddp.yaml"
+        )
+    if plugin.zero_stage == 3 and not spread_weights:
+        raise KdtrainError(
+            "DeepSpeed's ZeRO stage 3 is for kdtrain train with task: code_lm, whose models are the large ones; use stage 2 here"
         )
     integration.unset_hf_deepspeed_config()  # or ZeRO 3 would cut models while they are loaded and checked
     plugin.deepspeed_config |= {

@@ -31,7 +31,7 @@ from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
 from kdtrain.language.teacher_shards import ShardRows, open_shards
 from kdtrain.language.vocabulary import match_vocabularies
 from kdtrain.loop import describe_training, train
-from kdtrain.models import parameter_count, quiet
+from kdtrain.models import quiet
 from kdtrain.plots import read_metrics
 from kdtrain.prepare import start_accelerator
 from kdtrain.progress import say
@@ -148,7 +148,7 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     exactly where it stopped; another run's folder is refused.
     """
     folder = Path(recipe.output)
-    accelerator = start_accelerator(recipe)
+    accelerator = start_accelerator(recipe, spread_weights=True)
     with accelerator.main_process_first():
         parts = prepare(recipe)
         finished = claim(folder, recipe, parts.identity)
@@ -262,10 +262,11 @@ def save_language_student(folder: Path, parts: Prepared, state: dict[str, Tensor
             parts.student.save_pretrained(temporary, state_dict=own)
         plain = merged_student(parts.student, own)
         own = plain.state_dict()
+    parameters = sum(own[name].numel() for name, _ in plain.named_parameters())  # its own may be parts
     with quiet(), atomic_folder(folder / "student") as temporary:
         plain.save_pretrained(temporary, state_dict=own)
         parts.tokenizer.save_pretrained(temporary)
     others = {name: value for name, value in state.items() if not name.startswith("student.")}
     if others:
         write_tensors(folder / "projection.safetensors", others)
-    return parameter_count(plain)
+    return parameters

@@ -108,7 +108,8 @@ def test_two_processes_equal_one(
     run_language(replace(recipe, output=str(tmp_path / "one")))
     save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
     finish(launch(tmp_path / "recipe.yaml", options))
-    assert json.loads((tmp_path / "two" / "summary.json").read_text())["training"]["processes"] == 2
+    alone, both = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert both["training"]["processes"] == 2 and both["student"] == alone["student"]
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
