@@ -232,5 +232,7 @@ def test_shipped_recipe_and_configurations_are_read() -> None:
     assert load_config_from_file(str(folder / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"
     config: Any = load_config_from_file(str(folder / "accelerate" / "deepspeed.yaml"))
     assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
+    config = load_config_from_file(str(folder / "accelerate" / "deepspeed-zero3.yaml"))
+    assert config.deepspeed_config["zero_stage"] == 3 and not config.deepspeed_config["zero3_init_flag"]
     config = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
