@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: into a temporary neighbour first, then moved into place."""
+"""Files: written whole or not at all (into a temporary neighbour first, then moved into place); lines of JSON; sizes."""
 
 import json
 import os
@@ -83,6 +83,21 @@ def append_line(path: Path, line: str) -> None:
         except OSError as error:
             file.truncate(before)
             raise _refused(path, error, len(line) + 1) from error
+
+
+def json_object(place: str, line: bytes | str) -> dict[str, Any]:
+    """The object in a line of JSON.
+
+    Raises:
+        KdtrainError: it holds none, with its place.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise KdtrainError(f"{place} is not a line of JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise KdtrainError(f"{place} must hold a JSON object, got {type(row).__name__}")
+    return row
 
 
 def folder_bytes(path: Path) -> int:

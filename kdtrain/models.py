@@ -1,5 +1,6 @@
 """How models and tokenizers are loaded, and what is known of a model before it runs."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,15 @@ def sequence_states(output: Any, layers: tuple[int, ...]) -> Tensor:
 def parameter_count(model: nn.Module) -> int:
     """All weights, embeddings included."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 @contextmanager

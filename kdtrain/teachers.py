@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
-from kdtrain.models import load_classifier, load_config, load_tokenizer, positions_of
+from kdtrain.models import load_classifier, load_config, load_tokenizer, positions_of, weights_hash
 from kdtrain.pair_checkpoint import load_pair_checkpoint
 from kdtrain.pair_config import PairConfig
 from kdtrain.pair_model import PairForSequenceClassification
@@ -54,12 +54,8 @@ class Teacher:
         return f"{list(self.order or ())} {inserted}"
 
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
+        """Of its model, see `kdtrain.models.weights_hash`."""
+        return weights_hash(self.model)
 
     def tokenizer_hash(self) -> str:
         """SHA-256 over the tokenizer's rules and vocabulary."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from kdtrain.data.handlers import CLASSES, HOLE
 from kdtrain.errors import KdtrainError
-from kdtrain.files import write_atomic, write_json
+from kdtrain.files import json_object, write_atomic, write_json
 
 SPLITS = ("train", "valid", "test")
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
@@ -130,13 +130,7 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's place and object."""
     for place, line in read_text(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise KdtrainError(f"{place} is not a line of JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise KdtrainError(f"{place} must hold a JSON object, got {type(row).__name__}")
-        yield place, row
+        yield place, json_object(place, line)
 
 
 def write_dataset(

@@ -1,7 +1,6 @@
 """Rows of text with labels, or pairs of texts, as they come out of JSONL, CSV and Parquet files."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.errors import KdtrainError
+from kdtrain.files import json_object
 
 UNLABELLED = -100
 """The label of a row without one; the cross-entropy does not count it."""
@@ -79,13 +79,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise KdtrainError(f"{place} is not a line of JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise KdtrainError(f"{place} must hold a JSON object, got {type(row).__name__}")
-                yield place, row
+                yield place, json_object(place, line)
     except OSError as error:
         raise KdtrainError(f"cannot read {path}: {error.strerror}") from None
 

@@ -1,6 +1,5 @@
 """The teacher of a language model: frozen, in eval mode, never part of the student, its checkpoints or its optimizer."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kdkernels import TeacherHead
 from kdtrain.language.heads import Head, check_model, decoder_layers, head_of, hidden_states
 from kdtrain.language.packing import LanguageBatch
-from kdtrain.models import blaming, load_tokenizer, parameter_count
+from kdtrain.models import blaming, load_tokenizer, parameter_count, weights_hash
 from kdtrain.zero import spreads_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,12 +32,8 @@ class LanguageTeacher:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all weights, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
+        """Of its model, see `kdtrain.models.weights_hash`."""
+        return weights_hash(self.model)
 
     @cached_property
     def parameters(self) -> int:
