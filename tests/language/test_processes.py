@@ -161,6 +161,10 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     if options is not FSDP2:
         with pytest.raises(KdtrainError, match="the checkpoint was written under DeepSpeed"):
             run_language(alone)
+        _, errors = launch(tmp_path / "killed.yaml", DEEPSPEED if options is ZERO3 else ZERO3).communicate(
+            timeout=120
+        )
+        assert "the checkpoint was written under another ZeRO stage" in errors, errors[-2000:]
     else:  # one process goes on where two stopped: the same up to the order of sums
         run_language(alone)
         assert "the checkpoint is of 2 processes, 1 go on" in capsys.readouterr().err
