@@ -73,9 +73,9 @@ FOUNDATIONS = {
     "teacher_rows": {"autograd", "backends", "matmul", "options", "sparse", "teachers"},
     "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
     "windows": set[str](),
-    "pairs": {"windows"},
-    "reference_contextual": {"matmul", "windows"},
-    "pair_tiles": {"windows"},
+    "pairs": {"options", "windows"},
+    "reference_contextual": {"matmul", "options", "windows"},
+    "pair_tiles": {"options", "windows"},
     "angle_tiles": {"pair_tiles", "pairs"},
     "window_blocks": {
         "angle_tiles",

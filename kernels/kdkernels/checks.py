@@ -83,14 +83,6 @@ def check_reduction(reduction: Reduction, num_items_in_batch: int | Tensor | Non
         raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
 
 
-def refuse_unbuilt(**options: tuple[object, object]) -> None:
-    """Options of the contract that are not built: each is (value, the only value supported so far)."""
-    for name, (value, default) in options.items():
-        if value is not default and (isinstance(value, Tensor) or value != default):
-            shown = f"tensor of shape {shape_of(value)}" if isinstance(value, Tensor) else repr(value)
-            raise NotImplementedError(f"{name} is not supported yet: leave it at {default!r}, got {shown}")
-
-
 def check_tensor(name: str, tensor: object) -> Tensor:
     """A floating-point tensor."""
     if not isinstance(tensor, Tensor):

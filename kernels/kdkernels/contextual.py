@@ -14,6 +14,7 @@ from .backends import resolve_impl
 from .compiling import traceable
 from .matmul import wide_dtype
 from .options import Impl
+from .prepare import autocast_off
 from .window_blocks import ContextualRelations
 from .windows import Average, RelationCounts, Variant, count_relations
 
@@ -95,8 +96,7 @@ def contextual_relation_loss(
     checks.check_impl(impl)
     impl = resolve_impl(impl, student.device, student.dtype)
     factors = _Factors(distance_weight, angle_weight, layer_weight)
-    # The loss chooses its dtypes itself; inside autocast the products would be rounded to half again.
-    with torch.autocast(student.device.type, enabled=False):
+    with autocast_off(student):
         if impl == "reference":
             return _reference_loss(student, teacher, mask, window, variant, average, factors)
         scales = torch.stack(

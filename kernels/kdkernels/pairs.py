@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .windows import SHORTEST
+from .options import LEAST_LENGTH
 
 # An angle at i is taken from inner products of centred rows c where |f_i - f_j|^2 is above this times
 # |c_i|^2 + |c_j|^2; below, more than three of its bits have cancelled, and it is taken from differences of rows.
@@ -80,7 +80,7 @@ def valid_pairs(valid: Tensor, centre: Tensor, position: Tensor, length: int, wi
 def cosines(band: Tensor, window: int, rows: int) -> tuple[Tensor, Tensor]:
     """Directed cosines (2 W + 1, R) of rows and 1 / length (R,), 0 for what is too short to have a direction."""
     length = band[0].clamp_min(0.0).sqrt()
-    inverse = length.reciprocal().masked_fill_(length < SHORTEST, 0.0)
+    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
     own = inverse[window : window + rows]
     cosine = directed(band, window, rows, window).mul_(own).mul_(of_neighbours(inverse, window, window))
     cosine[window] = own != 0.0
@@ -145,7 +145,7 @@ def unit_steps(differences: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Differences (..., V, D) to unit ones in place, and 1 / length (..., V, 1); 0 where not counted or without a direction."""
     differences.masked_fill_(~counted.unsqueeze(-1), 0.0)
     length = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
-    inverse = length.reciprocal().masked_fill_(length < SHORTEST, 0.0)
+    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
     return differences.mul_(inverse), inverse
 
 

@@ -7,7 +7,6 @@ it agrees with this file.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,19 +204,6 @@ def shared_logits(
     shared = student.shape[1] if vocab_map is None else vocab_map
     columns = torch.arange(shared, device=student.device)
     return student[:, :shared], teacher[:, :shared], columns
-
-
-def kd_row_losses(
-    student_logits: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    terms: RowTerms,
-    **options: Any,
-) -> Tensor:
-    """(N,) kd_scale * D(p_t, p_s) + ce_weight * CE; arguments as `kd_row_terms`."""
-    kd, ce = kd_row_terms(student_logits, teacher, labels, weight, terms, **options)
-    return terms.kd_scale * kd if terms.ce_weight == 0.0 else terms.kd_scale * kd + terms.ce_weight * ce
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .matmul import wide_dtype
-from .windows import SHORTEST, RelationCounts, Variant
+from .options import LEAST_LENGTH
+from .windows import RelationCounts, Variant
 
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors (..., D) over their length; 0, and without a gradient, where they are too short to have a direction."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    short = length < SHORTEST
+    short = length < LEAST_LENGTH
     return (vectors / length.masked_fill(short, 1.0)).masked_fill(short, 0.0)
 
 

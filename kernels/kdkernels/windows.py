@@ -11,9 +11,6 @@ from torch import Tensor
 Variant = Literal["study", "official"]
 Average = Literal["relations", "samples"]
 
-# A vector shorter than this has no direction: the eps of F.normalize.
-SHORTEST = 1.0e-12
-
 # A block's rows are filled up to a multiple of this with rows that do not count.
 ROW_STEP = 32
 

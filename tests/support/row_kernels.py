@@ -22,7 +22,7 @@ from kdkernels.divergences import (
     SkewReverseKL,
 )
 from kdkernels.options import RowTerms
-from kdkernels.reference import kd_row_losses
+from kdkernels.reference import kd_row_terms
 from tests.support.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,8 @@ def reference(
     """Row losses and their weighted gradient by autograd, with everything in `dtype`."""
     student = student.detach().to(dtype).requires_grad_()
     weight = None if weight is None else weight.to(dtype)
-    losses = kd_row_losses(student, teacher.to(dtype), labels, weight, terms, **options)
+    divergence, cross_entropy = kd_row_terms(student, teacher.to(dtype), labels, weight, terms, **options)
+    losses = terms.kd_scale * divergence + terms.ce_weight * cross_entropy
     (losses if weight is None else losses * weight).sum().backward()
     assert student.grad is not None
     return losses.detach(), student.grad

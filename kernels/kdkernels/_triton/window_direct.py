@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import LEAST_LENGTH
 from ..pairs import DirectAngles
-from ..windows import SHORTEST
 from .configs import device_guard
 from .window_rows import OPTIONS, row_offsets
 
@@ -210,7 +210,7 @@ def direct_angles(block: DirectAngles, grad: Tensor | None) -> Tensor:
             stride_grad_b=out.stride(0),
             stride_grad_q=out.stride(1),
             stride_grad_m=out.stride(2),
-            shortest=SHORTEST,
+            shortest=LEAST_LENGTH,
             WRITE_GRAD=grad is not None,
             BLOCK_N=BLOCK_NEIGHBOURS,
             BLOCK_D=BLOCK_D,
