@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from kdkernels._triton.formulas import MIXTURES
 from tests.support.compiled import (
     ARCHITECTURES,
@@ -43,6 +45,9 @@ INSTRUCTIONS = {
     "alpha_beta": (145, 149, 120),
     "decoupled": (69, 70, 59),
 }
+
+# Older compilers make up to 20 % more of them, most on sm_100 (counted for 3.6.0 and 3.7.1 on 2026-11-22).
+MORE = 1.05 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1.2
 
 # Registers of a thread of the same kernels, by Triton 3.9; those of 3.6 lie within 20 of them. 24 more fail: what fits
 # beside each other on a multiprocessor changes in steps of 8.
@@ -147,6 +152,6 @@ def test_no_more_instructions_and_registers_than_were_committed(counts: list[Cou
     for divergence, most in INSTRUCTIONS.items():
         for number, architecture in enumerate(("sm_80", "sm_90", "sm_100")):
             now, limit = found[divergence, architecture], most[number]
-            assert 0 < now.instructions_per_column <= math.ceil(1.05 * limit), (divergence, now, limit)
+            assert 0 < now.instructions_per_column <= math.ceil(MORE * limit), (divergence, now, limit)
             assert now.registers < REGISTERS[divergence][number] + 24, (divergence, now)
     assert set(INSTRUCTIONS) == set(REGISTERS) == set(DIVERGENCES)
