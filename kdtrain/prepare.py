@@ -38,7 +38,10 @@ def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Acc
     """Accelerate for this run; each run of a process may have its own precision.
 
     Args:
-        spread_weights: whether this command can do with parts of the student's weights (DeepSpeed's ZeRO 3).
+        spread_weights: whether this command can do with parts of the student's weights (FSDP2, DeepSpeed's ZeRO 3).
+
+    Raises:
+        KdtrainError: a precision that does not work here, or weights in parts where they do not do.
     """
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -55,6 +58,10 @@ def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Acc
         # Accelerate takes FSDP from its configuration on every device but the CPU, where it would run DDP in silence.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not spread_weights:
+        raise KdtrainError(
+            "FSDP is for kdtrain train with task: code_lm, whose models are the large ones; use DDP here (recipes/accelerate/ddp.yaml)"
+        )
     return accelerator
 
 

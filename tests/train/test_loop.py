@@ -172,3 +172,17 @@ def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: s
     before, after = (load_file(tmp_path / name / "student/model.safetensors") for name in ("one", "two"))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.xdist_group("programs")
+def test_parts_of_a_classifier_are_refused(distillation: Recipe, tmp_path: Path) -> None:
+    """Its processes evaluate rows of their own, and parts of a model need all of them at every layer."""
+    save_recipe(replace(distillation, output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
+    process = torchrun(
+        ["kdtrain", "train", str(tmp_path / "recipe.yaml")],
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    )
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert "kdtrain: FSDP is for kdtrain train with task: code_lm" in errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
