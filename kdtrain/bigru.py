@@ -22,6 +22,9 @@ class BiGRUPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.GRU):
             for name, parameter in module.named_parameters():
+                # Loaded ones carry this mark, their chunks below do not; transformers 5.0 to 5.12 call this after loading.
+                if getattr(parameter, "_is_hf_initialized", False):
+                    continue
                 if name.startswith("weight_hh"):
                     for gate in parameter.chunk(3):
                         nn.init.orthogonal_(gate)
