@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -199,7 +198,6 @@ def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) ->
     return impl
 
 
-@cache
 def load_backend(impl: Impl) -> Backend:
     """Import the back end; a missing triton is said in a sentence."""
     try:
