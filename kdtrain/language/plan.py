@@ -95,7 +95,7 @@ class Plan:
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Rows of logits that the losses hold at a time by default (tests/language/test_plan.py holds this to kdkernels)."""
     if device == "cpu":
-        return max(min(352, max(176, 2**27 // (8 * vocabulary))), 2**20 // vocabulary)
+        return max(min(352, max(176, 2**27 // (8 * vocabulary))), 2**18 // vocabulary)
     return max(1024, 2**30 // (8 * vocabulary) // 256 * 256)
 
 

@@ -39,7 +39,7 @@ def largest(loss: Callable[[], Tensor]) -> int:
 def test_projections_hold_one_chunk(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     from kdkernels._torch import rows
 
-    monkeypatch.setattr(rows, "CPU_CHUNK_ELEMENTS", 1024)
+    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 1024)
     monkeypatch.setattr(rows, "CHUNK_ROWS", 16)
     weight = torch.randn(64, 4, device=DEVICE)
     for count in (64, 1024):

@@ -31,9 +31,6 @@ LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
 CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 352, 176
 CPU_CHUNK_BYTES = 1 << 27
 
-# Elements of a buffer that is no trouble to hold, 4 MiB in float32: narrow rows, as of features, are taken this many at a time.
-CPU_CHUNK_ELEMENTS = 1 << 20
-
 # Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that feed the products.
 CHUNK_BYTES = 1 << 30
 LEAST_CHUNK_ROWS = 1024
@@ -45,7 +42,7 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
         return max(1, min(rows, chunk_bytes // (8 * vocabulary)))
     if device.type == "cpu":
         fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
-        most = max(min(CHUNK_ROWS, fit), CPU_CHUNK_ELEMENTS // vocabulary)
+        most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
         return max(1, math.ceil(rows / math.ceil(rows / most)))  # equal chunks: a small last one is slow
     return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
 
