@@ -125,13 +125,20 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels._triton import configs, directions, projection, relation_configs, relations
+    from kdkernels._triton import (
+        configs,
+        directions,
+        projection,
+        relation_configs,
+        relation_gradients,
+        relation_values,
+    )
 
     kernels: dict[str, Any] = {
         "mse_rows": projection._mse_rows_kernel,
         "direction_rows": directions._direction_rows_kernel,
-        "relation_values": relations._relation_values_kernel,
-        "relation_gradient": relations._relation_gradient_kernel,
+        "relation_values": relation_values._relation_values_kernel,
+        "relation_gradient": relation_gradients._relation_gradients_kernel,
     }
     kernel = kernels[variant.kernel]
     if variant.kernel in ("mse_rows", "direction_rows"):
