@@ -8,7 +8,7 @@ from typing import Any, Literal
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.recipe.files import build, read_recipe
-from kdtrain.recipe.sections import option, positive
+from kdtrain.recipe.sections import only_of_new_students, option, positive
 
 TASK = "code_lm"
 
@@ -72,6 +72,9 @@ class LanguageStudentRecipe:
 
     def __post_init__(self) -> None:
         positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size", "lora_alpha")
+        only_of_new_students(
+            self, "architecture", "hidden_size", "layers", "heads", "intermediate_size", "tie_embeddings"
+        )
         if self.lora_rank < 0 or not 0 <= self.lora_dropout < 1:
             raise KdtrainError(
                 "student.lora_rank must be 0 or more and student.lora_dropout in [0, 1), got "

@@ -70,13 +70,16 @@ class StudentRecipe:
         None,
         "tokens behind the first one of every row, as for teacher.insert: UniXcoder's mode where its vocabulary has it",
     )
-    dropout: float = option(0.1, "dropout of embeddings, layers and head")
+    dropout: float = option(0.1, "dropout of embeddings, layers and head of a new student")
     attention_dropout: float = option(
-        0.0, "dropout of attention weights (roberta); above 0 it halves the speed on a CPU"
+        0.0, "dropout of attention weights of a new student (roberta); above 0 it halves the speed on a CPU"
     )
 
     def __post_init__(self) -> None:
         positive(self, "student", "hidden_size", "layers", "heads", "intermediate_size")
+        only_of_new_students(
+            self, "architecture", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size"
+        )
         if self.vocab_size < 300:
             raise KdtrainError(
                 f"student.vocab_size must be at least 300 (256 bytes and the special tokens), got {self.vocab_size}"
@@ -244,3 +247,22 @@ def positive(section: Any, prefix: str, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not value > 0:
             raise KdtrainError(f"{prefix}.{name} must be greater than 0, got {value}")
+
+
+def only_of_new_students(section: Any, *names: str) -> None:
+    """Refuse values of these fields beside `path`: a checkpoint brings its own, and they would do nothing."""
+    if section.path is None:
+        return
+    given = {
+        name: getattr(section, name)
+        for name in names
+        if getattr(section, name) != type(section).__dataclass_fields__[name].default
+    }
+    if given:
+        preset = getattr(section, "preset", None)
+        source = "" if preset is None else f" (or student.preset {preset}, where they come from)"
+        raise KdtrainError(
+            f"student.path {section.path} brings its own shape, so "
+            + ", ".join(f"student.{name} {value}" for name, value in given.items())
+            + f" would do nothing; leave them out{source}, or leave out student.path for a new student"
+        )

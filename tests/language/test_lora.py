@@ -47,6 +47,11 @@ def recipe(
 
 
 def test_needs(recipe: LanguageRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        KdtrainError,
+        match=r"student.path x brings its own shape, so student.layers 2 would do nothing; leave",
+    ):
+        LanguageStudentRecipe(path="x", layers=2, lora_rank=4)
     with pytest.raises(KdtrainError, match=r"lora_rank is 4, but a new student has nothing to adapt; name a"):
         replace(recipe.student, path=None)
     with pytest.raises(

@@ -108,6 +108,14 @@ def test_overrides_reach_any_field_and_take_yaml_values(tmp_path: Path) -> None:
         ),
         ("data: {path: x}\nstudent: {vocab_size: 100}", "student.vocab_size must be at least 300"),
         ("data: {path: x}\nstudent: {dropout: 1}", "student.dropout must lie in [0, 1), got 1.0"),
+        (
+            "data: {path: x}\nstudent: {path: there, hidden_size: 64, layers: 3}",
+            "student.path there brings its own shape, so student.hidden_size 64, student.layers 3 would do nothing",
+        ),
+        (
+            "data: {path: x}\nstudent: {path: there, preset: bigru-7M}",
+            "leave them out (or student.preset bigru-7M, where they come from)",
+        ),
         ("data: {path: x}\nstudent: 3", "student must be a section with fields, got 3"),
         ("- 1", "must hold sections such as `data:` and `student:`, got list"),
         ("data: {path: x", "is not a readable YAML file"),

@@ -228,7 +228,7 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
         load_teacher(str(tmp_path / "run" / "student"), ("different", "clone"))
     single = replace(recipe, data=DataRecipe(train=path, valid=path, classes=("different", "clone")))
     plain = replace(single, method=MethodRecipe(name="ft"), teacher=TeacherRecipe())
-    student = replace(recipe.student, path=str(tmp_path / "run" / "student"))
+    student = StudentRecipe(path=str(tmp_path / "run" / "student"), max_length=recipe.student.max_length)
     with pytest.raises(
         KdtrainError,
         match=r"student.path: .* classifies pairs of texts, and the rows of this task are single",
