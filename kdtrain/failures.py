@@ -90,7 +90,8 @@ class Watch:
 
     def lost(self, error: BaseException | None = None) -> str:
         """Which processes are gone. Only the first that is left says it; the others end in silence."""
-        assert self.roll is not None
+        if self.roll is None:
+            return f"the run was told to stop; {self.way_on()}"
         gone = self.roll.missing()
         left = [rank for rank in range(self.count) if rank not in gone]
         if self.rank != left[0]:
@@ -109,11 +110,11 @@ class Watch:
 
     @contextmanager
     def told_to_stop(self) -> Iterator["Watch"]:
-        """While this lasts, SIGTERM (which torchrun sends when a process died) leaves a sentence behind.
+        """While this lasts, SIGTERM (schedulers send it, and torchrun when a process died) leaves a sentence behind.
 
         A thread says it: the main thread may be waiting for a device or for a process that is gone.
         """
-        if self.roll is None or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
             yield self
             return
         reading, writing = os.pipe()

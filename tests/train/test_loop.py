@@ -1,6 +1,8 @@
 """The loop end to end, on tiny models: it learns, it can be killed, it does not repeat itself."""
 
 import json
+import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -81,6 +83,29 @@ def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) ->
     assert lines(killed) == lines(whole)
     for name in ("student/model.safetensors", "projection.safetensors", "predictions/test.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.xdist_group("programs")
+def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Path) -> None:
+    """SIGTERM, as a scheduler sends it: one sentence, the code of a stopped program, and the checkpoint stays."""
+    training = replace(distillation.training, epochs=3, evaluate_every=3, log_every=2)
+    save_recipe(
+        replace(distillation, training=training, output=str(tmp_path / "run")), tmp_path / "recipe.yaml"
+    )
+    process = Program(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    told = re.fullmatch(
+        rf"kdtrain: the run was told to stop; the same command goes on from step (\d+) \({tmp_path}/run/checkpoints/"
+        r"step-(\d+)\), nothing before it is lost",
+        errors.splitlines()[-1],
+    )
+    assert told is not None, errors
+    assert 0 < int(told[1]) == int(told[2])
 
 
 def test_finished_run_is_recognised_and_another_is_refused(
