@@ -21,7 +21,7 @@ from kdtrain.language.evaluate import EVALUATION_TOKENS, measured_rows
 from kdtrain.language.heads import head_of, hidden_states
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows
-from kdtrain.language.recipe import load_language_recipe
+from kdtrain.language.recipe import LanguageStudentRecipe, load_language_recipe
 from kdtrain.language.run import open_models, packed
 from kdtrain.models import load_tokenizer, parameter_count
 from kdtrain.prepare import start_accelerator
@@ -44,8 +44,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     if not (folder / "student").is_dir():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
     recipe = load_language_recipe(folder / "recipe.yaml")
-    student = replace(recipe.student, path=str(folder / "student"), tokenizer=None, lora_rank=0)
-    recipe = replace(recipe, student=student)
+    recipe = replace(recipe, student=LanguageStudentRecipe(path=str(folder / "student")))
     tokenizer = load_tokenizer(str(folder / "student"), "student")
     rows = packed(load_held_out(recipe.data, tokenizer), recipe, tokenizer)
     objective = open_models(recipe, tokenizer)
