@@ -86,11 +86,18 @@ def _load_folder(folder: Path, recipe: DataRecipe) -> ClassificationData:
         raise KdtrainError(f"{folder} is no data set: it has no dataset.json") from None
     except (OSError, ValueError) as error:
         raise KdtrainError(f"{folder / 'dataset.json'} is not readable JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise KdtrainError(f"{folder / 'dataset.json'} must hold a JSON object, got {type(about).__name__}")
     if about.get("task") != "classification":
         raise KdtrainError(
             f"{folder} holds the task {about.get('task')!r}; only 'classification' can be trained"
         )
-    classes = tuple(about["classes"])
+    named = about.get("classes")
+    if not isinstance(named, list) or len(set(map(str, named))) < max(2, len(named)):
+        raise KdtrainError(
+            f"{folder / 'dataset.json'}: classes must be a list of different names, at least two, got {named!r}"
+        )
+    classes = tuple(map(str, named))
     metric = about.get("metric", "accuracy")
     if metric not in METRICS or (metric == "f1" and len(classes) != 2):
         raise KdtrainError(

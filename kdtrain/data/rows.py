@@ -1,5 +1,6 @@
 """Rows of text with labels, or pairs of texts, as they come out of JSONL, CSV and Parquet files."""
 
+import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from kdtrain.files import json_object
 UNLABELLED = -100
 """The label of a row without one; the cross-entropy does not count it."""
 
-FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _hash(text: str) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give each line's place ('file:line') and object.
+    """Give each line's place ('file:line') and object; blank lines are passed over.
 
     Raises:
         KdtrainError: no such file, or a line that is not a JSON object, with its number.
@@ -79,7 +80,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 place = f"{path}:{number}"
-                yield place, json_object(place, line)
+                if line.strip():
+                    yield place, json_object(place, line)
     except OSError as error:
         raise KdtrainError(f"cannot read {path}: {error.strerror}") from None
 
@@ -88,8 +90,10 @@ def read_file(path: Path, columns: Columns, classes: tuple[str, ...], labelled: 
     """Read a split out of a JSONL, CSV or Parquet file, by its suffix."""
     if path.suffix not in FORMATS:
         raise KdtrainError(f"{path} must end in one of {', '.join(FORMATS)}")
-    if not path.exists():
+    if not path.is_file():
         raise KdtrainError(f"cannot read {path}: there is no such file")
+    if path.suffix == ".jsonl":  # datasets would turn texts that look like dates into dates
+        return read_rows(read_jsonl(path), columns, classes, labelled)
     from datasets import (  # takes a second; a data set folder does without it
         disable_progress_bars,
         load_dataset,
@@ -98,12 +102,10 @@ def read_file(path: Path, columns: Columns, classes: tuple[str, ...], labelled: 
 
     disable_progress_bars()
     try:
-        table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        if path.suffix == ".jsonl":
-            for _ in read_jsonl(path):  # names the line
-                pass
-        raise KdtrainError(f"{path} cannot be read as {FORMATS[path.suffix]}: {error.__cause__}") from None
+        table = load_dataset(FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train")
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise KdtrainError(f"{path} cannot be read as {FORMATS[path.suffix]}: {reason}") from None
     places = ((f"{path}, row {number}", dict(row)) for number, row in enumerate(table, start=1))
     return read_rows(places, columns, classes, labelled)
 
@@ -129,7 +131,7 @@ def read_rows(
             raise KdtrainError(
                 f"{place} has no label in column {columns.label!r} (columns: {', '.join(row)})"
             )
-        label = UNLABELLED if label is None else numbers.get(label, label)
+        label = UNLABELLED if label is None else _number(place, label, numbers)
         if label != UNLABELLED and not (type(label) is int and 0 <= label < len(classes)):
             raise KdtrainError(
                 f"{place} has label {label!r}; the {len(classes)} classes are numbered 0 to {len(classes) - 1} "
@@ -139,6 +141,18 @@ def read_rows(
     return TextRows(
         texts, torch.tensor(labels, dtype=torch.int64), seconds if columns.second is not None else None
     )
+
+
+def _number(place: str, label: Any, numbers: dict[str, int]) -> Any:
+    """The class that a label means; what means none comes back as it is."""
+    if isinstance(label, str):
+        return numbers.get(label, label)
+    if type(label) is int and numbers.get(str(label), label) != label:
+        raise KdtrainError(
+            f"{place} has label {label}, and {label} is also the name of class {numbers[str(label)]}: number the rows "
+            "0, 1, ... and give the classes names that are no numbers"
+        )
+    return label
 
 
 def _text(place: str, row: dict[str, Any], column: str, table: Mapping[str, str] | None) -> str:
@@ -151,4 +165,10 @@ def _text(place: str, row: dict[str, Any], column: str, table: Mapping[str, str]
         return table[str(value)]
     if not isinstance(value, str) or not value.strip():
         raise KdtrainError(f"{place} has no text in column {column!r} (columns: {', '.join(row)})")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise KdtrainError(
+            f"{place} holds half of a surrogate pair in column {column!r} at character {error.start}; take it out"
+        ) from None
     return value

@@ -67,6 +67,8 @@ def test_plain_files_with_a_column_mapping(tmp_path: Path, suffix: str) -> None:
         ('{"code": "x", "label": -1}', "train.jsonl:2 has label -1; the 3 classes are numbered 0 to 2"),
         ('{"code": "x", "label": "Eror"}', "train.jsonl:2 has label 'Eror'"),
         ('{"code": "x", "label": 1.0}', "train.jsonl:2 has label 1.0"),
+        ('{"code": "x", "label": [1]}', "train.jsonl:2 has label [1]; the 3 classes"),
+        ('{"code": "x\\ud800", "label": 1}', "train.jsonl:2 holds half of a surrogate pair in column 'code'"),
         ('{"code": "x"}', "train.jsonl:2 has no label in column 'label' (columns: code)"),
         ('{"code": " \\n", "label": 0}', "train.jsonl:2 has no text in column 'code' (columns: code, label)"),
         ('{"text": "x", "label": 0}', "train.jsonl:2 has no text in column 'code' (columns: text, label)"),
@@ -85,6 +87,60 @@ def test_unreadable_plain_file_names_the_line(tmp_path: Path) -> None:
     path.write_text('{"code": "x", "label": 0}\n{"code": "x", \n')
     with pytest.raises(KdtrainError, match=r"rows.jsonl:2 is not a line of JSON"):
         load_classification(DataRecipe(train=str(path), valid=str(path), classes=("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("rows.jsonl", b"", "the train split of .* has no rows"),
+        ("rows.jsonl", b'{"code": "\xe9", "label": 0}\n', "rows.jsonl:1 is not a line of JSON"),
+        ("rows.csv", b"", "cannot be read as csv"),
+        ("rows.csv", b"code,label\n", "cannot be read as csv"),
+        ("rows.parquet", b"", "cannot be read as parquet"),
+        ("rows.parquet", b"PAR1 junk", "cannot be read as parquet"),
+    ],
+)
+def test_plain_files_that_hold_nothing(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(KdtrainError, match=sentence):
+        load_classification(DataRecipe(train=str(path), valid=str(path), classes=("a", "b")))
+    with pytest.raises(KdtrainError, match=r"there is no such file"):
+        load_classification(DataRecipe(train=str(tmp_path / "a.csv"), valid=str(path), classes=("a", "b")))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_odd_file_names_and_texts_that_look_like_dates(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "rows [a-z]* of ü"
+    folder.mkdir()
+    path = folder / f"rows{suffix}"
+    if suffix == ".csv":
+        path.write_text("code,label\n2020-01-01,a\n2021-01-01,b\n")
+    else:
+        path.write_text('{"code": "2020-01-01", "label": "a"}\r\n\n{"code": "2021-01-01", "label": "b"}\n\n')
+    data = load_classification(DataRecipe(train=str(path), valid=str(path), classes=("a", "b")))
+    assert data.train.texts == ["2020-01-01", "2021-01-01"]
+    assert data.train.labels.tolist() == [0, 1]
+
+
+def test_a_number_that_is_another_class_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("code,label\nx,0\ny,1\n")
+    with pytest.raises(KdtrainError, match=r"row 1 has label 0, and 0 is also the name of class 1"):
+        load_classification(DataRecipe(train=str(path), valid=str(path), classes=("1", "0")))
+    data = load_classification(DataRecipe(train=str(path), valid=str(path), classes=("0", "1")))
+    assert data.train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("classes", [None, "abc", ["a"], ["a", "a", "b"]])
+def test_classes_of_a_folder_are_different_names(broken: Path, classes: object) -> None:
+    about = json.loads((broken / "dataset.json").read_text())
+    (broken / "dataset.json").write_text(json.dumps({**about, "classes": classes}))
+    with pytest.raises(KdtrainError, match=r"classes must be a list of different names, at least two"):
+        load_classification(DataRecipe(path=str(broken)))
+    (broken / "dataset.json").write_text("[]")
+    with pytest.raises(KdtrainError, match=r"dataset.json must hold a JSON object, got list"):
+        load_classification(DataRecipe(path=str(broken)))
 
 
 def test_missing_and_empty_files(broken: Path, tmp_path: Path) -> None:
