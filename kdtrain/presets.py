@@ -104,13 +104,15 @@ def with_presets(content: dict[str, Any]) -> dict[str, Any]:
     student = filled.get("student")
     if isinstance(student, dict) and student.get("preset") is not None:
         name = student["preset"]
-        if name not in STUDENTS:
+        if not isinstance(name, str) or name not in STUDENTS:
             raise KdtrainError(f"student.preset must be one of {', '.join(STUDENTS)}, got {name!r}")
         filled["student"] = {**STUDENTS[name], **student}
     method = filled.get("method")
     if not isinstance(method, dict):
         return filled
     name, preset = method.get("name", "ft"), method.get("preset")
+    if not isinstance(name, str):
+        return filled
     if preset is None:
         filled["method"] = {**DEFAULTS.get(name, {}), **method}
         return filled

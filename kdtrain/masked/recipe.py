@@ -7,7 +7,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.presets import with_presets
 from kdtrain.recipe import StudentRecipe, TrainingRecipe
 from kdtrain.recipe.files import build
-from kdtrain.recipe.sections import option
+from kdtrain.recipe.sections import check_seed, option
 
 TASK = "masked_lm"
 
@@ -61,6 +61,7 @@ class MaskedRecipe:
     seed: int = option(0, "first weights, order of the rows, which tokens are hidden")
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.student.architecture != "roberta":
             raise KdtrainError(
                 f"task masked_lm trains encoders of architecture roberta, or the one at student.path, got student.architecture {self.student.architecture}"

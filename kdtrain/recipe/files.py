@@ -66,7 +66,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         *sections, last = dotted.split(".")
         place = content
         for section in sections:
-            place = place.setdefault(section, {})
+            if place.get(section) is None:  # `training:` with nothing below it
+                place[section] = {}
+            place = place[section]
             if not isinstance(place, dict):
                 raise KdtrainError(f"--{dotted}: {section} is not a section of {path}")
         place[last] = value
@@ -75,7 +77,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 def task_of(content: dict[str, Any]) -> str:
     """What a recipe's content is a recipe of."""
-    return content.get("task", "study" if "tasks" in content else TASK)
+    task = content.get("task", "study" if "tasks" in content else TASK)
+    if not isinstance(task, str):
+        raise KdtrainError(f"task must be text, got {task!r}")
+    return task
 
 
 def save_recipe(recipe: Any, path: Path) -> None:

@@ -40,10 +40,19 @@ class DataRecipe:
         positive(self, "data", "limit")
         if (self.path is None) == (self.train is None):
             raise KdtrainError("data needs either data.path (a folder) or data.train (a file), and not both")
+        if self.path is not None:
+            beside = ("valid", "test", "unlabelled", "classes")
+            for name in (name for name in beside if getattr(self, name)):
+                raise KdtrainError(
+                    f"data.path is a folder that brings its own {name}, so data.{name} would do nothing; "
+                    f"leave it out, or name all files (data.train, data.valid, ...) instead of data.path"
+                )
         if self.train is not None and self.valid is None:
             raise KdtrainError("data.train needs data.valid beside it: the best checkpoint is chosen there")
         if self.train is not None and len(self.classes) < 2:
             raise KdtrainError(f"data.train needs data.classes, at least two names, got {list(self.classes)}")
+        if len(set(self.classes)) < len(self.classes):
+            raise KdtrainError(f"data.classes must be different names, got {list(self.classes)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +191,10 @@ class MethodRecipe:
         ):
             if not getattr(self, name) >= 0:
                 raise KdtrainError(f"method.{name} must be 0 or more, got {getattr(self, name)}")
+            if getattr(self, name) == float("inf"):
+                raise KdtrainError(f"method.{name} must be finite, got inf")
+        if self.temperature == float("inf"):
+            raise KdtrainError("method.temperature must be finite, got inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +252,15 @@ class Recipe:
     )
     output: str = option("runs/run", "folder of the run")
     seed: int = option(0, "first weights, order of the rows, dropout")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the generators of numpy and torch do not take."""
+    if not 0 <= seed < 2**32:
+        raise KdtrainError(f"seed must lie in [0, 2^32), got {seed}")
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

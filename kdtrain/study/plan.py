@@ -122,8 +122,10 @@ def _merge(*parts: dict[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():
-            if isinstance(value, dict) and isinstance(merged.get(name), dict):
-                merged[name] = _merge(merged[name], value)
+            if isinstance(merged.get(name), dict) and (value is None or isinstance(value, dict)):
+                merged[name] = _merge(
+                    merged[name], value or {}
+                )  # `training:` with nothing below it says nothing
             else:
                 merged[name] = copy.deepcopy(value)
     return merged

@@ -17,9 +17,11 @@ from kdtrain.recipe import (
     TrainingRecipe,
     differences,
     load_recipe,
+    read_recipe,
     recipe_from_dict,
     recipe_to_dict,
     save_recipe,
+    task_of,
 )
 from kdtrain.study.plan import load_study, unfold
 
@@ -101,6 +103,17 @@ def test_overrides_reach_any_field_and_take_yaml_values(tmp_path: Path) -> None:
         ("data: {path: x}\ntraining: {batch_size: 4, accumulation: 8}", "cannot be larger, got 8 and 4"),
         ("data: {path: x}\nmethod: {temperature: 0}", "method.temperature must be greater than 0, got 0.0"),
         ("data: {path: x}\nmethod: {kd_weight: -0.5}", "method.kd_weight must be 0 or more, got -0.5"),
+        ("data: {path: x}\nmethod: {kd_weight: .inf}", "method.kd_weight must be finite, got inf"),
+        ("data: {path: x}\nmethod: {temperature: .inf}", "method.temperature must be finite, got inf"),
+        ("data: {path: x}\nmethod: {name: [kd]}", "method.name must be text, got ['kd']"),
+        ("data: {path: x}\nstudent: {preset: [a]}", "student.preset must be one of roberta-124M"),
+        ("data: {path: x}\nseed: -1", "seed must lie in [0, 2^32), got -1"),
+        ("data: {path: x, test: y.jsonl}", "brings its own test, so data.test would do nothing"),
+        ("data: {path: x, classes: [a, b]}", "brings its own classes, so data.classes would do nothing"),
+        (
+            "data: {train: y, valid: z, classes: [a, b, a]}",
+            "data.classes must be different names, got ['a', 'b', 'a']",
+        ),
         ("data: {path: x}\nmethod: {layer_map: [[1]]}", "method.layer_map[0] must have 2 entries, got [1]"),
         (
             "data: {path: x}\nstudent: {hidden_size: 30, heads: 4}",
@@ -141,6 +154,23 @@ def test_wrong_overrides(tmp_path: Path, words: list[str], sentence: str) -> Non
     with pytest.raises(KdtrainError) as caught:
         load_recipe(write(tmp_path, "data: {path: x}\nseed: 0\n"), words)
     assert sentence in str(caught.value)
+
+
+def test_a_section_with_nothing_below_it_says_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {path: x}\nstudent:\ntraining:\n")
+    assert load_recipe(path, ["--student.layers", "3"]).student.layers == 3
+    study = write(
+        tmp_path,
+        "common: {training: {epochs: 9}, student: {layers: 1}}\ntasks: {t: {data: {path: x}, student: }}\n"
+        "students: {s: {heads: 2}}\nmethods: {plain: {name: ft, training: }}\n",
+    )
+    (first, *_) = unfold(load_study(study))
+    assert (first.recipe.training.epochs, first.recipe.student.layers) == (9, 1)
+
+
+def test_a_task_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(KdtrainError, match=r"task must be text, got \['a'\]"):
+        task_of(read_recipe(write(tmp_path, "task: [a]\n")))
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
