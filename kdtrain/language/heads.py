@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 
 from kdtrain.errors import KdtrainError
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""what configurations call the cap of the logits: Gemma, RecurrentGemma, xLSTM"""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -48,7 +51,8 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+    caps = (getattr(config, name, None) for name in SOFTCAPS)
+    return Head(layer.weight, layer.bias, next((cap for cap in caps if cap is not None), None), scale)
 
 
 def hidden_states(
@@ -80,7 +84,10 @@ def hidden_states(
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head, also of a model that peft wrapped."""
     unwrapped = getattr(model, "get_base_model", lambda: model)()
-    return unwrapped.base_model
+    body = unwrapped.base_model
+    return (
+        getattr(unwrapped, "model", body) if body is unwrapped else body
+    )  # Llama4's text model names another
 
 
 def reads_positions(model: PreTrainedModel) -> bool:
@@ -108,10 +115,7 @@ def check_model(model: PreTrainedModel, side: str, *, packing: bool) -> None:
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(12, device=device) * 7 + 3).remainder(vocabulary)[None]
-    places = torch.cat([torch.arange(5), torch.arange(7)]).to(device)[None]
+    ids, places = check_tokens(model)
     hidden, _ = hidden_states(model, ids, places)
     known = {"position_ids": places} if reads_positions(model) else {}
     logits, own = (
@@ -124,14 +128,32 @@ def check_model(model: PreTrainedModel, side: str, *, packing: bool) -> None:
             f"the head of the {side} ({type(model).__name__}) does not give its own logits: they differ by {worst:.3g} of "
             f"{size:.3g}; this family does something between body and logits that kdtrain does not know"
         )
-    if packing:
-        other = ids.clone()
-        other[0, :5] = (other[0, :5] + 11).remainder(vocabulary)
-        changed = float((hidden_states(model, other, places)[0][0, 5:] - hidden[0, 5:]).abs().max())
-        alone = hidden_states(model, ids[:, 5:], places[:, 5:])[0][0]
-        differs = float((alone - hidden[0, 5:]).abs().max())
-        if max(changed, differs) > 1e-2 * max(float(hidden.abs().max()), 1e-3):
-            raise KdtrainError(
-                f"the {side} ({type(model).__name__}) lets documents that share a row see each other; set data.packing: false"
-            )
     model.train(training)
+    if packing and mixes_documents(model):
+        raise KdtrainError(
+            f"the {side} ({type(model).__name__}) lets documents that share a row see each other; set data.packing: false"
+        )
+
+
+@torch.no_grad()
+def mixes_documents(model: PreTrainedModel) -> bool:
+    """Whether a document changes with what stands before it in its row, another document or padding."""
+    training = model.training
+    model.eval()
+    ids, places = check_tokens(model)
+    hidden, _ = hidden_states(model, ids, places)
+    other = ids.clone()
+    other[0, :5] = (other[0, :5] + 11).remainder(int(model.config.get_text_config().vocab_size))
+    changed = float((hidden_states(model, other, places)[0][0, 5:] - hidden[0, 5:]).abs().max())
+    alone = hidden_states(model, ids[:, 5:], places[:, 5:])[0][0]
+    differs = float((alone - hidden[0, 5:]).abs().max())
+    model.train(training)
+    return max(changed, differs) > 1e-2 * max(float(hidden.abs().max()), 1e-3)
+
+
+def check_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Ids and positions (1, 12) of a row of two documents, of 5 and 7 tokens."""
+    device = next(model.parameters()).device
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = (torch.arange(12, device=device) * 7 + 3).remainder(vocabulary)[None]
+    return ids, torch.cat([torch.arange(5), torch.arange(7)]).to(device)[None]

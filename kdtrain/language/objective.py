@@ -4,7 +4,7 @@ Every term is a sum over the labels that count, divided once by their number in 
 before any piece runs, so pieces, processes, padding and packing change neither loss nor gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -62,15 +62,25 @@ class Weights:
 
 
 def divergence_of(recipe: LanguageMethodRecipe) -> Divergence:
-    """The recipe's divergence with its parameter."""
-    return {
-        "forward_kl": ForwardKL(),
-        "reverse_kl": ReverseKL(),
-        "jsd": JSD(recipe.beta),
-        "skew_kl": SkewKL(recipe.alpha),
-        "skew_reverse_kl": SkewReverseKL(recipe.alpha),
-        "tvd": TVD(),
-    }[recipe.divergence]
+    """The recipe's divergence with its parameter.
+
+    Raises:
+        KdtrainError: there is none of this name, or its parameter is out of range.
+    """
+    known: dict[str, Callable[[], Divergence]] = {
+        "forward_kl": ForwardKL,
+        "reverse_kl": ReverseKL,
+        "jsd": partial(JSD, recipe.beta),
+        "skew_kl": partial(SkewKL, recipe.alpha),
+        "skew_reverse_kl": partial(SkewReverseKL, recipe.alpha),
+        "tvd": TVD,
+    }
+    if recipe.divergence not in known:
+        raise KdtrainError(f"method.divergence is {recipe.divergence!r}; it is one of {', '.join(known)}")
+    try:
+        return known[recipe.divergence]()
+    except ValueError as error:
+        raise KdtrainError(f"method.divergence {recipe.divergence}: {error}") from None
 
 
 class LanguageObjective(Objective):

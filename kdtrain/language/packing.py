@@ -169,14 +169,23 @@ def padded_batch(inputs: dict[str, Tensor]) -> LanguageBatch:
         inputs: `input_ids` and `labels` (B, N); `attention_mask` (B, N) where there is padding; `position_ids` (B, N)
             where several documents share a row, starting again at each. Labels are shifted here: the label at a
             token is the next one, unless that opens another document or is -100.
+
+    Raises:
+        KdtrainError: there are no labels.
     """
+    if "labels" not in inputs:
+        raise KdtrainError(
+            f"a batch holds {', '.join(inputs)} and no labels, without which there is nothing to count; give the data set a "
+            "column labels, or make them in the collator (DataCollatorForLanguageModeling(tokenizer, mlm=False))"
+        )
     ids, labels = inputs["input_ids"], inputs["labels"]
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    places = inputs.get("position_ids")
-    if places is None:
-        mask = inputs.get("attention_mask")
+    places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if places is None or mask is not None:
         inside = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         opens = torch.cat([torch.ones_like(inside[:, :1]), inside[:, 1:] != inside[:, :-1]], dim=1)
+        if places is not None:  # they may count on through the padding in front of a document
+            opens[:, 1:] |= places[:, 1:] != places[:, :-1] + 1
         places = columns - torch.where(opens, columns, 0).cummax(dim=1).values
     after = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     ends = torch.cat([places[:, 1:] == 0, torch.ones_like(places[:, :1], dtype=torch.bool)], dim=1)

@@ -7,6 +7,7 @@ trainer.train()
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.evaluate import measured_rows
-from kdtrain.language.heads import check_model
+from kdtrain.language.heads import check_model, mixes_documents
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import IGNORED, padded_batch
 from kdtrain.language.recipe import LanguageMethodRecipe
-from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
+from kdtrain.language.teacher import DTYPES, LanguageTeacher, load_language_teacher
 from kdtrain.language.vocabulary import match_vocabularies
 from kdtrain.zero import gathered_weights, loading_whole, spread_weights
 
@@ -71,7 +72,8 @@ class KDTrainer(Trainer):
         others: as for `Trainer`. Data sets have `input_ids` and `labels` (not shifted, -100 where nothing counts).
 
     Raises:
-        KdtrainError: tokenizers or heads that do not fit; DataParallel; a teacher that ZeRO 3 has cut.
+        KdtrainError: tokenizers or heads that do not fit; DataParallel; a teacher that ZeRO 3 has cut; what needs logits
+            (`compute_metrics`) or another loss (`compute_loss_func`, `label_smoothing_factor`).
     """
 
     loss_is_scaled_for_ga = True
@@ -80,6 +82,7 @@ class KDTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, teacher: PreTrainedModel | str, args: KDConfig, **others: Any
     ) -> None:
+        refuse_what_is_not_read(args, others)
         super().__init__(model=model, args=args, **others)
         if args.n_gpu > 1:
             raise KdtrainError(
@@ -89,6 +92,7 @@ class KDTrainer(Trainer):
         known = open_teacher(teacher, args.teacher_precision)
         with gathered_weights(spread_weights(model).values()):
             check_model(model, "student", packing=False)
+            mixing = {"student": mixes_documents(model), "teacher": mixes_documents(known.model)}
         sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
         vocab_map = None
         if isinstance(teacher, str) and self.processing_class is not None:
@@ -102,7 +106,8 @@ class KDTrainer(Trainer):
         known.place(self.accelerator)
         model.forward = with_distillation(model.forward, self.objective)
         self.measured = torch.zeros(4, dtype=torch.float64)
-        self.data_collator = partial(collate_counted, self.data_collator)
+        mixing = " and ".join(side for side, mixes in mixing.items() if mixes)
+        self.data_collator = partial(collate_counted, self.data_collator, mixing=mixing)
 
     def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list[Any], Any]:
         """As Trainer's; refuses a batch that holds nothing to learn."""
@@ -158,20 +163,46 @@ class KDTrainer(Trainer):
         return output
 
 
-def collate_counted(collate: Callable[[Any], dict[str, Tensor]], rows: Any) -> dict[str, Tensor]:
+def refuse_what_is_not_read(args: TrainingArguments, others: dict[str, Any]) -> None:
+    """Refuse arguments of `Trainer` that would do nothing here."""
+    if not isinstance(args, KDConfig):
+        raise KdtrainError(f"KDTrainer takes args of the type KDConfig, got {type(args).__name__}")
+    if args.label_smoothing_factor:
+        raise KdtrainError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, but the loss of KDTrainer has no smoothed labels; set it to 0"
+        )
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        if others.get(name) is not None:
+            raise KdtrainError(
+                f"{name} would never be called: KDTrainer has a loss of its own and makes no logits; leave it out"
+            )
+
+
+def collate_counted(
+    collate: Callable[[Any], dict[str, Tensor]], rows: Any, *, mixing: str = ""
+) -> dict[str, Tensor]:
     """A collated batch in which exactly the labels that the loss counts are left, since Trainer counts for itself.
 
     It would also count the first token of a document, which nothing before it predicts.
 
+    Args:
+        mixing: the models, in words, in which a document sees what stands before it in its row.
+
     Raises:
-        KdtrainError: a packed row that goes on from within a document that does not begin in it.
+        KdtrainError: no labels; a packed row that goes on from within a document that does not begin in it; a document
+            behind padding or another one where `mixing` names a model.
     """
     inputs = collate(rows)
-    if "labels" not in inputs:
-        return inputs
     if "position_ids" in inputs:
         refuse_cut_documents(inputs)
-    shifted = padded_batch(inputs).labels
+    batch = padded_batch(inputs)
+    shifted = batch.labels
+    behind = (batch.position_ids[:, 1:] == 0).cumsum(1) > 0
+    if mixing and bool((behind & (shifted[:, 1:] != IGNORED)).any()):
+        raise KdtrainError(
+            f"a batch holds a document behind padding or behind another document, which it sees in this {mixing}: nothing in "
+            "this family keeps them apart; pad on the right (padding_side) and put one document into a row"
+        )
     inputs["labels"] = torch.cat([torch.full_like(shifted[:, :1], IGNORED), shifted[:, :-1]], dim=1)
     return inputs
 
@@ -195,6 +226,8 @@ def refuse_cut_documents(inputs: dict[str, Tensor]) -> None:
 def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeacher:
     """A frozen teacher, loaded where a name was given."""
     if isinstance(teacher, str):
+        if precision not in DTYPES:
+            raise KdtrainError(f"teacher_precision is {precision!r}; it is one of {', '.join(DTYPES)}")
         with loading_whole():
             return load_language_teacher(teacher, precision, packing=False)
     if spread_weights(teacher):
@@ -210,6 +243,9 @@ def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeac
 
 def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -> Callable[..., Any]:
     """The model's own forward, and behind `kd_piece` the objective: what a loss uses is used inside the wrapped forward."""
+    owner = getattr(plain, "__self__", None)
+    if owner is not None:
+        plain = plain.__func__  # type: ignore[attr-defined]
 
     @wraps(plain)
     def forward(
@@ -219,4 +255,5 @@ def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -
             return plain(*args, **options)
         return measured_rows(objective, kd_piece) if kd_measure else objective(kd_piece, kd_divisor)
 
-    return forward
+    # A method, as it was: a deep copy of the model then runs its own weights.
+    return forward if owner is None else MethodType(forward, owner)

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+    RecurrentGemmaConfig,
+)
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.heads import check_model, decoder_layers, head_of, hidden_states
@@ -73,3 +82,29 @@ def test_a_head_with_an_unknown_step_is_refused() -> None:
         KdtrainError, match=r"the head of the student \(Sharpened\) does not give its own logits"
     ):
         check_model(model, "student", packing=False)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        RecurrentGemmaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, lru_width=32, logits_soft_cap=3.0,
+        ),
+        Llama4TextConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=2, attention_chunk_size=8,
+        ),
+    ],
+    ids=["recurrent_gemma", "llama4"],
+)  # fmt: skip
+def test_families_with_other_names_for_cap_and_body(shape: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape).eval()
+    ids = torch.randint(VOCABULARY, (2, 17))
+    with torch.no_grad():
+        head_of(model).weight.mul_(10)
+        hidden, _ = hidden_states(model, ids, torch.arange(17).expand(2, -1))
+        logits = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(head_of(model).logits(hidden), logits, rtol=1e-5, atol=1e-5)
+    check_model(model, "student", packing=False)

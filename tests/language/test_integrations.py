@@ -1,5 +1,6 @@
 """The blocks of docs/integrations.md run as they stand; KDTrainer keeps Trainer's contract."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from kdtrain.errors import KdtrainError
+from kdtrain.language.heads import hidden_states
 from kdtrain.language.packing import IGNORED, padded_batch
 from kdtrain.language.trainer import KDConfig, KDTrainer, collate_counted
 from tests.language.conftest import tiny
@@ -131,3 +133,76 @@ def test_batches_without_labels_and_cut_documents_are_told(tmp_path: Path) -> No
         KdtrainError, match=r"row 1 .* position 6 stands at its token 2, where 0 or 2 was due"
     ):
         collate_counted(lambda given: given, cut)
+
+
+def test_positions_that_count_through_the_padding_in_front() -> None:
+    """The document behind the padding does not see it, and its first token is not learned from padding."""
+    ids = torch.tensor([[1, 1, 5, 6, 7, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, IGNORED)}
+    batch = padded_batch(inputs | {"position_ids": torch.arange(6)[None]})
+    assert batch.labels.tolist() == padded_batch(inputs).labels.tolist() == [[-100, -100, 6, 7, 9, -100]]
+    model = tiny("llama")
+    with torch.no_grad():
+        hidden, _ = hidden_states(model, batch.input_ids, batch.position_ids)
+        alone = model.base_model(input_ids=ids[:, 2:]).last_hidden_state
+    torch.testing.assert_close(hidden[:, 2:], alone)
+
+
+def test_a_family_that_mixes_documents_takes_padding_behind_only(tmp_path: Path) -> None:
+    shape = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2)
+    found = KDTrainer(
+        BloomForCausalLM(shape),
+        tiny("llama"),
+        args=KDConfig(output_dir=str(tmp_path), use_cpu=True),
+        train_dataset=tokens(),
+    )
+    rows = [{"input_ids": torch.tensor(list(ids))} for ids in ((1, 1, 5, 6, 7), (5, 6, 7, 1, 1))]
+    for row in rows:
+        row["attention_mask"] = row["input_ids"].ne(1).long()
+        row["labels"] = torch.where(row["input_ids"] == 1, IGNORED, row["input_ids"])
+    assert int((found.data_collator(rows[1:])["labels"] != IGNORED).sum()) == 2
+    with pytest.raises(KdtrainError, match=r"behind padding .* sees in this student: .* pad on the right"):
+        found.data_collator(rows)
+
+
+def test_a_copied_student_runs_its_own_weights(tmp_path: Path) -> None:
+    student = tiny("llama")
+    KDTrainer(
+        student,
+        tiny("qwen3", 1),
+        args=KDConfig(output_dir=str(tmp_path), use_cpu=True),
+        train_dataset=tokens(),
+    )
+    copied = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(input_ids=torch.arange(5)[None]).logits.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "words"),
+    [
+        ({"divergence": "kl"}, {}, r"method.divergence is 'kl'; it is one of forward_kl"),
+        ({"divergence": "jsd", "beta": 1.5}, {}, r"method.divergence jsd: JSD needs 0 < beta < 1, got 1.5"),
+        ({"label_smoothing_factor": 0.1}, {}, r"label_smoothing_factor is 0.1"),
+        ({}, {"compute_metrics": len}, r"compute_metrics would never be called"),
+        ({}, {"args": TrainingArguments(use_cpu=True)}, r"KDConfig, got TrainingArguments"),
+        ({"teacher_precision": "fp16"}, {"teacher": "/nowhere"}, r"teacher_precision is 'fp16'"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    tmp_path: Path, options: dict[str, Any], others: dict[str, Any], words: str
+) -> None:
+    args = KDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    given = {"teacher": tiny("qwen3", 1), "args": args, "train_dataset": tokens(8)} | others
+    with pytest.raises(KdtrainError, match=words):
+        KDTrainer(tiny("llama"), **given)
+
+
+def test_rows_without_labels_are_told(tmp_path: Path) -> None:
+    args = KDConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    bare = tokens(8).remove_columns("labels")
+    with pytest.raises(KdtrainError, match=r"a batch holds input_ids and no labels"):
+        KDTrainer(tiny("llama"), tiny("qwen3", 1), args=args, eval_dataset=bare).evaluate()
