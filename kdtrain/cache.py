@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdtrain.errors import KdtrainError
 from kdtrain.models import shape_of
-from kdtrain.shards import check_manifest, map_shard, read_manifest, shard_paths
+from kdtrain.shards import MANIFEST, check_manifest, map_shard, read_manifest, shard_paths
 from kdtrain.teachers import Teacher
 
 FORMAT = 2
@@ -155,7 +155,16 @@ def open_cache(folder: Path, identity: Identity) -> TeacherCache | None:
     """
     found = read_manifest(folder)
     if found is None:
+        if shard_paths(folder):
+            raise KdtrainError(
+                f"the teacher cache {folder} has no {MANIFEST}, so nothing says whose outputs these are; delete that folder"
+            )
         return None
+    for name in ("layers", "sequences"):
+        if name not in found:
+            raise KdtrainError(
+                f"{folder / MANIFEST} is damaged, it has no {name}; delete the folder {folder} to build it again"
+            )
     check_manifest(folder, found, identity.manifest(), MEANINGS)
     missing = sorted(set(identity.layers) - set(found["layers"]))
     if missing:

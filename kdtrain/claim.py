@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_json
-from kdtrain.recipe import differences, recipe_to_dict, save_recipe
+from kdtrain.recipe import differences, read_recipe, recipe_to_dict, save_recipe
 from kdtrain.summary import FILE
 
 IDENTITY = "checkpoints/identity.json"
@@ -27,12 +25,12 @@ def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
         KdtrainError: the folder holds another run; the sentence names the first fields that differ.
     """
     if (folder / "recipe.yaml").exists():
-        old, new = yaml.safe_load((folder / "recipe.yaml").read_text()), recipe_to_dict(recipe)
+        old, new = read_recipe(folder / "recipe.yaml"), recipe_to_dict(recipe)
         found = differences({**old, "output": None}, {**new, "output": None})
         found = [difference for difference in found if not difference.startswith(FREE)]
         known = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else identity
         found += [
-            f"the content of the {part} has changed" for part in identity if known[part] != identity[part]
+            f"the content of the {part} has changed" for part in identity if known.get(part) != identity[part]
         ]
         if found:
             raise KdtrainError(

@@ -85,6 +85,7 @@ def train(
             # ---- evaluate
             if step > evaluated and (step % evaluate_every == 0 or step == total_steps):
                 metrics = evaluate(model, accelerator)
+                check_finite(metrics["loss"], step, options)  # no line may have been logged yet
                 value = metrics[options.best_metric] * (-1 if options.best_metric in SMALLER_IS_BETTER else 1)
                 if position.best_value is None or value > position.best_value:
                     position.best_step, position.best_value = step, value
@@ -150,11 +151,7 @@ def train(
             if log_now:
                 seconds = position.seconds - window.seconds
                 loss = means[-2]
-                if not math.isfinite(loss):
-                    raise KdtrainError(
-                        f"the loss is {loss} at step {position.step}; lower training.learning_rate "
-                        f"(now {options.learning_rate}) or training.clip_norm (now {options.clip_norm})"
-                    )
+                check_finite(loss, position.step, options)
                 line = {
                     "step": position.step,
                     "epoch": round(position.step / steps_per_epoch, 4),
@@ -177,6 +174,15 @@ def train(
     accelerator.wait_for_everyone()
     load_state(plain, read_best(checkpoints, position.best_step))
     return position
+
+
+def check_finite(loss: float, step: int, options: TrainingRecipe) -> None:
+    """Stop a run that has diverged."""
+    if not math.isfinite(loss):
+        raise KdtrainError(
+            f"the loss is {loss} at step {step}; lower training.learning_rate "
+            f"(now {options.learning_rate}) or training.clip_norm (now {options.clip_norm})"
+        )
 
 
 def describe_training(position: Position, accelerator: Accelerator) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
         config = config.encoder_config
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in COUNTS_FROM_PADDING:
-        positions -= 2
+        positions -= (config.pad_token_id or 0) + 1
     return positions
 
 

@@ -122,8 +122,14 @@ def check_room(folder: Path, need: int, smaller: str) -> None:
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system drops it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise KdtrainError(
+            f"the teacher cache {folder} cannot be written: {error.strerror}; give another teacher.cache"
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

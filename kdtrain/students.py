@@ -22,13 +22,18 @@ from kdtrain.recipe import StudentRecipe
 
 def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> RobertaConfig:
     """The RoBERTa shape that a student section describes, without classes."""
+    if tokenizer.pad_token_id is None:
+        raise KdtrainError(
+            f"student.tokenizer: {recipe.tokenizer} has no padding token, from which RoBERTa counts positions; set its pad_token"
+        )
     return RobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         intermediate_size=recipe.intermediate_size,
-        max_position_embeddings=recipe.max_length + 2,  # RoBERTa counts positions from pad_token_id + 1
+        # RoBERTa counts positions from pad_token_id + 1.
+        max_position_embeddings=recipe.max_length + int(tokenizer.pad_token_id) + 1,  # type: ignore[arg-type]
         type_vocab_size=1,
         hidden_dropout_prob=recipe.dropout,
         attention_probs_dropout_prob=recipe.attention_dropout,

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import yaml
 
+from kdtrain.claim import IDENTITY
 from kdtrain.data.classification import ClassificationData
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import method_class
+from kdtrain.prepare import cache_folder
 from kdtrain.progress import progress, say
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
+from kdtrain.shards import read_manifest
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 from kdtrain.summary import FILE, Summary
@@ -91,7 +94,15 @@ def is_finished(cell: Cell, fingerprint: str) -> bool:
     same = yaml.safe_load((folder / "recipe.yaml").read_text()) == json.loads(
         json.dumps(recipe_to_dict(cell.recipe))
     )
-    return same and Summary.load(folder).data["fingerprint"] == fingerprint
+    return same and Summary.load(folder).data["fingerprint"] == fingerprint and _same_teacher(cell)
+
+
+def _same_teacher(cell: Cell) -> bool:
+    """Whether the run learned from the teacher whose outputs the study holds now."""
+    manifest, known = read_manifest(cache_folder(cell.recipe)), Path(cell.recipe.output) / IDENTITY
+    if cell.recipe.teacher.path is None or manifest is None or not known.exists():
+        return True
+    return json.loads(known.read_text())["teacher"] == manifest["teacher_weights"]
 
 
 def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, path: list[str]) -> None:

@@ -190,6 +190,23 @@ def test_cut_shard_is_a_sentence(tmp_path: Path, model: Teacher, data: Classific
         open_cache(tmp_path, identity_of(model))
 
 
+def test_a_folder_that_is_no_whole_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
+    identity, folder = identity_of(model), tmp_path / "cache"
+    build(folder, model, identity, data)
+    manifest = folder / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content.replace('"layers"', '"layerz"'))
+    with pytest.raises(KdtrainError, match=r"manifest.json is damaged, it has no layers"):
+        open_cache(folder, identity)
+    manifest.unlink()
+    with pytest.raises(KdtrainError, match=r"has no manifest.json, so nothing says whose outputs these are"):
+        build(folder, model, identity, data)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(KdtrainError, match=r"cannot be written: .*; give another teacher.cache"):
+            build(place, model, identity, data)
+
+
 def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Path) -> None:
     """kill -9 between two shards: the shards stay, the next build computes the rest only."""
     rows = "".join(json.dumps({"code": f"x{i} = d[{i}]", "label": i % 3}) + "\n" for i in range(6000))

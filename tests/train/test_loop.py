@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from kdtrain.errors import KdtrainError
+from kdtrain.models import positions_of
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import MethodRecipe, Recipe, save_recipe
 from kdtrain.run import run
@@ -122,12 +130,23 @@ def test_finished_run_is_recognised_and_another_is_refused(
         KdtrainError, match=r"holds another run \(training.learning_rate: 0.003 there, 0.0001 here\)"
     ):
         run(other)
+    # A run of another task left its own identity.
+    (tmp_path / "run" / "checkpoints" / "identity.json").write_text('{"data": "x"}')
+    with pytest.raises(KdtrainError, match=r"holds another run \(training.learning_rate"):
+        run(other)
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    with pytest.raises(KdtrainError, match=r"recipe.yaml must hold sections"):
+        run(recipe)
 
 
 def test_diverged_run_is_told(recipe: Recipe, tmp_path: Path) -> None:
     training = replace(recipe.training, learning_rate=1e38, warmup=0.0)
     with pytest.raises(KdtrainError, match=r"the loss is (nan|inf) at step 2; lower training.learning_rate"):
         run(replace(recipe, training=training, output=str(tmp_path / "run")))
+    unlogged = replace(training, max_steps=3, log_every=100)
+    with pytest.raises(KdtrainError, match=r"the loss is nan at step 3; lower training.learning_rate"):
+        run(replace(recipe, training=unlogged, output=str(tmp_path / "unlogged")))
+    assert not (tmp_path / "unlogged" / "student").exists()
 
 
 def test_best_weights_are_restored(recipe: Recipe, tmp_path: Path) -> None:
@@ -150,6 +169,35 @@ def test_bf16_and_bigru_train(distillation: Recipe, tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
     assert summary.student["architecture"] == "kdtrain_bigru"
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").num_labels == 3
+
+
+@pytest.mark.parametrize("pad", [0, 5, None])
+def test_a_tokenizer_with_another_padding_token(recipe: Recipe, tmp_path: Path, pad: int | None) -> None:
+    """RoBERTa counts positions from the padding token's id, wherever that stands."""
+    special = ["<s>", "</s>", "<unk>", "<mask>", "<cls>"]
+    if pad is not None:
+        special.insert(pad, "<pad>")
+    rules = Tokenizer(models.BPE(unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    rules.train_from_iterator(["def f(x): return x"], trainer)
+    padding = {} if pad is None else {"pad_token": "<pad>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=rules, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **padding
+    ).save_pretrained(tmp_path / "tokenizer")
+    student = replace(recipe.student, tokenizer=str(tmp_path / "tokenizer"), max_length=24)
+    training = replace(recipe.training, max_steps=1)
+    recipe = replace(recipe, student=student, training=training, output=str(tmp_path / "run"))
+    if pad is None:
+        with pytest.raises(KdtrainError, match=r"has no padding token, from which RoBERTa counts positions"):
+            run(recipe)
+        return
+    run(recipe)
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "student")
+    assert (config.pad_token_id, positions_of(config)) == (pad, 24)
 
 
 def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import AutoModelForSequenceClassification
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
-from kdtrain.study.plan import study_from_dict, unfold
+from kdtrain.recipe import Recipe
+from kdtrain.run import run
+from kdtrain.study.plan import Cell, study_from_dict, unfold
 from kdtrain.study.statistics import deviation, metric_of_sums, paired_test, row_counts
+from kdtrain.study.work import is_finished
 from tests.support.commands import Program
 
 
@@ -104,9 +108,22 @@ def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: 
     assert len(list((output / "tokenizers").iterdir())) == 1
     manifest = json.loads((output / "teacher-cache" / "toy" / "manifest.json").read_text())
     assert manifest["layers"] == [0, 2, 3] and manifest["sequences"]
-    for run in output.glob("runs/*"):
-        assert not list((run / "checkpoints").glob("step-*"))
+    for folder in output.glob("runs/*"):
+        assert not list((folder / "checkpoints").glob("step-*"))
     AutoModelForSequenceClassification.from_pretrained(output / "runs" / "toy-small-bigru-ckd-1" / "student")
+
+
+def test_a_run_of_another_teacher_is_not_finished(distillation: Recipe, tmp_path: Path) -> None:
+    """The teacher was trained again, and its stored outputs were made anew as the cache's sentence advises."""
+    teacher = replace(distillation.teacher, cache=str(tmp_path / "cache"))
+    training = replace(distillation.training, max_steps=1)
+    recipe = replace(distillation, teacher=teacher, training=training, output=str(tmp_path / "run"))
+    fingerprint = run(recipe).data["fingerprint"]
+    cell = Cell("toy", "small", "kd", recipe)
+    assert is_finished(cell, fingerprint)
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "teacher_weights": "another"}))
+    assert not is_finished(cell, fingerprint)
 
 
 def check_report(output: Path, printed: str) -> None:
