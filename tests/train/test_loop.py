@@ -23,7 +23,7 @@ from transformers import (
 from kdtrain.errors import KdtrainError
 from kdtrain.models import positions_of
 from kdtrain.plots import read_metrics
-from kdtrain.recipe import MethodRecipe, Recipe, save_recipe
+from kdtrain.recipe import MethodRecipe, Recipe, StudentRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from tests.support.commands import Program, torchrun
@@ -203,7 +203,7 @@ def test_a_tokenizer_with_another_padding_token(recipe: Recipe, tmp_path: Path, 
 def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:
     """A finished classifier keeps what it knows; a masked language model gives its encoder and gets a new head."""
     training = replace(recipe.training, max_steps=1, learning_rate=1e-6)
-    student = replace(recipe.student, path=str(teacher), max_length=64)
+    student = StudentRecipe(path=str(teacher), max_length=64)
     summary = run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
     assert summary.test["accuracy"] == Summary.load(teacher.parent).test["accuracy"]
 
