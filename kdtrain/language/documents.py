@@ -104,8 +104,14 @@ def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dic
         yield from _source_files(place, field, recipe.suffixes)
         return
     if place.suffix == ".txt" and place.is_file():
-        yield {recipe.text: place.read_text(encoding="utf-8")}
+        try:
+            text = place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise KdtrainError(f"{field}: {path} is not UTF-8 ({error}); convert it") from None
+        yield {recipe.text: text}
         return
+    if place.is_file() and not place.stat().st_size:
+        raise KdtrainError(f"{field}: {path} is empty")
     if not place.exists() and path.startswith((".", "/", "~")):
         raise KdtrainError(f"{field}: there is no file or folder {path}")
     import datasets
@@ -208,7 +214,15 @@ def _tokenize(
     end = [tokenizer.eos_token_id]
     if recipe.messages in columns:
         for number, row in enumerate(rows):
-            yield _conversation(row[recipe.messages], number, tokenizer)
+            messages = row[recipe.messages]
+            if not messages or any(
+                not isinstance(message, dict) or not isinstance(message.get("role"), str)
+                for message in messages
+            ):
+                raise KdtrainError(
+                    f"column {recipe.messages} must hold lists of messages with role and content, got {messages!r:.80}"
+                )
+            yield _conversation(messages, number, tokenizer)
     elif recipe.prompt in columns and recipe.completion in columns:
         prompts = _ids(tokenizer, [_text(row, recipe.prompt) for row in rows])
         completions = _ids(tokenizer, [_text(row, recipe.completion) for row in rows])

@@ -139,6 +139,12 @@ def test_folders_and_held_out_documents(
         ("{tmp}/wrong.jsonl", r"has the columns code and none of data.text \(text\)"),
         ("{tmp}/number.jsonl", "column text must hold text, got 3"),
         ("{tmp}/odd.xyz", r"is none of .txt, .jsonl"),
+        ("{tmp}/latin.txt", r"latin.txt is not UTF-8 \(.*0xe9"),
+        ("{tmp}/empty.jsonl", r"empty.jsonl is empty"),
+        (
+            "{tmp}/talk.jsonl",
+            r"must hold lists of messages with role and content, got \[\{'content': 'x'\}\]",
+        ),
     ],
 )
 def test_wrong_data_is_told(
@@ -147,5 +153,8 @@ def test_wrong_data_is_told(
     (tmp_path / "wrong.jsonl").write_text('{"code": "x"}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "odd.xyz").write_text("x")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "talk.jsonl").write_text('{"messages": [{"content": "x"}]}\n')
     with pytest.raises(KdtrainError, match=message):
         load_documents(LanguageDataRecipe(train=train.format(tmp=tmp_path)), tokenizer)
