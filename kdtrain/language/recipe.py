@@ -225,6 +225,12 @@ class LanguageRecipe:
                 f"method kd_features reads inner layers of the teacher, which teacher.signal {self.teacher.signal} does not "
                 "store; set teacher.signal: online"
             )
+        kept = self.teacher.signal in ("topk", "shards") and self.teacher.tail == "renormalize"
+        if kept and self.method.name == "kd" and self.method.divergence == "reverse_kl":
+            raise KdtrainError(
+                "method.divergence reverse_kl is infinite where teacher.tail renormalize gives the tokens that were not kept the "
+                "probability 0; set teacher.tail: bucket"
+            )
         if self.teacher.signal == "cross_term" and self.method.name == "kd":
             if self.method.divergence != "forward_kl":
                 raise KdtrainError(

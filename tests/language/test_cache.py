@@ -174,3 +174,16 @@ def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(KdtrainError, match=r"is damaged .*; delete this one file and it is computed again"):
         stored_signals(found, parts, torch.device("cpu"))
+
+
+def test_reverse_kl_is_refused_where_tokens_that_were_not_kept_have_no_probability(
+    language_distillation: LanguageRecipe,
+) -> None:
+    """In the recipe: the loss would refuse it only after the whole cache was built."""
+    for signal in ("topk", "shards"):
+        with pytest.raises(KdtrainError, match=r"reverse_kl is infinite .* set teacher.tail: bucket"):
+            replace(
+                language_distillation,
+                teacher=replace(language_distillation.teacher, signal=signal, tail="renormalize"),
+                method=LanguageMethodRecipe(divergence="reverse_kl"),
+            )
