@@ -201,6 +201,9 @@ def prepare(
         )
         terms = replace(terms, divergence=Decoupled())
     teacher = _flat_teacher(teacher)
+    if isinstance(teacher, TeacherTopK):
+        teacher = _without_dead_entries(teacher, counted.weight)
+        teacher_checks.check_ids(teacher, vocabulary)
     return Problem(terms, teacher, labels, counted, decoupled, mapping, impl, cast, return_stats)
 
 
@@ -209,6 +212,19 @@ def _per_row(value: float | Tensor, rows: int, device: torch.device, dtype: torc
     if isinstance(value, Tensor):
         return value.reshape(-1).to(dtype)
     return torch.full((rows,), float(value), dtype=dtype, device=device)
+
+
+def _without_dead_entries(teacher: TeacherTopK, weight: Tensor | None) -> TeacherTopK:
+    """Rows that do not count may hold anything; theirs become ids that every vocabulary has, as ids are memory addresses."""
+    if weight is None:
+        return teacher
+    dead = (weight == 0).unsqueeze(1)
+    free = torch.arange(teacher.indices.shape[1], device=teacher.indices.device)
+    return replace(
+        teacher,
+        logprobs=teacher.logprobs.masked_fill(dead, 0.0),
+        indices=torch.where(dead, free, teacher.indices),
+    )
 
 
 def _flat_teacher(

@@ -143,13 +143,11 @@ def check_pair(
                 f"vocab_map does not go with {type(teacher).__name__}, whose ids are the student's; "
                 "map the ids when the teacher's outputs are stored"
             )
-        if isinstance(teacher, TeacherTopK):
-            _check_ids(teacher, student_vocabulary)
         return None
     return _check_vocab_map(vocab_map, student_vocabulary, facts.vocabulary, student, student_name)
 
 
-def _check_ids(teacher: TeacherTopK, vocabulary: int) -> None:
+def check_ids(teacher: TeacherTopK, vocabulary: int) -> None:
     """On a CPU, ids in range and without repetition, and log-probabilities that may be some."""
     indices, logprobs = teacher.indices, teacher.logprobs
     if indices.shape[-1] > vocabulary:

@@ -191,3 +191,23 @@ def test_a_tail_that_is_nearly_nothing(impl: Impl) -> None:
     (gradient,) = torch.autograd.grad(rows.sum(), leaf)
     torch.testing.assert_close(rows.double(), exact.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-8)
+
+
+# Both ways in which a row does not count; ids that padding holds: the same one, none, none that the vocabulary has.
+@pytest.mark.parametrize("by_label", [True, False])
+@pytest.mark.parametrize("padding", [0, -1, 99])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_do_not_count_hold_any_entries(padding: int, by_label: bool, impl: Impl) -> None:
+    student = torch.randn(3, 9, device=DEVICE, requires_grad=True)
+    teacher = top_k(torch.randn(3, 9, device=DEVICE), "bucket", 4)
+    labels = torch.tensor([1, -100 if by_label else 2, 3], device=DEVICE)
+    weight = None if by_label else torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    logprobs, indices = teacher.logprobs.clone(), teacher.indices.clone()
+    logprobs[1], indices[1] = 7.0, padding
+    found = []
+    for given in (teacher, TeacherTopK(logprobs, indices, "bucket")):
+        loss = kd_loss(student, given, labels, token_weight=weight, ce_weight=0.5, impl=impl)
+        found.append((loss, *torch.autograd.grad(loss, student)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not found[1][1][1].any()
