@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, shape_of
 from .feature_checks import check_batch, check_sequences
 from .prepare import autocast_off
 from .reference import wide
@@ -48,7 +48,7 @@ def _samples(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Ten
     check_batch(student, teacher, mask)
     if mask is None:
         mask = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    flat = (wide(side.reshape(side.shape[0], -1)) for side in (student, teacher))
+    flat = (wide(side.flatten(1)) for side in (student, teacher))
     student, teacher = (side.masked_fill(~mask.unsqueeze(1), 0.0) for side in flat)
     return student, teacher, mask
 
@@ -213,8 +213,10 @@ def linear_cka_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
 
     def unit_gram(features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, B) of length 1, and whether there was any length."""
-        centred = (features - features.sum(0) / count).masked_fill(~mask.unsqueeze(1), 0.0)
-        gram = centred @ centred.T
+        # Twice: what rounding left of equal samples is equal again, and few enough digits for an exact mean.
+        for _ in range(2):
+            features = (features - features.sum(0) / count).masked_fill(~mask.unsqueeze(1), 0.0)
+        gram = features @ features.T
         length = torch.linalg.vector_norm(gram)
         return _ratio(gram, length), length > 0
 
@@ -286,6 +288,11 @@ def fsp_loss(
     Source: Yim et al., A Gift from Knowledge Distillation, 2017, equations 1 and 2.
     """
     mask = check_sequences(student, teacher, mask, same_width=True)
+    if isinstance(student_next, Tensor) and student_next.shape[:2] != student.shape[:2]:
+        raise ValueError(
+            "student and student_next must have the same batch and length, got shapes "
+            f"{shape_of(student)} and {shape_of(student_next)}"
+        )
     check_sequences(student_next, teacher_next, mask, same_width=True, names=("student_next", "teacher_next"))
     count = mask.sum(1)
 

@@ -169,6 +169,25 @@ def test_equal_and_lone_samples_have_finite_gradients(loss, spelled, options) ->
         assert value.isfinite() and gradient.isfinite().all()
 
 
+@every_batch_loss
+def test_an_empty_batch_is_a_zero_with_a_graph(loss, spelled, options) -> None:
+    student = torch.zeros(0, 3, 2, device=DEVICE, requires_grad=True)
+    value = loss(student, torch.zeros(0, 4, device=DEVICE), **options)
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad is not None and student.grad.shape == student.shape
+
+
+# Samples and their value of which a mean in float32 is not the value again.
+@pytest.mark.parametrize(("samples", "value"), [(7, 0.1), (13, 0.7), (11, 123.456)])
+def test_equal_samples_have_no_alignment(samples: int, value: float) -> None:
+    student = torch.full((samples, 4), value, device=DEVICE, requires_grad=True)
+    loss = linear_cka_loss(student, student.detach().clone())
+    loss.backward()
+    assert loss.item() == 1.0
+    assert student.grad is not None and not student.grad.any()
+
+
 def test_attention_transfer_and_fsp() -> None:
     student, student_next = torch.randn(2, 2, 6, 3, dtype=torch.float64, device=DEVICE)
     teacher, teacher_next = torch.randn(2, 2, 6, 3, dtype=torch.float64, device=DEVICE)
@@ -269,6 +288,10 @@ def test_bad_input() -> None:
                 loss(*arguments, **options)
             assert str(caught.value) == sentence
     sequences: list[tuple[Callable[[], Tensor], str]] = [
+        (
+            lambda: fsp_loss(zeros(2, 3, 4), zeros(2, 5, 4), zeros(2, 3, 4), zeros(2, 5, 4)),
+            "student and student_next must have the same batch and length, got shapes (2, 3, 4) and (2, 5, 4)",
+        ),
         (
             lambda: pkt_loss(zeros(3, 2), zeros(3, 2), kernel="rbf"),  # pyright: ignore[reportArgumentType]
             "kernel must be one of 'cosine', 'student_t', got 'rbf'",
