@@ -74,7 +74,7 @@ def relation_row_losses(
     # A token that does not count may be compared with all: its row is dropped, and a softmax needs an entry.
     allowed = (counted.unsqueeze(1) | ~counted.unsqueeze(2)).unsqueeze(1)
     if causal:
-        allowed = allowed & torch.ones_like(allowed[0]).tril()
+        allowed = allowed & allowed.new_ones((length, length)).tril()
     pairs = max(heads)
     sides = []
     for q, k, count in ((student_q, student_k, heads[0]), (teacher_q, teacher_k, heads[1])):

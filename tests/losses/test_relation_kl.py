@@ -235,8 +235,10 @@ def test_nothing_counts(impl: Impl) -> None:
         (features.student_q[:, :0], features.teacher_q[:, :0], None),
     ):
         leaf = student.detach().requires_grad_()
-        for reduction in ("mean", "sum", "none"):
-            loss = relation_kl(leaf, teacher, heads=2, mask=mask, reduction=reduction, impl=impl)
+        for reduction, causal in (("mean", False), ("sum", True), ("none", False), ("mean", True)):
+            loss = relation_kl(
+                leaf, teacher, heads=2, mask=mask, causal=causal, reduction=reduction, impl=impl
+            )
             assert torch.equal(loss, torch.zeros_like(loss))
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             assert torch.equal(gradient, torch.zeros_like(gradient))
