@@ -24,6 +24,7 @@ from kdtrain.language.store import stored_rows
 from kdtrain.language.student import (
     SAMPLE_CODE,
     build_language_student,
+    check_length,
     check_tokenizer_survives,
     student_tokenizer,
 )
@@ -118,6 +119,7 @@ def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> L
         teacher = load_language_teacher(
             recipe.teacher.path, recipe.teacher.precision, packing=recipe.data.packing
         )
+        check_length(teacher.model, "teacher", recipe.data.max_length)
     torch.manual_seed(recipe.seed)
     student = build_language_student(recipe, tokenizer, teacher)
     check_tokenizer_survives(student, tokenizer)

@@ -61,11 +61,7 @@ def build_language_student(
         model = AutoModelForCausalLM.from_config(
             new_config(recipe, rows, special_ids(tokenizer)), dtype=torch.float32
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and recipe.data.max_length > longest:
-        raise KdtrainError(
-            f"data.max_length is {recipe.data.max_length}, but the student reads at most {longest} tokens; lower it to {longest}"
-        )
+    check_length(model, "student", recipe.data.max_length)
     if given.lora_rank:
         torch.manual_seed(recipe.seed)  # loading draws random numbers too, not always as many
         add_adapters(model, given)
@@ -77,6 +73,15 @@ def build_language_student(
     if recipe.training.checkpointing:
         recompute_layers(model)
     return model
+
+
+def check_length(model: PreTrainedModel, side: str, max_length: int) -> None:
+    """Refuse rows that are longer than a model reads."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise KdtrainError(
+            f"data.max_length is {max_length}, but the {side} reads at most {longest} tokens; lower it to {longest}"
+        )
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

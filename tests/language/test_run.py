@@ -11,11 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.language.objective import LanguageObjective
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, load_language_recipe
-from kdtrain.language.run import LanguageSummary, run_language
+from kdtrain.language.recipe import (
+    LanguageMethodRecipe,
+    LanguageRecipe,
+    LanguageTeacherRecipe,
+    load_language_recipe,
+)
+from kdtrain.language.run import LanguageSummary, prepare, run_language
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import load_recipe, save_recipe
 from kdtrain.tokenizers import train_tokenizer
+from tests.language.conftest import tiny
 
 
 def test_teacher_learns_and_loads_plainly(language_teacher: Path, sources: list[str]) -> None:
@@ -124,3 +130,18 @@ def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
     found, known = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "whole"))
     for name, tensor in known.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_longer_than_the_teacher_reads_are_refused(
+    language_distillation: LanguageRecipe, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)  # 128 positions
+    tokenizer.save_pretrained(tmp_path)
+    recipe = replace(
+        language_distillation,
+        data=replace(language_distillation.data, max_length=129),
+        teacher=LanguageTeacherRecipe(path=str(tmp_path)),
+        method=LanguageMethodRecipe(),
+    )
+    with pytest.raises(KdtrainError, match=r"data.max_length is 129, but the teacher reads at most 128"):
+        prepare(recipe)
