@@ -80,6 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
             f"No case of suite '{chosen.suite}' holds {wanted} in its name; it has {known}.", file=sys.stderr
         )
         return 2
+    takes_part = {
+        case.name: [name for name in operation_of(case).contenders if name in (chosen.contenders or [name])]
+        for case in cases
+    }
+    cases = [case for case in cases if takes_part[case.name]]
+    if not cases:
+        print(
+            f"None of the contenders {', '.join(chosen.contenders)} takes part in these cases of suite '{chosen.suite}'.",
+            file=sys.stderr,
+        )
+        return 2
 
     device = cases[0].device
     if device == "cuda" and not torch.cuda.is_available():
@@ -88,6 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if chosen.out:
+        # Now, and not when the first case has taken its minutes.
+        try:
+            chosen.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"--out {chosen.out} cannot be a folder: {error.strerror}.", file=sys.stderr)
+            return 2
     stamp = environment(device)
     if not chosen.skip_tests and not tests_pass(cases):
         print("Tests of what is measured fail, so there are no figures.", file=sys.stderr)
@@ -104,9 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"[{time.monotonic() - start:4.0f} s, case {number} of {len(cases)}] {what}", file=sys.stderr
             )
 
-        contenders = [name for name in operation_of(case).contenders if name in (chosen.contenders or [name])]
         share = (start + chosen.minutes * 60 - time.monotonic()) / (len(cases) - number + 1)
-        found = report.records(case, run_case(case, contenders, chosen.rounds, share, say))
+        found = report.records(case, run_case(case, takes_part[case.name], chosen.rounds, share, say))
         everything += found
         print(f"\n{case.name}\n\n{report.markdown(found)}", flush=True)
         if chosen.out:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.__main__
 import benchmarks.gpu
 import benchmarks.rows
 from benchmarks import numerics
@@ -139,3 +140,17 @@ def test_gradients_are_the_exact_ones_rounded_once(divergence: str, dtype: str) 
         assert ours[1] <= 2.0 * line.rounded[0] and ours[2] <= 2.0 * line.rounded[1], line
         assert line.errors["TRL"] == "not installed" or len(line.errors["TRL"]) == 3
     assert "| 2000 | " in numerics.table(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [  # a contender of another suite; a folder that is a file
+        (["--contenders", "pkd"], "None of the contenders pkd takes part in these cases of suite 'smoke'.\n"),
+        (["--out", __file__], f"--out {__file__} cannot be a folder: File exists.\n"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_said_first(
+    options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmarks.__main__.main(["--suite", "smoke", "--case", "jsd", *options]) == 2
+    assert capsys.readouterr().err == sentence
