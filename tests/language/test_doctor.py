@@ -63,7 +63,13 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
     recipe = language_distillation
     lost = replace(recipe, teacher=replace(recipe.teacher, path="/nowhere"))
     assert findings(lost) == {"teacher.path: there is no folder /nowhere": "wrong"}
-    loose = replace(recipe, data=replace(recipe.data, packing=False, max_length=128))
+    loose = replace(
+        recipe,
+        data=replace(recipe.data, packing=False, max_length=128),
+        student=replace(recipe.student, tokenizer=str(language_teacher)),
+        teacher=replace(recipe.teacher, path=None),  # it reads 64 tokens only
+        method=LanguageMethodRecipe(name="ft"),
+    )
     assert said(findings(loose), "the rest is padding; set data.packing: true") == "suspicious"
     cached = replace(
         recipe,
