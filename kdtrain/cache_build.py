@@ -11,7 +11,7 @@ from kdtrain.data.pairs import PairRows, Rows, tokenize_split
 from kdtrain.data.rows import TextRows
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.files import human_bytes, write_json
+from kdtrain.files import human_bytes, write_json, writing
 from kdtrain.models import sentence_states, sequence_states, shape_of
 from kdtrain.progress import progress, say
 from kdtrain.shards import (
@@ -21,7 +21,6 @@ from kdtrain.shards import (
     stored_sample,
     verify_checksums,
     write_shard,
-    writing,
 )
 from kdtrain.teachers import Teacher
 
@@ -63,7 +62,7 @@ def build_cache(
     cache, todo = _what_is_missing(folder, identity, rows)
     if cache is not None and not todo:
         return cache
-    with writing(folder):
+    with writing(folder, "the teacher cache", "teacher.cache"):
         cache, todo = _what_is_missing(folder, identity, rows)  # again: another run may have just finished
         if cache is None:
             write_json(folder / MANIFEST, {**identity.manifest(), "teacher": teacher.path, "rows": 0})

@@ -1,5 +1,6 @@
 """Files: written whole or not at all (into a temporary neighbour first, then moved into place); lines of JSON; sizes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from kdtrain.errors import KdtrainError
+from kdtrain.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,41 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path, what: str, field: str) -> Iterator[None]:
+    """Be the only process that writes into `folder`; the system drops the lock when the process ends, however it ends.
+
+    Args:
+        what: what the folder is, for the sentences, such as "the teacher cache".
+        field: the field of a recipe that names it.
+
+    Raises:
+        KdtrainError: another process is writing there, or nobody can.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise KdtrainError(
+            f"{what} {folder} cannot be written: {error.strerror}; give another {field}"
+        ) from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise KdtrainError(
+                f"another run (process {file.read().strip() or 'unknown'}) is writing {what} {folder}; wait until it is done, "
+                f"then run the same command again, or give another {field}"
+            ) from None
+        except OSError as error:  # some file systems of clusters know no locks
+            say(f"{folder} cannot be locked ({error.strerror}): let no other run write there meanwhile")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def append_line(path: Path, line: str) -> None:

@@ -4,14 +4,11 @@ A shard is a safetensors file that is written whole or not at all and carries it
 on where it stopped; it is memory-mapped when read.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes, write_tensors
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -117,31 +113,6 @@ def check_room(folder: Path, need: int, smaller: str) -> None:
             f"the teacher cache needs {human_bytes(need)} in {folder}, which has {human_bytes(free)} free; give another "
             f"teacher.cache or {smaller}"
         )
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system drops it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise KdtrainError(
-            f"the teacher cache {folder} cannot be written: {error.strerror}; give another teacher.cache"
-        ) from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise KdtrainError(
-                f"another run (process {file.read().strip() or 'unknown'}) is writing the teacher cache {folder}; "
-                "wait until it is done, then run the same command again"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def checksum(shard: dict[str, Tensor]) -> str:

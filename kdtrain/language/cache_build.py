@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kdkernels import teacher_cross_term
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.files import human_bytes, write_json
+from kdtrain.files import human_bytes, write_json, writing
 from kdtrain.language.cache import TENSORS, LanguageCache, Signal, open_language_cache, row_keys
 from kdtrain.language.heads import Head
 from kdtrain.language.packing import PackedRows
@@ -22,7 +22,6 @@ from kdtrain.shards import (
     stored_sample,
     verify_checksums,
     write_shard,
-    writing,
 )
 
 SHARD_TOKENS = 1 << 18
@@ -47,7 +46,7 @@ def build_language_cache(
     cache = open_language_cache(folder, signal)
     if cache is not None and not _lacking(cache, keys):
         return cache
-    with writing(folder):
+    with writing(folder, "the teacher cache", "teacher.cache"):
         cache = open_language_cache(folder, signal)  # again: another run may have just finished
         if cache is None:
             write_json(folder / MANIFEST, {**signal.manifest(), "teacher": teacher.path})

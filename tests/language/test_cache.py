@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
+from kdtrain.files import writing
 from kdtrain.language.heads import head_of
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.language.run import prepare, run_language, stored_signals
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
-from kdtrain.shards import writing
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_second_writer_is_refused(recipe: LanguageRecipe, tmp_path: Path) -> Non
     found = stored(recipe, tmp_path, "hidden")
     parts = prepare(found)
     with (
-        writing(tmp_path / "cache" / "hidden"),
+        writing(tmp_path / "cache" / "hidden", "the teacher cache", "teacher.cache"),
         pytest.raises(KdtrainError, match=r"another run \(process \d+\) is writing the teacher cache"),
     ):
         stored_signals(found, parts, torch.device("cpu"))

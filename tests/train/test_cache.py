@@ -296,8 +296,8 @@ def test_whole_sequences_are_the_teachers(
 def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
     """The second is refused while the first is at work, and finds the rows when it is done; nothing is lost."""
     holder = (
-        "import sys, pathlib; from kdtrain.shards import writing\n"
-        f"with writing(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from kdtrain.files import writing\n"
+        f"with writing(pathlib.Path({str(tmp_path)!r}), 'x', 'y'): print('held', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
+from kdtrain.files import writing
 from kdtrain.models import positions_of
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import MethodRecipe, Recipe, StudentRecipe, save_recipe
@@ -114,6 +115,19 @@ def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Pat
     )
     assert told is not None, errors
     assert 0 < int(told[1]) == int(told[2])
+
+
+def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    with (
+        writing(tmp_path / "run" / "checkpoints", "the checkpoints", "output"),
+        pytest.raises(
+            KdtrainError, match=rf"another run \(process {os.getpid()}\) is writing the checkpoints .*output$"
+        ),
+    ):
+        run(replace(recipe, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing was begun"
 
 
 def test_finished_run_is_recognised_and_another_is_refused(
