@@ -6,7 +6,7 @@ of K is done here, once for all of them.
 
 A top k is two distributions over K + 1 categories, the kept entries and all the others together. The kept logits are
 lifted out of the row first: what is left of the row is then the last category, and is never computed as 1 - sum.
-The divergence of K + 1 categories and its derivatives are those of the reference, in float64.
+The divergence of K + 1 categories and its derivatives are those of K + 1 logits in the torch back end, in float64.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Backend, load_backend
 from .options import LogitTransform, RowTerms
-from .reference import divergence
 from .teachers import Tail
 
 
@@ -205,15 +204,20 @@ def _categories(
     else:
         log_p_t = (teacher / terms.temperature).log_softmax(1)
         log_p_t = torch.cat((log_p_t, torch.full_like(log_p_t[:, :1], -math.inf)), 1)
-    with torch.enable_grad():
-        leaves = [tensor.detach().double().requires_grad_() for tensor in (student, others.unsqueeze(1))]
-        # The others' log-sum-exp is tempered already where tempering came first.
-        parts = leaves[0] / terms.temperature, leaves[1] / (terms.temperature if bucket else 1.0)
-        kd = divergence(torch.cat(parts, 1).log_softmax(1), log_p_t, terms.divergence)
-        of_kept, of_others = torch.autograd.grad(kd.sum(), leaves)
-    # The log-sum-exp of logits / T has the derivative softmax / T.
-    of_others = of_others.squeeze(1) / (1.0 if bucket else terms.temperature)
-    return kd.detach(), of_kept.to(student.dtype), of_others.to(student.dtype)
+    # The others' log-sum-exp is tempered already where tempering came first.
+    others = others.double().unsqueeze(1)
+    log_s = torch.cat(
+        (student.double() / terms.temperature, others / (terms.temperature if bucket else 1.0)), 1
+    )
+    # Not the reference and autograd, which records nothing inside the node of a compiled graph; not the triton back end,
+    # which has no float64.
+    of_categories = torch.empty_like(log_s)
+    kd, _ = load_backend("torch").kd_rows(
+        log_s, log_p_t, None, RowTerms(terms.divergence), grad=of_categories
+    )
+    # Every category is tempered once; the log-sum-exp of logits / T has the derivative softmax / T.
+    of_categories = (of_categories / terms.temperature).to(student.dtype)
+    return kd, of_categories[:, :-1], of_categories[:, -1]
 
 
 def cross_term_rows(

@@ -211,3 +211,16 @@ def test_rows_that_do_not_count_hold_any_entries(padding: int, by_label: bool, i
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not found[1][1][1].any()
+
+
+# With and without a gradient: a graph is made, and its node run, differently.
+@pytest.mark.parametrize("differentiated", [True, False])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_in_a_compiled_graph(tail: Tail, differentiated: bool) -> None:
+    student = torch.randn(3, 9, device=DEVICE, requires_grad=differentiated)
+    teacher = top_k(torch.randn(3, 9, device=DEVICE), tail, 4)
+    compiled = torch.compile(lambda logits: kd_loss(logits, teacher), backend="aot_eager")
+    loss, expected = compiled(student), kd_loss(student, teacher)
+    assert torch.equal(loss, expected)
+    if differentiated:
+        assert torch.equal(torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, student)[0])
