@@ -164,6 +164,12 @@ class Signal:
     def for_run(cls, kind: Kind, objective: LanguageObjective, recipe: LanguageRecipe) -> "Signal":
         """What a run with this objective stores of its teacher."""
         assert objective.teacher is not None
+        rows = head_of(objective.student).weight.shape[0]
+        if kind == "cross_term" and rows > objective.shared:
+            raise KdtrainError(
+                f"the student's head has {rows} rows, of which the teacher shares {objective.shared}; a cross-term would compare over "
+                "all of them and not, as the teacher itself would, over the shared ones; set teacher.signal: hidden"
+            )
         frozen = FrozenHead.of(objective.student, recipe) if kind == "cross_term" else None
         return cls.of(kind, objective.teacher, recipe.teacher, shared=objective.shared, frozen=frozen)
 

@@ -12,7 +12,7 @@ from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.files import writing
 from kdtrain.language.heads import head_of
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.language.run import prepare, run_language, stored_signals
 from kdtrain.plots import read_metrics
 from kdtrain.recipe import save_recipe
@@ -89,6 +89,12 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
     assert torch.equal(head_of(trained).weight, started), "the head is as it was"
     manifest = json.loads((tmp_path / "cross_term" / "cache" / "cross_term" / "manifest.json").read_text())
     assert (manifest["vocabulary"], manifest["temperature"]) == (286, 2.0)
+
+    more = LanguageStudentRecipe(path=str(tmp_path / "padded"), frozen_head=True)
+    with pytest.raises(
+        KdtrainError, match="the student's head has 300 rows, of which the teacher shares 286;"
+    ):
+        prepare(stored(replace(recipe, student=more), tmp_path / "more", "cross_term"))
 
 
 def test_cross_term_states_its_cost_and_its_conditions(
