@@ -6,9 +6,11 @@ which somebody is faster or leaner than ours. The plots come from `<date>-sweep.
 number of tokens. A test holds the README to the files.
 """
 
+import argparse
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.plots import SWEPT, picture_path, plot
@@ -225,8 +227,12 @@ def into(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Write the plots and the README's tables."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.publish",
+        description="Makes the README's tables and the pictures from the newest results in benchmarks/results.",
+    ).parse_args(words)
     written = []
     for folder in sorted(folder for folder in RESULTS.iterdir() if folder.is_dir()):
         sweep = newest(folder, "-sweep")

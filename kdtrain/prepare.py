@@ -12,7 +12,7 @@ from kdtrain.cache import Identity, TeacherCache
 from kdtrain.cache_build import build_cache
 from kdtrain.claim import claim
 from kdtrain.data.classification import ClassificationData
-from kdtrain.data.rows import TextRows
+from kdtrain.data.rows import UNLABELLED, TextRows
 from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder
@@ -103,6 +103,11 @@ def student_insert(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) ->
 
 def training_rows(recipe: Recipe, data: ClassificationData, method: Method) -> TextRows:
     """The rows that this method trains on: unlabelled ones only where a teacher speaks for them."""
+    if not method.needs_teacher and bool((data.train.labels == UNLABELLED).all()):
+        raise KdtrainError(
+            f"method {recipe.method.name} learns from labels, and none of the {len(data.train)} training rows has one; add labels, or "
+            "take a method with a teacher"
+        )
     return data.train + data.unlabelled if method.needs_teacher and recipe.data.use_unlabelled else data.train
 
 

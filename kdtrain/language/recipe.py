@@ -8,7 +8,7 @@ from typing import Any, Literal
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.recipe.files import build, read_recipe
-from kdtrain.recipe.sections import only_of_new_students, option, positive
+from kdtrain.recipe.sections import check_seed, only_of_new_students, option, positive
 
 TASK = "code_lm"
 
@@ -216,6 +216,7 @@ class LanguageRecipe:
     seed: int = option(0, "first weights, order of the rows, dropout")
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.method.name != "ft" and self.teacher.path is None:
             raise KdtrainError(
                 f"method {self.method.name} needs a teacher; set teacher.path to a folder or hub id, or method.name: ft"

@@ -13,6 +13,9 @@ from .compiling import values_can_be_read
 from .counting import refuse_labels
 from .options import Impl, Project, Reduction
 
+# Outside of these float32 does not hold T squared, or what a softmax at T leaves of the logits.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,15 +28,24 @@ def check_number(name: str, value: object) -> None:
     """A finite plain number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a plain number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        finite = False
+    if not finite:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_temperature(temperature: float) -> None:
-    """A finite number above 0."""
+    """A number above 0 whose square float32 can hold and divide by."""
     check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
+    if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must lie in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}], where float32 holds its square, got "
+            f"{temperature:g}"
+        )
 
 
 def check_integer(name: str, value: object) -> None:
@@ -77,10 +89,12 @@ def check_reduction(reduction: Reduction, num_items_in_batch: int | Tensor | Non
             )
         if num_items_in_batch.requires_grad:
             raise ValueError("num_items_in_batch gets no gradient; pass num_items_in_batch.detach()")
-        return
-    check_number("num_items_in_batch", num_items_in_batch)
-    if num_items_in_batch < 0:
-        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
+        if not values_can_be_read(num_items_in_batch):
+            return  # reading it would make the host wait, or break the graph
+    number = num_items_in_batch.item() if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    check_number("num_items_in_batch", number)
+    if number < 0:
+        raise ValueError(f"num_items_in_batch must not be negative, got {number}")
 
 
 def check_tensor(name: str, tensor: object) -> Tensor:

@@ -15,7 +15,14 @@ from torch import Tensor
 LEAST_POWER = 0.01
 
 
+def _check_plain(name: str, value: object) -> None:
+    """No tensor: a divergence's own numbers get no gradient, and are read by the host."""
+    if value is None or isinstance(value, Tensor | str):
+        raise ValueError(f"{name} must be a plain number, got {type(value).__name__}")
+
+
 def _check_skew(name: str, alpha: float, plain: str) -> None:
+    _check_plain(f"alpha of {name}", alpha)
     if not 0.0 < alpha < 1.0:
         raise ValueError(
             f"{name} needs 0 < alpha < 1, got {alpha}; at 0 it is {plain}(), at 1 it is constantly 0"
@@ -43,6 +50,7 @@ class JSD:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        _check_plain("beta of JSD", self.beta)
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"JSD needs 0 < beta < 1, got {self.beta}; at 0 and 1 the formula is constantly 0, "
@@ -100,6 +108,8 @@ class AlphaBeta:
     beta: float
 
     def __post_init__(self) -> None:
+        _check_plain("alpha of AlphaBeta", self.alpha)
+        _check_plain("beta of AlphaBeta", self.beta)
         for name, power in (
             ("alpha", self.alpha),
             ("beta", self.beta),

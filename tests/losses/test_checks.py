@@ -1,8 +1,9 @@
 """Every refusal by its text: what was given, why it cannot be, what to do."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -81,6 +82,10 @@ def test_numbers(call) -> None:
     )
     refused(call, "temperature must be finite, got inf", temperature=float("inf"))
     refused(call, "temperature must be a plain number, got Tensor", temperature=torch.tensor(2.0))
+    for number in (1e30, 1e-30):
+        sentence = f"temperature must lie in [1e-06, 1e+06], where float32 holds its square, got {number:g}"
+        refused(call, sentence, temperature=number)
+    refused(call, f"kd_weight must be finite, got {10**400}", kd_weight=10**400)
     refused(call, "kd_weight must be finite, got nan", kd_weight=float("nan"))
     refused(call, "ce_weight must be a plain number, got bool", ce_weight=True)
     refused(call, "ignore_index must be a whole number, got 1.5", ignore_index=1.5)
@@ -110,7 +115,9 @@ def test_num_items_in_batch() -> None:
         reduction="sum",
         num_items_in_batch=4,
     )
-    refused(linear, "num_items_in_batch must not be negative, got -1", num_items_in_batch=-1)
+    for number in (-1, torch.tensor(-1)):
+        refused(linear, "num_items_in_batch must not be negative, got -1", num_items_in_batch=number)
+    refused(linear, "num_items_in_batch must be finite, got nan", num_items_in_batch=torch.tensor(math.nan))
     refused(
         linear,
         "num_items_in_batch must be a number or a 0-D tensor, got shape (2,)",
@@ -165,6 +172,9 @@ def test_numbers_of_divergences() -> None:
             lambda: SkewReverseKL(1.0),
             "SkewReverseKL needs 0 < alpha < 1, got 1.0; at 0 it is ReverseKL(), at 1 it is constantly 0",
         ),
+        (lambda: JSD(cast(Any, torch.tensor(0.3))), "beta of JSD must be a plain number, got Tensor"),
+        (lambda: SkewKL(cast(Any, "0.3")), "alpha of SkewKL must be a plain number, got str"),
+        (lambda: AlphaBeta(0.5, cast(Any, None)), "beta of AlphaBeta must be a plain number, got NoneType"),
         (
             lambda: AlphaBeta(1e-3, 0.5),
             "AlphaBeta needs alpha to be 0 or at least 0.01 in size, got 0.001; 0 gives the limit, which is close",

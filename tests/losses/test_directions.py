@@ -211,6 +211,12 @@ def test_bad_layer_pairs() -> None:
             with pytest.raises(ValueError) as caught:
                 loss(*arguments)
             assert str(caught.value) == sentence
+        with pytest.raises(ValueError) as caught:
+            loss([student, student[:3]], [teacher, teacher[:3]], weight, reduction="none")
+        assert str(caught.value) == (
+            "reduction='none' stacks the rows of all layer pairs, which have shapes (11,) and (3,); call once for each of them, or "
+            "use 'mean' or 'sum'"
+        )
     with pytest.raises(ValueError) as caught:
         projection_mse(student, teacher, weight, normalize=1)  # pyright: ignore[reportArgumentType]
     assert str(caught.value) == "normalize must be True or False, got 1"

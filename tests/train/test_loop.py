@@ -24,7 +24,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import writing
 from kdtrain.models import positions_of
 from kdtrain.plots import read_metrics
-from kdtrain.recipe import MethodRecipe, Recipe, StudentRecipe, save_recipe
+from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from tests.support.commands import Program, torchrun
@@ -115,6 +115,23 @@ def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Pat
     )
     assert told is not None, errors
     assert 0 < int(told[1]) == int(told[2])
+
+
+def test_labels_alone_need_labels(recipe: Recipe, tmp_path: Path) -> None:
+    row = json.dumps({"code": "return 1", "label": -100}) + "\n"
+    (tmp_path / "train.jsonl").write_text(row * 3)
+    (tmp_path / "valid.jsonl").write_text(row.replace("-100", "0"))
+    train, valid = str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl")
+    with pytest.raises(
+        KdtrainError, match="method ft learns from labels, and none of the 3 training rows has one; add"
+    ):
+        run(
+            replace(
+                recipe,
+                data=DataRecipe(train=train, valid=valid, classes=("a", "b")),
+                output=str(tmp_path / "run"),
+            )
+        )
 
 
 def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
