@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import relation_kl
-from kdkernels.options import Impl
+from kdkernels.options import Impl, Reduction
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, FAST_IMPLS, IMPLS
 
@@ -235,7 +235,10 @@ def test_nothing_counts(impl: Impl) -> None:
         (features.student_q[:, :0], features.teacher_q[:, :0], None),
     ):
         leaf = student.detach().requires_grad_()
-        for reduction, causal in (("mean", False), ("sum", True), ("none", False), ("mean", True)):
+        choices: list[tuple[Reduction, bool]] = [
+            ("mean", False), ("sum", True), ("none", False), ("mean", True),
+        ]  # fmt: skip
+        for reduction, causal in choices:
             loss = relation_kl(
                 leaf, teacher, heads=2, mask=mask, causal=causal, reduction=reduction, impl=impl
             )
