@@ -152,12 +152,12 @@ def _pairs_loss(
             _check(pair, project, mask)
         except ValueError as error:
             raise ValueError(f"layer pair {number} of {len(pairs)}: {error}") from None
-    shapes = dict.fromkeys(tuple(pair.student.shape[:-1]) for pair in pairs)
-    if reduction == "none" and len(shapes) > 1:
-        raise ValueError(
-            f"reduction='none' stacks the rows of all layer pairs, which have shapes {' and '.join(map(str, shapes))}; call "
-            "once for each of them, or use 'mean' or 'sum'"
-        )
+    for pair in pairs[1:] if reduction == "none" else ():
+        if (given := pair.student.shape[:-1]) != (first := pairs[0].student.shape[:-1]):
+            raise ValueError(
+                f"reduction='none' stacks the rows of all layer pairs, which have shapes {tuple(first)} and {tuple(given)}; call "
+                "once for each of them, or use 'mean' or 'sum'"
+            )
     losses = torch.stack([_pair_loss(pair, project, distance, mask, reduction, impl) for pair in pairs])
     if reduction == "none":
         return losses

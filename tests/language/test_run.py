@@ -14,6 +14,7 @@ from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.recipe import (
     LanguageMethodRecipe,
     LanguageRecipe,
+    LanguageStudentRecipe,
     LanguageTeacherRecipe,
     load_language_recipe,
 )
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_told(
     model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=300, hidden_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, intermediate_size=16))  # fmt: skip
     model.save_pretrained(tmp_path / "qwen2")
-    student = replace(recipe.student, path=str(tmp_path / "qwen2"), tokenizer=recipe.teacher.path)
+    student = LanguageStudentRecipe(path=str(tmp_path / "qwen2"), tokenizer=recipe.teacher.path)
     with pytest.raises(KdtrainError, match=r"family qwen2 would be loaded with a Qwen2Tokenizer, which cuts"):
         run_language(replace(recipe, student=student))
     assert not (tmp_path / "run").exists(), "nothing was begun"

@@ -69,7 +69,7 @@ def test_wrong_data_is_told_before_anything_is_written(
         f"data: {{train: {rows}, valid: {rows}, classes: [a, b]}}\noutput: {tmp_path}/run\n"
     )
     assert main(["train", str(saved)]) == 2
-    assert "rows.jsonl, row 2 has label 9; the 2 classes are numbered 0 to 1" in capsys.readouterr().err
+    assert "rows.jsonl:2 has label 9; the 2 classes are numbered 0 to 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
