@@ -83,6 +83,10 @@ class KDTrainer(Trainer):
         self, model: PreTrainedModel, teacher: PreTrainedModel | str, args: KDConfig, **others: Any
     ) -> None:
         refuse_what_is_not_read(args, others)
+        if teacher is model:
+            raise KdtrainError(
+                "the teacher is the student itself, which would be frozen; load the checkpoint a second time"
+            )
         super().__init__(model=model, args=args, **others)
         if args.n_gpu > 1:
             raise KdtrainError(

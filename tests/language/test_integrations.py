@@ -197,8 +197,13 @@ def test_what_would_do_nothing_is_refused(
 ) -> None:
     args = KDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
     given = {"teacher": tiny("qwen3", 1), "args": args, "train_dataset": tokens(8)} | others
+    student = tiny("llama")
     with pytest.raises(KdtrainError, match=words):
-        KDTrainer(tiny("llama"), **given)
+        KDTrainer(student, **given)
+    with pytest.raises(
+        KdtrainError, match="the teacher is the student itself, which would be frozen; load the"
+    ):
+        KDTrainer(student, student, args=KDConfig(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_rows_without_labels_are_told(tmp_path: Path) -> None:
