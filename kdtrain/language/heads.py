@@ -85,9 +85,9 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head, also of a model that peft wrapped."""
     unwrapped = getattr(model, "get_base_model", lambda: model)()
     body = unwrapped.base_model
-    return (
-        getattr(unwrapped, "model", body) if body is unwrapped else body
-    )  # Llama4's text model names another
+    if body is unwrapped:  # Llama4's text model names as its base what it does not have
+        return getattr(unwrapped, "model", body)
+    return body
 
 
 def reads_positions(model: PreTrainedModel) -> bool:

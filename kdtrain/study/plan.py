@@ -123,9 +123,8 @@ def _merge(*parts: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         for name, value in part.items():
             if isinstance(merged.get(name), dict) and (value is None or isinstance(value, dict)):
-                merged[name] = _merge(
-                    merged[name], value or {}
-                )  # `training:` with nothing below it says nothing
+                # `training:` with nothing below it says nothing.
+                merged[name] = _merge(merged[name], value or {})
             else:
                 merged[name] = copy.deepcopy(value)
     return merged
