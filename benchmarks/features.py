@@ -185,7 +185,8 @@ def _floor(case: Case, inputs: Inputs) -> Step:
             return total.detach()
 
         return attention
-    source = inputs.teacher if "teacher projected" in case.operation else inputs.student.detach()
+    projects_teacher = "teacher projected" in case.operation
+    source = inputs.teacher if projects_teacher else inputs.student.detach()
     source, weight = source.flatten(0, 1), inputs.other.detach()
     projected, d_source, d_weight = (
         source.new_zeros(len(source), len(weight)),
@@ -195,7 +196,7 @@ def _floor(case: Case, inputs: Inputs) -> Step:
 
     def products() -> Tensor:
         torch.mm(source, weight.T, out=projected)
-        if source is not inputs.teacher:
+        if not projects_teacher:
             torch.mm(projected, weight, out=d_source)
         return torch.mm(projected.T, source, out=d_weight)
 

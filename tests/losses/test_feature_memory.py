@@ -37,14 +37,14 @@ def largest(loss: Callable[[], Tensor]) -> int:
 
 @pytest.mark.parametrize("loss", [projection_mse, cosine_loss])
 def test_projections_hold_one_chunk(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdkernels._torch import rows
+    from kdkernels import projection
 
-    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 1024)
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 16)
-    weight = torch.randn(64, 4, device=DEVICE)
+    monkeypatch.setattr(projection, "CPU_CHUNK_BYTES", 4 * 1024)
+    monkeypatch.setattr(projection, "LEAST_CPU_CHUNK_ROWS", 1)
+    weight = torch.randn(64, 4)  # on a CPU: a GPU's chunk is as large as its products want it
     for count in (64, 1024):
-        student = torch.randn(count, 4, device=DEVICE, requires_grad=True)
-        teacher = torch.randn(count, 64, device=DEVICE)
+        student = torch.randn(count, 4, requires_grad=True)
+        teacher = torch.randn(count, 64)
         # The gradient of the student has 4 elements a row, the projection would have 64.
         assert largest(lambda student=student, teacher=teacher: loss(student, teacher, weight)) <= max(
             4 * count, 1024

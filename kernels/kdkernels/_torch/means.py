@@ -1,6 +1,6 @@
 """Divergences with the gradient p_s (f - <f>) where f is one number per entry: reverse KL, JSD, the skews, TVD.
 
-`accumulate` leaves f in `ratio`, up to a constant of its row.
+`accumulate` leaves f in `ratio`, up to a constant of its row, and exp_s f in `spare`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class MeanArithmetic:
         return sums.first / sums.exp_s
 
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
-        sums = block.sums
-        # Subtracted before anything is multiplied: where p_s is near 1 the two are near each other.
-        mean = self.mean(sums) if block.mean is None else block.mean
-        weights = block.ratio.sub_(mean).mul_(scale * self.factor / sums.exp_s)
+        # exp_s f is there from its sum: two passes, where exp_s (f - <f>) takes three.
+        scale = scale * self.factor
+        own = -scale * self._mean(block)
         if extra is not None:
-            weights.add_(extra / sums.exp_s)
-        torch.mul(block.exp_s, weights, out=out)
+            own = own + extra
+        torch.mul(block.spare, scale / block.sums.exp_s, out=out)
+        out.addcmul_(block.exp_s, own / block.sums.exp_s)
+
+    def _mean(self, block: Block) -> Tensor:
+        return self.mean(block.sums) if block.mean is None else block.mean
 
     def _exponentiate(self, block: Block) -> None:
         block.exponentiate_student()
@@ -175,3 +178,10 @@ class TVDArithmetic(MeanArithmetic):
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         return 0.5 * sums.second / sums.exp_s
+
+    def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
+        # f is 1 or -1, and <f> may be near it: subtracted before anything is multiplied.
+        weights = block.ratio.sub_(self._mean(block)).mul_(scale * self.factor / block.sums.exp_s)
+        if extra is not None:
+            weights.add_(extra / block.sums.exp_s)
+        torch.mul(block.exp_s, weights, out=out)
