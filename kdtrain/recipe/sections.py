@@ -79,7 +79,9 @@ class StudentRecipe:
         None,
         "tokens behind the first one of every row, as for teacher.insert: UniXcoder's mode where its vocabulary has it",
     )
-    dropout: float = option(0.1, "dropout of embeddings, layers and head of a new student")
+    dropout: float = option(
+        0.1, "dropout of embeddings, layers and head of a new student; student.path brings its own"
+    )
     attention_dropout: float = option(
         0.0, "dropout of attention weights of a new student (roberta); above 0 it halves the speed on a CPU"
     )
@@ -89,6 +91,7 @@ class StudentRecipe:
         only_of_new_students(
             self, "architecture", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size"
         )
+        only_of_new_students(self, "dropout", "attention_dropout", brings="dropout")
         if self.vocab_size < 300:
             raise KdtrainError(
                 f"student.vocab_size must be at least 300 (256 bytes and the special tokens), got {self.vocab_size}"
@@ -271,8 +274,8 @@ def positive(section: Any, prefix: str, *names: str) -> None:
             raise KdtrainError(f"{prefix}.{name} must be greater than 0, got {value}")
 
 
-def only_of_new_students(section: Any, *names: str) -> None:
-    """Refuse values of these fields beside `path`: a checkpoint brings its own, and they would do nothing."""
+def only_of_new_students(section: Any, *names: str, brings: str = "shape") -> None:
+    """Refuse values of these fields beside `path`: a checkpoint `brings` its own, and they would do nothing."""
     if section.path is None:
         return
     given = {
@@ -284,7 +287,7 @@ def only_of_new_students(section: Any, *names: str) -> None:
         preset = getattr(section, "preset", None)
         source = "" if preset is None else f" (or student.preset {preset}, where they come from)"
         raise KdtrainError(
-            f"student.path {section.path} brings its own shape, so "
+            f"student.path {section.path} brings its own {brings}, so "
             + ", ".join(f"student.{name} {value}" for name, value in given.items())
             + f" would do nothing; leave them out{source}, or leave out student.path for a new student"
         )

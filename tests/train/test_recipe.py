@@ -126,6 +126,10 @@ def test_overrides_reach_any_field_and_take_yaml_values(tmp_path: Path) -> None:
             "student.path there brings its own shape, so student.hidden_size 64, student.layers 3 would do nothing",
         ),
         (
+            "data: {path: x}\nstudent: {path: there, dropout: 0.0, attention_dropout: 0.2}",
+            "student.path there brings its own dropout, so student.dropout 0.0, student.attention_dropout 0.2 would do",
+        ),
+        (
             "data: {path: x}\nstudent: {path: there, preset: bigru-7M}",
             "leave them out (or student.preset bigru-7M, where they come from)",
         ),

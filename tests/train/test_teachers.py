@@ -257,7 +257,10 @@ def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
         assert torch.equal(first(ids).logits, expected) and torch.equal(again(ids).logits, expected)
     assert first.config.id2label == again.config.id2label == {0: "different", 1: "clone"}
 
+    about = tmp_path / "checkpoint" / "single" / "config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "hidden_dropout_prob": 0.3}))
     fresh: Any = start(tmp_path / "checkpoint" / "single")
+    assert fresh.classifier.dropout.p == 0.3, "the encoder's own"
     encoder = RobertaForSequenceClassification.from_pretrained(tmp_path / "checkpoint" / "single").roberta
     weights = dict(encoder.named_parameters())
     for name, value in fresh.encoder.named_parameters():
