@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from kdtrain.data.pairs import Rows, tokenize_split
 from kdtrain.data.rows import TextRows
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.files import folder_bytes
+from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.models import load_classifier, load_tokenizer, parameter_count
 from kdtrain.prepare import build_method, open_teacher, prepare_cache, start_accelerator, student_insert
+from kdtrain.progress import say
 from kdtrain.recipe import load_recipe
+from kdtrain.summary import FILE, Summary
 
 EVALUATION_TOKENS = 8192
 RESAMPLES = 2000
@@ -34,12 +37,15 @@ class EvaluationSet:
 
     rows: Rows
     labels: Tensor
+    digest: str
+    """of the texts, see `TextRows.digest`"""
     teacher_logits: Tensor | None = None
 
     @classmethod
     def of(cls, split: TextRows, rows: Rows, cache: TeacherCache | None) -> "EvaluationSet":
         """A tokenized split, with what the teacher says where a cache is at hand."""
-        return cls(rows, split.labels, None if cache is None else cache.rows(split.keys()).logits)
+        logits = None if cache is None else cache.rows(split.keys()).logits
+        return cls(rows, split.labels, split.digest(), logits)
 
 
 @torch.inference_mode()
@@ -147,6 +153,10 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
     recipe = load_recipe(folder / "recipe.yaml")
     data = load_classification(recipe.data)
+    if (folder / FILE).is_file() and Summary.load(folder).data["fingerprint"] != data.fingerprint():
+        say(
+            f"the content of the data has changed since {folder} was trained: these are other rows than its summary's"
+        )
     accelerator = start_accelerator(recipe)
     teacher = open_teacher(recipe, data)
     cache = None
@@ -167,15 +177,33 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     }
 
 
+def save_predictions(path: Path, logits: Tensor, split: EvaluationSet) -> None:
+    """Keep logits and labels, for paired comparisons of runs, and which texts they are of."""
+    tensors = {"logits": logits, "labels": split.labels}
+    if split.teacher_logits is not None:
+        tensors["teacher_logits"] = split.teacher_logits
+    write_tensors(path, tensors, {"texts": split.digest})
+
+
 def compare_runs(folder: Path, other: Path, split: str = "test") -> tuple[float, float, float]:
-    """Accuracy of one run minus another's on the same rows, with the paired bootstrap interval."""
-    found = []
+    """Accuracy of one run minus another's on the same rows, with the paired bootstrap interval.
+
+    Runs of versions that did not keep the texts' digest are compared by their labels alone.
+
+    Raises:
+        KdtrainError: a run that is not finished, or that was measured on other rows.
+    """
+    found, texts = [], []
     for run in (folder, other):
         path = run / "predictions" / f"{split}.safetensors"
         if not path.is_file():
             raise KdtrainError(f"{run} holds no finished run: {path} is missing")
         found.append(load_file(path))
-    if not torch.equal(found[0]["labels"], found[1]["labels"]):
-        raise KdtrainError(f"{folder} and {other} were measured on different {split} rows")
+        with safe_open(path, framework="pt") as file:
+            texts.append((file.metadata() or {}).get("texts"))
+    if not torch.equal(found[0]["labels"], found[1]["labels"]) or (None not in texts and len(set(texts)) > 1):
+        raise KdtrainError(
+            f"{folder} and {other} were measured on different {split} rows, which make no pairs; compare runs of one data set"
+        )
     correct = [(run["logits"].argmax(dim=1) == run["labels"]).numpy() for run in found]
     return paired_difference(*correct)

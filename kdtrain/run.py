@@ -5,12 +5,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.data.classification import ClassificationData
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluate import EvaluationSet, classification_metrics, latency_ms, predict, report
+from kdtrain.evaluate import (
+    EvaluationSet,
+    classification_metrics,
+    latency_ms,
+    predict,
+    report,
+    save_predictions,
+)
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.loop import describe_training, train
 from kdtrain.materials import Materials
@@ -127,14 +134,6 @@ def save_student(
     own = method.state_dict()
     if own:
         write_tensors(folder / "projection.safetensors", own)
-
-
-def save_predictions(path: Path, logits: Tensor, split: EvaluationSet) -> None:
-    """Keep logits and labels, for paired comparisons of runs."""
-    tensors = {"logits": logits, "labels": split.labels}
-    if split.teacher_logits is not None:
-        tensors["teacher_logits"] = split.teacher_logits
-    write_tensors(path, tensors)
 
 
 def describe_teacher(teacher: Teacher | None, test: EvaluationSet) -> dict[str, Any] | None:

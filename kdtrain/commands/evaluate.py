@@ -41,6 +41,9 @@ def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
     from kdtrain.evaluate import compare_runs, evaluate_run
 
     split = arguments.split or "test"
+    compared = None  # told first: measuring takes its time
+    if arguments.against is not None:
+        compared = compare_runs(arguments.run, arguments.against, split)
     found = evaluate_run(arguments.run, split)
     low, high = found["accuracy_interval"]
     print(f"rows                     {found['rows']}")
@@ -50,8 +53,8 @@ def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
     if "agreement" in found:
         print(f"agreement with teacher   {found['agreement']:.4f}")
     print_size(found)
-    if arguments.against is not None:
-        difference, low, high = compare_runs(arguments.run, arguments.against, split)
+    if compared is not None:
+        difference, low, high = compared
         print(
             f"accuracy minus {arguments.against.name}: {difference:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]"
         )

@@ -39,6 +39,10 @@ class TextRows:
         known = {text: _hash(text) for text in {*self.texts, *self.seconds}}
         return [_hash(known[a] + known[b]) for a, b in zip(self.texts, self.seconds, strict=True)]
 
+    def digest(self) -> str:
+        """A hash of all texts in their order: equal digests, equal rows, wherever they lie."""
+        return _hash("".join(self.keys()))
+
     def all_texts(self) -> list[str]:
         """Every distinct text, in order of appearance."""
         return list(dict.fromkeys([*self.texts, *(self.seconds or [])]))

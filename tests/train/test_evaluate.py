@@ -1,11 +1,14 @@
 """Figures: metrics against numbers worked out by hand, intervals against theory, and a run measured twice."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluate import (
@@ -15,6 +18,7 @@ from kdtrain.evaluate import (
     evaluate_run,
     paired_difference,
 )
+from kdtrain.files import write_tensors
 from kdtrain.recipe import Recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
@@ -72,6 +76,37 @@ def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_pa
     difference, low, high = compare_runs(folder, other)
     assert difference == pytest.approx(summary.test["accuracy"] - Summary.load(other).test["accuracy"])
     assert low <= difference <= high
+
+
+def test_other_texts_with_the_same_labels_make_no_pairs(
+    recipe: Recipe, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts in another order under the same labels are refused where both runs say which they measured."""
+    data, runs = tmp_path / "data", [tmp_path / name for name in ("one", "two")]
+    shutil.copytree(toy, data)
+    short = replace(
+        recipe, data=replace(recipe.data, path=str(data)), training=replace(recipe.training, max_steps=1)
+    )
+    run(replace(short, output=str(runs[0])))
+    lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    moved = [
+        {**line, "code": other["code"]} for line, other in zip(lines, lines[1:] + lines[:1], strict=True)
+    ]
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
+    run(replace(short, output=str(runs[1])))
+    with pytest.raises(
+        KdtrainError, match="different test rows, which make no pairs; compare runs of one data"
+    ):
+        compare_runs(*runs)
+    compare_runs(*runs, "valid")
+    path = runs[0] / "predictions" / "test.safetensors"
+    write_tensors(path, load_file(path))  # as files were before they kept a digest
+    compare_runs(*runs)
+    capsys.readouterr()
+    evaluate_run(runs[0])
+    assert f"the content of the data has changed since {runs[0]} was trained" in capsys.readouterr().err
+    evaluate_run(runs[1])
+    assert "has changed" not in capsys.readouterr().err
 
 
 def test_teacher_stands_in_the_summary(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
