@@ -118,9 +118,8 @@ def _load_pairs(
     elif holds_a_pair_head(path, int(getattr(config, "hidden_size", 0))):
         model = load_pair_checkpoint(path, config, "student.path", names)
     else:
-        dropout = getattr(
-            config, "hidden_dropout_prob", recipe.dropout
-        )  # of the encoder, as in single texts' heads
+        # The encoder's own, as in heads over single texts.
+        dropout = getattr(config, "hidden_dropout_prob", recipe.dropout)
         model = _pair_model(config, dropout, {**special_ids(tokenizer), **names})
         options = {"add_pooling_layer": False} if config.model_type in WITH_POOLER else {}
         with blaming(path, "student.path", "encoder"):

@@ -82,30 +82,30 @@ def test_other_texts_with_the_same_labels_make_no_pairs(
     recipe: Recipe, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Texts in another order under the same labels are refused where both runs say which they measured."""
-    data, runs = tmp_path / "data", [tmp_path / name for name in ("one", "two")]
+    data, one, two = (tmp_path / name for name in ("data", "one", "two"))
     shutil.copytree(toy, data)
     short = replace(
         recipe, data=replace(recipe.data, path=str(data)), training=replace(recipe.training, max_steps=1)
     )
-    run(replace(short, output=str(runs[0])))
+    run(replace(short, output=str(one)))
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     moved = [
         {**line, "code": other["code"]} for line, other in zip(lines, lines[1:] + lines[:1], strict=True)
     ]
     (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
-    run(replace(short, output=str(runs[1])))
+    run(replace(short, output=str(two)))
     with pytest.raises(
         KdtrainError, match="different test rows, which make no pairs; compare runs of one data"
     ):
-        compare_runs(*runs)
-    compare_runs(*runs, "valid")
-    path = runs[0] / "predictions" / "test.safetensors"
+        compare_runs(one, two)
+    compare_runs(one, two, "valid")
+    path = one / "predictions" / "test.safetensors"
     write_tensors(path, load_file(path))  # as files were before they kept a digest
-    compare_runs(*runs)
+    compare_runs(one, two)
     capsys.readouterr()
-    evaluate_run(runs[0])
-    assert f"the content of the data has changed since {runs[0]} was trained" in capsys.readouterr().err
-    evaluate_run(runs[1])
+    evaluate_run(one)
+    assert f"the content of the data has changed since {one} was trained" in capsys.readouterr().err
+    evaluate_run(two)
     assert "has changed" not in capsys.readouterr().err
 
 
