@@ -43,7 +43,7 @@ def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
     split = arguments.split or "test"
     compared = None  # told first: measuring takes its time
     if arguments.against is not None:
-        compared = compare_runs(arguments.run, arguments.against, split)
+        compared = arguments.against.name, *compare_runs(arguments.run, arguments.against, split)
     found = evaluate_run(arguments.run, split)
     low, high = found["accuracy_interval"]
     print(f"rows                     {found['rows']}")
@@ -54,10 +54,8 @@ def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"agreement with teacher   {found['agreement']:.4f}")
     print_size(found)
     if compared is not None:
-        difference, low, high = compared
-        print(
-            f"accuracy minus {arguments.against.name}: {difference:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]"
-        )
+        name, difference, low, high = compared
+        print(f"accuracy minus {name}: {difference:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]")
     return {"split": split, **found}
 
 

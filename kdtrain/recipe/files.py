@@ -191,7 +191,9 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         return _scalar(value, annotation)
     except (TypeError, ValueError):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise KdtrainError(f"{name} must be {words[annotation]}, got {value!r}") from None
+        unquoted = annotation is str and isinstance(value, bool)
+        hint = "; YAML reads no, off, yes and on so: put the word into quotes" if unquoted else ""
+        raise KdtrainError(f"{name} must be {words[annotation]}, got {value!r}{hint}") from None
 
 
 def _scalar(value: Any, kind: type) -> Any:

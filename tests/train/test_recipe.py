@@ -114,6 +114,10 @@ def test_overrides_reach_any_field_and_take_yaml_values(tmp_path: Path) -> None:
             "data: {train: y, valid: z, classes: [a, b, a]}",
             "data.classes must be different names, got ['a', 'b', 'a']",
         ),
+        (
+            "data: {train: y, valid: z, classes: [no, yes]}",
+            "data.classes[0] must be text, got False; YAML reads no, off, yes and on so: put the word into quotes",
+        ),
         ("data: {path: x}\nmethod: {layer_map: [[1]]}", "method.layer_map[0] must have 2 entries, got [1]"),
         (
             "data: {path: x}\nstudent: {hidden_size: 30, heads: 4}",
