@@ -1,11 +1,13 @@
 """Losses that compare relations inside a batch: between its samples, its positions or its channels.
 
 What they build is B x B, N or D x D numbers, so they are plain PyTorch: no kernel pays here. Computed in float32 (float64
-for float64 features), whatever autocast says.
+for float64 features), whatever autocast says. Those that do not depend on the size of the features are computed at one
+size: the fourth powers of 1e-7 and of 1e10 that some of them take would leave float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -26,6 +28,10 @@ PKTDivergence = Literal["kl", "jeffreys"]
 
 # Two samples that point in opposite directions have a cosine kernel of 0 and a logarithm of minus infinity.
 LEAST_KERNEL = 1e-7
+
+# What the largest number is scaled to, as a power of two: fourth powers summed over any batch stay in float32, and what is
+# then too short to have a direction is smaller than any rounding of the largest.
+COMMON_EXPONENT = 12
 
 LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
@@ -51,6 +57,17 @@ def _samples(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Ten
     flat = (wide(side.flatten(1)) for side in (student, teacher))
     student, teacher = (side.masked_fill(~mask.unsqueeze(1), 0.0) for side in flat)
     return student, teacher, mask
+
+
+def _scaled(features: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The features times a power of two, exact, that makes the largest number of them, or of those along `dim`, common."""
+    if features.numel() == 0:
+        return features
+    largest = torch.linalg.vector_norm(features.detach(), math.inf, dim=dim, keepdim=dim is not None)
+    _, exponent = torch.frexp(largest)
+    # Beyond these the factor itself would leave the dtype.
+    most = 1 - math.frexp(torch.finfo(features.dtype).tiny)[1]
+    return features * torch.ldexp(torch.ones_like(largest), (COMMON_EXPONENT - exponent).clamp(-most, most))
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -89,7 +106,8 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, mask: Tensor
         mask: (B,) bool, True where a sample counts; None counts all. The others may hold anything.
 
     Returns:
-        0-D float32 (float64 for float64 features); a finite 0 with a graph where no sample counts.
+        0-D float32 (float64 for float64 features); a finite 0 with a graph where no sample counts. A sample of zeros has
+        no direction: its row is 0 and gets no gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
@@ -97,6 +115,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, mask: Tensor
     Source: Tung & Mori, Similarity-Preserving Knowledge Distillation, 2019, equations 2 to 4.
     """
     student, teacher, mask = _samples(student, teacher, mask)
+    student, teacher = _scaled(student), _scaled(teacher)
     difference = unit_rows(student @ student.T) - unit_rows(teacher @ teacher.T)
     return _mean(difference.square(), _pairs(mask))
 
@@ -118,7 +137,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None =
     pairs = _pairs(mask)
 
     def relative(features: Tensor) -> Tensor:
-        distances = _distances(features)
+        distances = _distances(_scaled(features))
         return _ratio(distances, _mean(distances, pairs & (distances.detach() > 0)))
 
     return _mean(F.smooth_l1_loss(relative(student), relative(teacher), reduction="none"), pairs)
@@ -142,6 +161,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = No
     student, teacher, mask = _samples(student, teacher, mask)
 
     def angles(features: Tensor) -> Tensor:
+        features = _scaled(features)
         edges = unit_rows(features.unsqueeze(0) - features.unsqueeze(1))
         return edges @ edges.transpose(1, 2)
 
@@ -168,7 +188,8 @@ def pkt_loss(
         jeffreys:  loss = ((p_t - p_s) * (p_t.log() - p_s.log())).mean()
 
     Other arguments, result and errors as `similarity_preserving_loss`. A sample is among its own neighbours and the mean
-    runs over all B x B pairs, as in the authors' code; kernels are at least 1e-7.
+    runs over all B x B pairs, as in the authors' code; kernels are at least 1e-7. A sample of zeros has a cosine of 0 with
+    every other. The distances of student_t are in units of the features: where they are 1e7 and more it has no gradient.
 
     Source: Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, equations 2 to 6
     (kl, cosine); Passalis et al., Heterogeneous Knowledge Distillation using Information Flow Modeling, 2020, equations
@@ -181,7 +202,7 @@ def pkt_loss(
 
     def log_probabilities(features: Tensor) -> Tensor:
         if kernel == "cosine":
-            units = unit_rows(features)
+            units = unit_rows(_scaled(features, 1))
             values = (units @ units.T + 1.0) / 2.0
         else:
             values = 1.0 / (1.0 + _distances(features))
@@ -213,6 +234,7 @@ def linear_cka_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
 
     def unit_gram(features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, B) of length 1, and whether there was any length."""
+        features = _scaled(features)
         # Twice: what rounding left of equal samples is equal again, and few enough digits for an exact mean.
         for _ in range(2):
             features = (features - features.sum(0) / count).masked_fill(~mask.unsqueeze(1), 0.0)
@@ -242,7 +264,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
 
     Returns:
         0-D float32 (float64 for float64 features), the mean over the counted positions; a finite 0 with a graph where
-        none counts.
+        none counts. A map of zeros stays 0 and gets no gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
@@ -252,7 +274,8 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
     mask = check_sequences(student, teacher, mask)
 
     def activity(features: Tensor) -> Tensor:
-        return unit_rows(wide(features).masked_fill(~mask.unsqueeze(2), 0.0).square().mean(-1))
+        features = wide(features).masked_fill(~mask.unsqueeze(2), 0.0)
+        return unit_rows(_scaled(features, (1, 2)).square().mean(-1))
 
     return _mean((activity(student) - activity(teacher)).square(), mask)
 
@@ -280,7 +303,8 @@ def fsp_loss(
 
     Returns:
         0-D float32 (float64 for float64 features), the mean over channel pairs and over the samples in which a
-        position counts; a finite 0 with a graph where none does.
+        position counts; a finite 0 with a graph where none does. It grows with the fourth power of the features and is
+        infinite in float32 where these are 1e10 and more.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, different widths among them; a teacher that requires grad.

@@ -188,6 +188,49 @@ def test_equal_samples_have_no_alignment(samples: int, value: float) -> None:
     assert student.grad is not None and not student.grad.any()
 
 
+SCALE_FREE = [
+    pytest.param(loss, id=name)
+    for (loss, _, options), name in zip(BATCH_LOSSES, NAMES, strict=True)
+    if not options
+]
+
+
+# Squares, and their squares in Gram matrices and maps, leave float32 on either end; 1e-38 is below its normal numbers.
+@pytest.mark.parametrize("loss", [*SCALE_FREE, attention_transfer_loss])
+@pytest.mark.parametrize("exponent", [-126, -90, -40, -23, 30, 60, 120])
+def test_the_size_of_features_is_no_matter(loss, exponent: int) -> None:
+    student, teacher = torch.randn(5, 4, 3, device=DEVICE), torch.randn(5, 4, 2, device=DEVICE)
+    scale = 2.0**exponent  # exact
+    leaf = student.clone().requires_grad_()
+    (expected_gradient,) = torch.autograd.grad(expected := loss(leaf, teacher), leaf)
+    torch.testing.assert_close(loss(student, teacher * scale), expected)
+    leaf = (student * scale).requires_grad_()
+    (gradient,) = torch.autograd.grad(value := loss(leaf, teacher), leaf)
+    torch.testing.assert_close(value, expected)
+    if exponent < 100:  # else the gradient leaves float32
+        torch.testing.assert_close(gradient.double() * scale, expected_gradient.double())
+
+
+def test_each_sample_and_map_has_a_size_of_its_own() -> None:
+    """Where a sample is normalised by itself, a far larger one beside it changes nothing."""
+    sizes = torch.tensor([1.0, 2.0**-60, 2.0**60], device=DEVICE)
+    student, teacher = torch.randn(3, 4, 5, device=DEVICE), torch.randn(3, 4, 5, device=DEVICE)
+    expected = attention_transfer_loss(student, teacher)
+    torch.testing.assert_close(attention_transfer_loss(student * sizes.view(3, 1, 1), teacher), expected)
+    student, teacher = student[:, 0], teacher[:, 0]
+    torch.testing.assert_close(pkt_loss(student * sizes.view(3, 1), teacher), pkt_loss(student, teacher))
+
+
+@every_batch_loss
+def test_half_precision_is_computed_in_float32(loss, spelled, options) -> None:
+    """The square of 300 leaves float16."""
+    student, teacher = 300 * torch.randn(2, 4, 3, device=DEVICE)
+    student, teacher = student.half(), teacher.half()
+    torch.testing.assert_close(
+        loss(student, teacher, **options), loss(student.float(), teacher.float(), **options)
+    )
+
+
 def test_attention_transfer_and_fsp() -> None:
     student, student_next = torch.randn(2, 2, 6, 3, dtype=torch.float64, device=DEVICE)
     teacher, teacher_next = torch.randn(2, 2, 6, 3, dtype=torch.float64, device=DEVICE)
