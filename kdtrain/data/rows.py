@@ -108,10 +108,19 @@ def read_file(path: Path, columns: Columns, classes: tuple[str, ...], labelled: 
     try:
         table = load_dataset(FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train")
     except (DatasetGenerationError, OSError, ValueError) as error:
-        reason = error.__cause__ or error
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise KdtrainError(f"{path} cannot be read as {FORMATS[path.suffix]}: {reason}") from None
-    places = ((f"{path}, row {number}", dict(row)) for number, row in enumerate(table, start=1))
+    places = (
+        (f"{path}, row {number}", _whole_label(dict(row), columns.label))
+        for number, row in enumerate(table, start=1)
+    )
     return read_rows(places, columns, classes, labelled)
+
+
+def _whole_label(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """A row of a table: one label that is missing makes floats of the others, and it is the one to be named."""
+    label = row.get(column)
+    return {**row, column: int(label)} if isinstance(label, float) and label.is_integer() else row
 
 
 def read_rows(

@@ -12,6 +12,7 @@ CHECKS = (
     data_checks.classes_are_there,
     data_checks.test_rows_are_new,
     data_checks.rows_are_cut,
+    data_checks.focus_is_there,
     teacher_checks.teacher_knows_the_task,
     teacher_checks.teacher_answers_alike,
     method_checks.loss_ignores_padding,

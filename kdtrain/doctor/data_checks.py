@@ -58,6 +58,13 @@ def rows_are_cut(subject: Subject) -> Iterator[Finding]:
             )
 
 
+def focus_is_there(subject: Subject) -> Iterator[Finding]:
+    """A marker that no row has: long rows would be cut from their beginning, in silence."""
+    focus = subject.data.focus
+    if focus is not None and not any(focus in text for text in subject.data.train.all_texts()):
+        yield suspicious(f"no training row holds the focus marker {focus}, so data.focus does nothing")
+
+
 def best_is_what_counts(subject: Subject) -> Iterator[Finding]:
     """The metric that chooses the checkpoint."""
     best, metric = subject.recipe.training.best_metric, subject.data.metric

@@ -96,6 +96,7 @@ def test_unreadable_plain_file_names_the_line(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"code": "\xe9", "label": 0}\n', "rows.jsonl:1 is not a line of JSON"),
         ("rows.csv", b"", "cannot be read as csv"),
         ("rows.csv", b"code,label\n", "cannot be read as csv"),
+        ("rows.csv", b"code,label\nx,0\ny,\nz,1\n", "row 2 has no label in column 'label'"),
         ("rows.parquet", b"", "cannot be read as parquet"),
         ("rows.parquet", b"PAR1 junk", "cannot be read as parquet"),
     ],

@@ -160,6 +160,12 @@ def test_rows_of_the_test_in_training_and_classes_that_are_missing(
     )
 
 
+def test_a_focus_marker_that_no_row_has(recipe: Recipe) -> None:
+    assert not list(of_data.focus_is_there(Subject(recipe)))
+    other = replace(recipe, data=replace(recipe.data, focus="__HOEL__"))
+    assert told(list(of_data.focus_is_there(Subject(other))), "suspicious", "holds the focus marker __HOEL__")
+
+
 def test_rows_that_are_cut(distillation: Recipe) -> None:
     short = replace(distillation, student=replace(distillation.student, max_length=16))
     findings = list(of_data.rows_are_cut(Subject(short)))
