@@ -500,7 +500,7 @@ def test_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
         sentence = "impl='triton' needs CUDA or ROCm tensors, got tensors on cpu; use impl='torch' there"
         for call in (linear, plain, mse):
             refused(call, sentence, impl="triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = make_case(dtype=torch.float64)
     refused(
         plain,

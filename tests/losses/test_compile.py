@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from kdkernels import JSD, KDLoss, LinearKDLoss, TeacherHead, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
-from tests.support.inputs import FAST_IMPLS, make_case
+from tests.support.inputs import DEVICE, FAST_IMPLS, make_case
 
 
 def compiled(function: Any) -> tuple[Any, list[torch.fx.GraphModule]]:
@@ -49,14 +49,8 @@ def test_linear_loss_in_a_graph_equals_eager(reduction, impl: Impl) -> None:
     for function in (loss, graph_loss):
         leaves = case.leaves()
         value = function(*leaves, case.labels)
-        results.append(
-            (
-                value,
-                *torch.autograd.grad(
-                    value, leaves, torch.linspace(0.5, 2.0, value.numel()).reshape(value.shape)
-                ),
-            )
-        )
+        upstream = torch.linspace(0.5, 2.0, value.numel(), device=DEVICE).reshape(value.shape)
+        results.append((value, *torch.autograd.grad(value, leaves, upstream)))
     for eager, ours in zip(*results, strict=True):
         assert torch.equal(eager, ours)
     assert len(graphs) == 1
@@ -65,7 +59,7 @@ def test_linear_loss_in_a_graph_equals_eager(reduction, impl: Impl) -> None:
 def test_a_loss_is_one_node() -> None:
     """Counted in what the compiler gets to see after autograd: one operator forward, none backward."""
     case = make_case()
-    student = nn.Linear(case.student_weight.shape[1], case.student_weight.shape[0])
+    student = nn.Linear(case.student_weight.shape[1], case.student_weight.shape[0], device=DEVICE)
     loss = LinearKDLoss(temperature=2.0, ce_weight=0.5)
     kinds: list[list[str]] = []
 
@@ -105,7 +99,7 @@ def test_autocast_inside_and_outside_of_a_graph() -> None:
     case = make_case()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return linear_kd_loss(hidden, weight, case.teacher, case.labels, impl="torch")
 
     function, _ = compiled(loss)

@@ -14,7 +14,7 @@ def test_kd_loss_module_equals_the_function() -> None:
     tensors = (case.student_logits, case.teacher_logits, case.labels)
     module = KDLoss(**OPTIONS)
     assert torch.equal(module(*tensors), kd_loss(*tensors, **OPTIONS))
-    weight = torch.rand(len(case.labels))
+    weight = torch.rand(len(case.labels), device=case.labels.device)
     late = {"token_weight": weight, "num_items_in_batch": 30}
     assert torch.equal(module(*tensors, **late), kd_loss(*tensors, **late, **OPTIONS))
     assert list(module.parameters()) == []
