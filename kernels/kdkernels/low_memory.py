@@ -124,7 +124,7 @@ class LowMemoryKD:
         size, columns = tile_shape(max(counted, 1), vocabulary, self.tile_bytes)
         buffers = (
             logit_buffer(min(size, counted), columns, head),
-            logit_buffer(min(size, counted), columns, head),
+            logit_buffer(min(size, counted), columns, head if teacher_head is None else teacher_head),
         )
         for start in range(0, counted, size):
             here = slice(start, min(start + size, counted))

@@ -157,7 +157,10 @@ def top_k_rows(
     kd, of_kept, of_others = _categories(student, others, teacher, bucket, terms)
     log_sum = torch.logaddexp(statistics[2] + move, student.logsumexp(1))
     ce = rows.cross_entropy(zero, log_sum)
-    kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
+    if rows.dead is not None:  # the derivative, too: it may be infinite, which a factor of 0 would not stop
+        gone = rows.dead.squeeze(1)
+        kd, of_others = kd.masked_fill(gone, 0.0), of_others.masked_fill(gone, 0.0)
+        of_kept = of_kept.masked_fill(rows.dead, 0.0)
     if grad is None:
         return kd.to(wide), ce
 

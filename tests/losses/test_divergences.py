@@ -1,6 +1,7 @@
 """Divergences one by one: limits of alpha-beta, identities between them, the decoupled divergence."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from kdkernels import (
     kd_loss,
     linear_kd_loss,
 )
-from kdkernels.options import Impl
+from kdkernels.options import Impl, Mode
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
     DEVICE,
+    FAST_IMPLS,
     IMPLS,
     eager_linear_kd,
     eager_row_losses,
@@ -190,3 +192,35 @@ def test_label_smoothing(divergence, temperature, smoothing, impl: Impl) -> None
     assert_within_budget(loss, eager[0].sum() / count, truth[0].sum() / count, "mean")
     for ours, low, exact in zip(gradients, eager[1:], truth[1:], strict=True):
         assert_within_budget(ours, low, exact, "gradient")
+
+
+# In both modes, of which the second takes tiles of the columns.
+@pytest.mark.parametrize("mode", ["fast", "low_memory"])
+@pytest.mark.parametrize("impl", FAST_IMPLS)
+def test_decoupled_from_a_teacher_that_gives_the_others_nothing(impl: Impl, mode: Mode) -> None:
+    """NCKD is 0 there, and so is its part of the gradient; TKD is not."""
+    hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(7, 4, device=DEVICE)
+    labels = torch.tensor([1, 2, 3], device=DEVICE)
+    teacher = torch.full((3, 7), -math.inf, device=DEVICE)
+    teacher[0, 1] = teacher[1, 2] = 0.0
+    teacher[2] = torch.randn(7)
+    results = []
+    each: list[dict[str, Any]] = [{"impl": "reference"}, {"impl": impl, "mode": mode, "chunk_bytes": 64}]
+    for options in each:
+        leaf = hidden.clone().requires_grad_()
+        loss = linear_kd_loss(leaf, weight, teacher, labels, divergence=Decoupled(1.0, 2.0), **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for ours, exact in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+# Every branch in which a power is below 0, where 0 to that power meets 0 to another.
+@pytest.mark.parametrize("divergence", [AlphaBeta(-0.5, 0.7), AlphaBeta(0.5, -0.2)], ids=repr)
+def test_alpha_beta_leaves_out_what_both_sides_exclude(divergence: AlphaBeta, impl: Impl) -> None:
+    student, teacher = pair(classes=9)
+    wide_student, wide_teacher = (F.pad(side, (1, 2), value=-math.inf) for side in (student, teacher))
+    rows, gradient = solve(wide_student, wide_teacher, impl, divergence=divergence)
+    expected, expected_gradient = solve(student, teacher, impl, divergence=divergence)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient[:, 1:10], expected_gradient, rtol=1e-5, atol=1e-6)

@@ -127,6 +127,20 @@ def test_infinities_and_large_logits(divergence, impl: Impl) -> None:
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-5)
 
 
+# Either side may have the wider head.
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.float64], ids=str)
+def test_heads_of_two_dtypes(student_dtype: torch.dtype) -> None:
+    case = make_case(dtype=torch.float64)
+    other = torch.float32 if student_dtype == torch.float64 else torch.float64
+    student = (case.student_hidden.to(student_dtype), case.student_weight.to(student_dtype))
+    teacher = TeacherHead(case.teacher_hidden.to(other), case.teacher_weight.to(other))
+    fast, low = (
+        linear_kd_loss(*student, teacher, impl="torch", mode=mode) for mode in ("fast", "low_memory")
+    )
+    assert low.dtype == student_dtype
+    torch.testing.assert_close(low, fast, rtol=1e-5, atol=1e-6)
+
+
 def test_tile_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdkernels.low_memory.TILE_ROWS", TILE_ROWS)
     monkeypatch.setattr("kdkernels.low_memory.LEAST_COLUMNS", LEAST_COLUMNS)

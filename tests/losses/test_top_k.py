@@ -1,6 +1,7 @@
 """Teachers of which the top k was kept: both tails, every divergence that has a value there, against fp64 by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +212,33 @@ def test_rows_that_do_not_count_hold_any_entries(padding: int, by_label: bool, i
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not found[1][1][1].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [ReverseKL(), AlphaBeta(-0.5, 0.5)], ids=repr)
+def test_rows_that_do_not_count_stop_infinite_derivatives(divergence: Divergence, impl: Impl) -> None:
+    """Of what stands in for such a row these divergences are infinite, and 0 times that is NaN."""
+    hidden = torch.randn(3, 5, device=DEVICE, requires_grad=True)
+    weight = torch.randn(9, 5, device=DEVICE, requires_grad=True)
+    teacher = top_k(torch.randn(3, 9, device=DEVICE), "bucket", 4)
+    labels = torch.tensor([1, -100, 3], device=DEVICE)
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "static_shapes": True,
+        "reduction": "sum",
+        "impl": impl,
+    }
+    alive = labels != -100
+    some = TeacherTopK(teacher.logprobs[alive], teacher.indices[alive], "bucket")
+    loss = linear_kd_loss(hidden, weight, teacher, labels, **options)
+    expected = linear_kd_loss(hidden[alive], weight, some, **options)
+    torch.testing.assert_close(loss, expected)
+    for ours, exact in zip(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
 # With and without a gradient: a graph is made, and its node run, differently.

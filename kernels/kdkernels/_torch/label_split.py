@@ -67,10 +67,9 @@ class DecoupledArithmetic:
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         assert extra is None, "p_s is no multiple of exp_s / sum exp_s here"
         sums, gap = block.sums, _two_way(block.sums).gap().to(scale.dtype)
-        student = (scale * (sums.target * gap + sums.non_target) / sums.exp_s).masked_fill_(
-            sums.exp_s == 0, 0.0
-        )
-        teacher = (scale * sums.non_target / sums.exp_t).masked_fill_(sums.exp_t == 0, 0.0)
+        non_target = sums.non_target.masked_fill(sums.exp_t == 0, 0.0)  # as the value
+        student = (scale * (sums.target * gap + non_target) / sums.exp_s).masked_fill_(sums.exp_s == 0, 0.0)
+        teacher = (scale * non_target / sums.exp_t).masked_fill_(sums.exp_t == 0, 0.0)
         block.exp_s.mul_(student)
         torch.addcmul(block.exp_s, block.exp_t, teacher, value=-1.0, out=out)
         if block.labels is None:

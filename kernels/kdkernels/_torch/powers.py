@@ -59,10 +59,10 @@ class AlphaBetaArithmetic:
                     block.ratio.masked_fill_(block.spare == 0, 0.0)
             if beta != 0.0:
                 block.ratio.mul_(block.spare)
-        self._third(block, neither)
         if neither is not None:
             block.spare.masked_fill_(neither, 0.0)
             block.ratio.masked_fill_(neither, 0.0)
+        self._third(block, neither)
         if not self.general or not block.whole:
             torch.sum(block.ratio, -1, keepdim=True, out=sums.first)
             torch.sum(block.spare, -1, keepdim=True, out=sums.second)

@@ -256,8 +256,12 @@ def tile_gradient(
 
 
 def _set_labels(sums: Sums, state: Tensor, temperature: float) -> None:
-    """The label's logs in the units of normalised logs."""
+    """The label's logs in the units of normalised logs, in which the others sum to 1, or to 0 where they have nothing."""
     label_s, total_s, label_t, total_t = slots.label_against_others(state, temperature)
-    for field, label, total in ((sums.label_s, label_s, total_s), (sums.label_t, label_t, total_t)):
+    for field, others, label, total in (
+        (sums.label_s, sums.exp_s, label_s, total_s),
+        (sums.label_t, sums.exp_t, label_t, total_t),
+    ):
         log_sum = total.log()
         field.copy_((label - log_sum.masked_fill(log_sum == -math.inf, 0.0)).unsqueeze(1))
+        others.copy_((total != 0).unsqueeze(1))
