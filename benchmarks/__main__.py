@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     # The suite of the machine's kind is what a date stands for; the others say their name.
     name = stamp["date"] if chosen.suite in ("cpu", "gpu") else f"{stamp['date']}-{chosen.suite}"
     everything: list[report.Record] = []
-    start = time.monotonic()
+    start, failed = time.monotonic(), False
     for number, case in enumerate(cases, 1):
 
         def say(what: str, number: int = number) -> None:
@@ -123,16 +123,21 @@ def main(arguments: list[str] | None = None) -> int:
             )
 
         share = (start + chosen.minutes * 60 - time.monotonic()) / (len(cases) - number + 1)
-        found = report.records(case, run_case(case, takes_part[case.name], chosen.rounds, share, say))
+        try:
+            found = report.records(case, run_case(case, takes_part[case.name], chosen.rounds, share, say))
+        except RuntimeError as error:  # of this case; the others have figures
+            print(error, file=sys.stderr)
+            failed = True
+            continue
         everything += found
         print(f"\n{case.name}\n\n{report.markdown(found)}", flush=True)
         if chosen.out:
             report.write(chosen.out, name, stamp, everything)
-    if chosen.out:
+    if chosen.out and everything:
         print(
             f"\nwritten: {', '.join(str(path) for path in report.write(chosen.out, name, stamp, everything))}"
         )
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

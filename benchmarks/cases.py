@@ -83,10 +83,14 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     def model(width: int, noise: float) -> tuple[Tensor, Tensor]:
         into_width = torch.linalg.qr(normal(width - 1, rank)).Q.T  # (rank, width - 1), rows orthonormal
         hidden = row_meaning @ into_width + noise * normal(case.tokens, width - 1)
-        weight = token_meaning @ into_width + noise / width**0.5 * normal(case.vocabulary, width - 1)
         dtype = getattr(torch, case.dtype)
         hidden = torch.cat([hidden, hidden.new_ones(case.tokens, 1)], dim=1).to(dtype)
-        return hidden.contiguous(), torch.cat([weight, prior], dim=1).to(dtype).contiguous()
+        # In place: every contender makes its inputs while the others make theirs, on one device.
+        weight = normal(case.vocabulary, width - 1).mul_(noise / width**0.5)
+        weight += token_meaning @ into_width
+        whole = torch.empty(case.vocabulary, width, dtype=dtype, device=device)
+        whole[:, :-1], whole[:, -1:] = weight, prior
+        return hidden, whole
 
     student_hidden, student_weight = model(case.width, noise=0.2)
     teacher_hidden, teacher_weight = model(case.teacher_width, noise=0.0)

@@ -1,16 +1,23 @@
 """Everything that needs a GPU in one command: `python -m benchmarks.gpu --out FOLDER`, at most nine minutes.
 
-First the kernels' tests (no figure is printed of kernels that fail), then the row kernels alone, the suites `gpu`,
-`gpu_features` and `gpu_steps`, and the largest batch. Results are written after every case, so a run that is cut keeps what
-it has. Needs torch, triton and this repository; pytest (without it the errors against fp64 beside each figure are the only
-check, and that is said), transformers for the steps, and public peers take part when they can be imported.
+The kernels' tests, the suites `gpu`, `gpu_features` and `gpu_steps`, the row kernels alone, and the largest batch; `--parts`
+names some of them, where a machine is to be had for several short commands. What the tests say goes to `tests.txt`; figures
+of kernels that fail them are measured all the same, for they may be all that a borrowed machine gives, but are none to
+publish. Results are written after every case, so a run that is cut keeps what it has. Needs torch, triton and this
+repository; pytest (without it the errors against fp64 beside each figure are the only check, and that is said), transformers
+and accelerate for the steps, and public peers take part when they can be imported.
 """
 
 import argparse
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,47 +25,66 @@ import torch
 from benchmarks.runner import ROOT, checkout_first
 
 MINUTES = 9.0
-# Shares of the time that is left when a part starts: what comes later shall not be eaten by what came before.
-PARTS: tuple[tuple[float, list[str]], ...] = (
-    # Warnings are shown and no errors: one of a library's other version says nothing of the kernels.
-    (0.4, ["-m", "pytest", "-q", "-W", "default", "tests/losses", "-k", "triton and not compile"]),
-    (0.2, ["-m", "benchmarks.rows"]),
-    (0.7, ["-m", "benchmarks", "--suite", "gpu"]),
-    (0.5, ["-m", "benchmarks", "--suite", "gpu_features"]),
-    (0.7, ["-m", "benchmarks", "--suite", "gpu_steps"]),
-    (1.0, ["-m", "benchmarks.batches", "--suite", "gpu", "--gibibytes", "40"]),
-)
 
 
-def installed(module: str) -> bool:
-    """Whether it can be imported."""
-    return importlib.util.find_spec(module) is not None
+@dataclass(frozen=True)
+class Part:
+    """One process: how much of the time that is left when it starts it may take, and what it is started with."""
+
+    share: float
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
-def command_of(part: list[str], minutes: float, out: Path) -> list[str] | None:
+_STEPS = ("transformers", "accelerate", "yaml")
+# What matters most comes first.
+PARTS = {
+    "tests": Part(
+        0.35,
+        # Warnings are shown and no errors: one of a library's other version says nothing of the kernels.
+        ("-m", "pytest", "-q", "-W", "default", "--tb=short", "tests/losses", "-k", "triton and not compile"),
+        ("pytest", "hypothesis"),
+    ),
+    "gpu": Part(0.5, ("-m", "benchmarks", "--suite", "gpu")),
+    "gpu_features": Part(0.45, ("-m", "benchmarks", "--suite", "gpu_features")),
+    "gpu_steps": Part(0.6, ("-m", "benchmarks", "--suite", "gpu_steps"), _STEPS),
+    "rows": Part(0.6, ("-m", "benchmarks.rows")),
+    "batches": Part(1.0, ("-m", "benchmarks.batches", "--suite", "gpu", "--gibibytes", "40"), _STEPS),
+}
+
+
+def command_of(name: str, minutes: float, out: Path) -> list[str] | None:
     """The part's command line with its time and its folder; None, and a line that says why, when it cannot run here."""
-    command = [sys.executable, *part]
-    if "pytest" in part:
-        if not installed("pytest") or not installed("hypothesis"):
-            print(
-                "pytest or hypothesis is not installed: no tests; read the errors beside the figures",
-                flush=True,
-            )
-            return None
-        return [*command, "--numprocesses", "8"] if installed("xdist") else command
-    if ("gpu_steps" in part or "benchmarks.batches" in part) and not installed("transformers"):
-        print("transformers is not installed: no training steps", flush=True)
+    part = PARTS[name]
+    missing = [module for module in part.needs if importlib.util.find_spec(module) is None]
+    if missing:
+        instead = "; read the errors beside the figures" if name == "tests" else ""
+        print(f"no {name}: not installed: {', '.join(missing)}{instead}", flush=True)
         return None
-    if part[1] == "benchmarks":
-        command += ["--skip-tests", "--minutes", f"{minutes:.2f}"]
-    return command if "benchmarks.batches" in part else [*command, "--out", str(out)]
+    command = [sys.executable, *part.command]
+    if name == "tests":
+        if importlib.util.find_spec("xdist") is None:
+            return command
+        # Compiling the kernels takes most of the time, one core each.
+        return [*command, "--numprocesses", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    if name == "batches":
+        return command
+    command += ["--out", str(out)]
+    return [*command, "--skip-tests", "--minutes", f"{minutes:.2f}"] if "--suite" in command else command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts one after the other. Tests that fail end it; a part that fails or is cut leaves the others to run."""
+    """Run the parts one after the other; one that fails or is cut leaves the others to run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where CSV and JSON go")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="which (default: all, in this order)",
+    )
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -66,36 +92,59 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run_parts(time.monotonic() + chosen.minutes * 60, chosen.out.resolve())
+    out = chosen.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    return run_parts(time.monotonic() + chosen.minutes * 60, out, chosen.parts)
 
 
-def run_parts(end: float, out: Path, parts: tuple[tuple[float, list[str]], ...] = PARTS) -> int:
+def run_parts(
+    end: float,
+    out: Path,
+    names: list[str],
+    command: Callable[[str, float, Path], list[str] | None] = command_of,
+) -> int:
     """0 when every part ran or was cut by the clock, else the status of the first that failed."""
     failed = 0
-    for share, part in parts:
-        seconds = share * max(end - time.monotonic(), 0.0)
-        command = command_of(part, seconds / 60, out)
-        if command is None:
+    for number, name in enumerate(names):
+        left = max(end - time.monotonic(), 0.0)
+        seconds = left * (PARTS[name].share if number + 1 < len(names) else 1.0)
+        line = command(name, seconds / 60, out)
+        if line is None:
             continue
-        print(f"[{(end - time.monotonic()) / 60:.1f} minutes left] {' '.join(part)}", flush=True)
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=checkout_first(), timeout=max(seconds, 1.0), check=False
-            )
-            status = done.returncode
-        except subprocess.TimeoutExpired:
-            tests = (
-                "; the tests did not finish, so figures below rest on those that ran"
-                if "pytest" in part
-                else ""
-            )
-            print(f"cut by the clock; what was finished stands{tests}", flush=True)
-            continue
-        if status and "pytest" in part:
-            print("The kernels' tests fail, so there are no figures.", flush=True)
-            return status
-        failed = failed or status
+        print(f"[{left / 60:.1f} minutes left] {name}: at most {seconds / 60:.1f}", flush=True)
+        log = out / "tests.txt" if name == "tests" else None
+        status = run_for(line, max(seconds, 1.0), log)
+        if log is not None:
+            print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), flush=True)
+        if status is None:
+            print(f"{name}: cut by the clock; what was finished stands", flush=True)
+        elif status and name == "tests":
+            print("The kernels' tests fail: see tests.txt, and publish no figure from below.", flush=True)
+        elif status:
+            print(f"{name}: failed with status {status}", flush=True)
+        failed = failed or status or 0
     return failed
+
+
+def run_for(command: list[str], seconds: float, log: Path | None) -> int | None:
+    """Its status, or None when the time is up; then all processes that it started are ended, as they hold the GPU."""
+    with log.open("w") if log else nullcontext() as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=checkout_first(),
+            stdout=file,
+            stderr=file and subprocess.STDOUT,
+            process_group=0,
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class Case:
 
 CPU = (Case(),)
 GPU = (
-    # Qwen2.5-Coder 0.5B under 1.5B, as far as shapes go.
-    Case(8, 1024, 151936, 896, 24, 1536, 28, precision="bfloat16", device="cuda"),
+    # Qwen2.5-Coder 0.5B under 1.5B, as far as shapes go; models, optimizers and eager logits of all contenders share a GPU.
+    Case(4, 1024, 151936, 896, 24, 1536, 28, precision="bfloat16", device="cuda"),
 )
 SMOKE = (Case(2, 16, 600, 32, 1, 48, 1),)
 
@@ -113,7 +113,8 @@ def _model(case: Case, width: int, layers: int) -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(width)
-    return AutoModelForCausalLM.from_config(config)
+    with torch.device(case.device):  # a GPU draws a billion weights while a CPU draws ten million
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _teacher(case: Case) -> "LanguageTeacher":

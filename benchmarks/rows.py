@@ -7,7 +7,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from kdkernels.options import RowTerms
 
 ROWS, VOCABULARY = 1024, 128256
 DIVERGENCES: tuple[Divergence, ...] = (ForwardKL(), ReverseKL(), JSD(), SkewKL(), TVD())
+# What the kernels use comes first: a run that is cut, as each record takes a compilation, keeps that.
 CONFIGURATIONS = (
     (2048, 8),
     (2048, 4),
@@ -39,8 +40,8 @@ def milliseconds(step: Callable[[], object]) -> float:
     return found
 
 
-def measure() -> list[dict[str, object]]:
-    """One record a divergence, dtype of the logits and configuration; the gradient is bfloat16 in every one."""
+def measure() -> Iterator[dict[str, object]]:
+    """One record a configuration, dtype of the logits and divergence; the gradient is bfloat16 in every one."""
     from kdkernels._triton.configs import RowConfig
     from kdkernels._triton.rows import kd_rows
 
@@ -53,15 +54,14 @@ def measure() -> list[dict[str, object]]:
     target = torch.empty_like(student32)
     copy_ms = milliseconds(lambda: target.copy_(student32))
     copy_bandwidth = 8 * student32.numel() / copy_ms / 1e9
-    found: list[dict[str, object]] = []
-    for dtype in LOGIT_DTYPES:
-        student, teacher = student32.to(dtype), teacher32.to(dtype)
-        for divergence in DIVERGENCES:
-            passes = 3 if isinstance(divergence, MIXTURES) else 2
-            moved = student.numel() * (passes * 2 * student.element_size() + grad.element_size())
-            terms = RowTerms(divergence, 2.0, ce_weight=0.5)
-            for block, warps in CONFIGURATIONS:
-                config = RowConfig(block, 8, warps)
+    sides = {dtype: (student32.to(dtype), teacher32.to(dtype)) for dtype in LOGIT_DTYPES}
+    for block, warps in CONFIGURATIONS:
+        config = RowConfig(block, 8, warps)
+        for dtype, (student, teacher) in sides.items():
+            for divergence in DIVERGENCES:
+                passes = 3 if isinstance(divergence, MIXTURES) else 2
+                moved = student.numel() * (passes * 2 * student.element_size() + grad.element_size())
+                terms = RowTerms(divergence, 2.0, ce_weight=0.5)
 
                 def launch(
                     student: torch.Tensor = student,
@@ -74,22 +74,30 @@ def measure() -> list[dict[str, object]]:
                     )
 
                 ms = milliseconds(launch)
-                found.append(
-                    {
-                        "divergence": repr(divergence),
-                        "logits": str(dtype).removeprefix("torch."),
-                        "block": block,
-                        "warps": warps,
-                        "ms": round(ms, 4),
-                        "terabytes_per_second": round(moved / ms / 1e9, 3),
-                        "share_of_copy": round(moved / ms / 1e9 / copy_bandwidth, 3),
-                    }
-                )
-    return found
+                yield {
+                    "divergence": repr(divergence),
+                    "logits": str(dtype).removeprefix("torch."),
+                    "block": block,
+                    "warps": warps,
+                    "ms": round(ms, 4),
+                    "terabytes_per_second": round(moved / ms / 1e9, 3),
+                    "share_of_copy": round(moved / ms / 1e9 / copy_bandwidth, 3),
+                }
+
+
+def write(path: Path, records: list[dict[str, object]]) -> None:
+    """The file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    os.replace(partial, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write `<date>-rows.csv`."""
+    """Measure, print, and write `<date>-rows.csv` anew after every record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write <date>-rows.csv there")
     chosen = parser.parse_args(arguments)
@@ -98,18 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     stamp = environment("cuda")
     print(", ".join(f"{name} {value}" for name, value in stamp.items()))
-    records = measure()
-    for record in records:
-        print(", ".join(f"{name} {value}" for name, value in record.items()))
-    if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        path = chosen.out / f"{stamp['date']}-rows.csv"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*records[0], "device", "commit"], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, "device": stamp["device"], "commit": stamp["commit"]} for row in records)
-        os.replace(partial, path)
+    path = chosen.out / f"{stamp['date']}-rows.csv" if chosen.out else None
+    records: list[dict[str, object]] = []
+    for record in measure():
+        print(", ".join(f"{name} {value}" for name, value in record.items()), flush=True)
+        records.append({**record, "device": stamp["device"], "commit": stamp["commit"]})
+        if path:
+            write(path, records)
+    if path:
         print(f"written: {path}")
     return 0
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,20 @@ class Worker:
 
     def order(self, what: str) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it is gone, and its answer says why
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
         return self.answer()
 
+    def dismiss(self) -> None:
+        """No more orders; it ends by itself."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        self.dismiss()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -108,16 +116,18 @@ def run_case(
     errors = errors and operation.truth is not None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if errors and set(contenders) - operation.yardsticks:
-            say("fp64 truth")
-            worker = Worker("truth", case, folder)
-            found = worker.answer()
-            worker.close()
-            if "cannot_run" in found:
-                raise RuntimeError(f"The fp64 truth of '{case.name}' failed: {found['cannot_run']}")
         workers: list[Worker] = []
         try:
-            workers += [Worker(name, case, folder) for name in contenders]
+            truth = (
+                Worker("truth", case, folder) if errors and set(contenders) - operation.yardsticks else None
+            )
+            workers += [Worker(name, case, folder) for name in contenders]  # they start while that computes
+            if truth is not None:
+                say("fp64 truth")
+                found = truth.answer()
+                truth.close()
+                if "cannot_run" in found:
+                    raise RuntimeError(f"The fp64 truth of '{case.name}' failed: {found['cannot_run']}")
             for worker in workers:
                 say(f"warm-up of {worker.row.contender}")
                 if "ready" in worker.answer():
@@ -140,6 +150,8 @@ def run_case(
                 if errors and worker.row.cannot_run is None:
                     worker.row.errors = worker.order("error")
         finally:
+            for worker in workers:
+                worker.dismiss()  # they end side by side
             for worker in workers:
                 worker.close()
     return [worker.row for worker in workers]

@@ -47,6 +47,7 @@ def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None
     operation: Operation = OPERATIONS[job["family"]]
     case, truth_path, contender = operation.case(**job["case"]), Path(job["truth"]), job["contender"]
     inputs = operation.make_inputs(case)
+    give_back(case.device)
     if contender == "truth":
         assert operation.truth is not None
         torch.save(operation.truth(case, inputs), truth_path)
@@ -63,30 +64,34 @@ def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None
         step()
 
     answer({"ready": True})
-    for order in sys.stdin:
-        if order.strip() == "warm up":
-            for _ in range(WARM_UP_STEPS):
-                fresh_step()
-            answer({})
-            continue
-        if order.strip() == "time" and case.device == "cuda":
+    for order in map(str.strip, sys.stdin):
+        if order == "time" and case.device == "cuda":
             fresh_step()  # its memory went back to the others after the last order
         clear_gradients()
-        if order.strip() == "time":
+        found: dict[str, Any] = {}
+        if order == "warm up":
+            for _ in range(WARM_UP_STEPS):
+                fresh_step()
+        elif order == "time":
             end, seconds = time.monotonic() + TURN_SECONDS, []
             while not seconds or time.monotonic() < end:
                 clear_gradients()
                 seconds.append(seconds_of(step, case.device))
-            answer({"seconds": statistics.median(seconds)})
-        elif order.strip() == "memory":
-            answer({"peak_bytes": peak_bytes_of(step, case.device)})
-        elif contender in operation.yardsticks:
-            answer({})
-        else:
-            answer(errors(step, leaves, truth_path, case.device))
+            found = {"seconds": statistics.median(seconds)}
+        elif order == "memory":
+            found = {"peak_bytes": peak_bytes_of(step, case.device)}
+        elif contender not in operation.yardsticks:
+            found = errors(step, leaves, truth_path, case.device)
+        # Before the answer, with which the next contender's turn begins.
         clear_gradients()
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
+        give_back(case.device)
+        answer(found)
+
+
+def give_back(device: str) -> None:
+    """Free memory that the allocator keeps, which the other contenders need: they share the device."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
