@@ -57,6 +57,7 @@ class Shard:
     group: dist.ProcessGroup
     offset: int
     total: int
+    widest: int  # columns of the largest slice
 
 
 # Sizes are exchanged once for a group and a size of ours: heads keep theirs, and a step should not wait for numbers.
@@ -75,7 +76,7 @@ def shard_of(group: object, columns: int, device: torch.device) -> Shard:
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
         dist.all_gather(sizes, torch.tensor([columns], device=device), group=group)
         numbers = [int(size) for size in sizes]
-        _SHARDS[key] = Shard(group, sum(numbers[: group.rank()]), sum(numbers))
+        _SHARDS[key] = Shard(group, sum(numbers[: group.rank()]), sum(numbers), max(numbers))
     return _SHARDS[key]
 
 
@@ -131,7 +132,8 @@ class ShardedKD:
             for shape, need in zip((hidden.shape, head.shape, (columns,)), needs[:3], strict=True)
         )
         half = has_half_products(head)
-        size = self.backend.chunk_rows(max(counted, 1), columns, self.chunk_bytes, hidden.device)
+        # By the widest slice: the ranks meet in each chunk, so all of them have to have the same.
+        size = self.backend.chunk_rows(max(counted, 1), self.shard.widest, self.chunk_bytes, hidden.device)
         buffer = logit_buffer(min(size, counted), columns, head)
         teacher = TeacherLogitSource.prepare(source, teacher_head, self.autocast, index, buffer.shape[0])
         for start in range(0, counted, size):
