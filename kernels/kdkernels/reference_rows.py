@@ -36,7 +36,7 @@ def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> t
             cast_to(source, problem.autocast if head is not None else None),
             None if head is None else cast_to(head, problem.autocast),
             bias,
-        )
+        ).to(logits.dtype)
         mapping = problem.vocab_map
         kd, ce = reference.kd_row_terms(
             logits, teacher, labels, weight, terms, vocab_map=mapping, decoupled=problem.decoupled

@@ -96,3 +96,18 @@ def test_autocast_changes_nothing_for_logits(impl: Impl) -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         student = case.student_logits
     torch.testing.assert_close(kd_loss(student, half, case.labels, impl=impl), headed, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float64], ids=str)
+def test_the_student_sets_the_dtype(teacher_dtype: torch.dtype, impl: Impl) -> None:
+    student, teacher, labels = logits(4, 7, torch.float64)
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        loss, stats = kd_loss(
+            student.to(dtype), teacher.to(teacher_dtype), labels, impl=impl, return_stats=True
+        )
+        assert {loss.dtype, *(number.dtype for number in stats)} == {expected}
