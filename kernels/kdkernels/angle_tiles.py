@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .options import LEAST_LENGTH
 from .pair_tiles import Part, Sequences, tile_size, tiles
 from .pairs import NEAR_WIDENED, along_steps, unit_steps
 
@@ -67,7 +68,8 @@ class _Angles:
             both[:, tile] = squares + others.square().sum(1)
         distance = both - 2.0 * product
         counted = part.related(centres, around, itself=False)[0]
-        self.near = counted & (distance <= NEAR_WIDENED * both)
+        # What is too short to have a direction is told apart where differences are taken.
+        self.near = counted & (distance <= both.mul_(NEAR_WIDENED).clamp_min_(LEAST_LENGTH**2))
         self.scale = distance.clamp_min_(torch.finfo(torch.float64).tiny).rsqrt_()  # 1 / |f_i - f_j|
         self.scale.masked_fill_(~counted | self.near, 0.0)
         self.lift = product.neg_().add_(squares, alpha=0.5)  # |c_i|^2 / 2 - <c_i, c_j>

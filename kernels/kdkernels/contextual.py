@@ -73,7 +73,8 @@ def contextual_relation_loss(
         float32 (float64 for float64 features), 0-D. Nothing that counts gives a finite 0 with a graph.
 
     Only the student gets a gradient. Vectors and differences shorter than 1e-12 have no direction: their
-    relations are 0 and have no gradient.
+    relations are 0 and have no gradient. Longer than 1e16 they may lose digits, and longer than 1e18 may give NaN, as their
+    squares leave float32.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.

@@ -52,13 +52,15 @@ def projection_mse(
 
     Args:
         student: (..., D_s), float16, bfloat16, float32 or float64. Or a list of such tensors, one per layer pair.
-        teacher: (..., D_t), frozen; its dtype may differ when it is not the projected side. A list with a list.
+        teacher: (..., D_t), frozen; its dtype may differ when it is not the projected side, and the student's says in how
+            many digits both are compared. A list with a list.
         weight: (D_t, D_s) for project="student", (D_s, D_t) for project="teacher"; None compares the
             features as they are and needs D_s == D_t. With lists: one of these for every pair, or a list of them.
         bias: (D_t,) or (D_s,), as the rows of `weight`; with lists as `weight`. Only with `weight`.
         project: which side is mapped onto the other's width. Default "student".
         normalize: divide both sides, the mapped one after its bias, by their L2 norm. A feature shorter than 1e-12
-            has no direction: it counts as the zero vector and gets no gradient. Default False.
+            has no direction: it counts as the zero vector and gets no gradient; one longer than 1e18 may give NaN, as
+            its square leaves float32. Default False.
         mask: (...) bool, True where a row counts; None counts every row. One mask serves every pair.
         reduction: "mean" divides the sum by counted rows times width, as F.mse_loss of the counted rows;
             "sum" adds up the counted rows; "none" gives each row's sum of squared differences, shape (...),
@@ -104,7 +106,8 @@ def cosine_loss(
 
     The arguments, lists of layer pairs among them, are those of `projection_mse`; lengths never matter here, so there
     is no `normalize`. "mean" divides by the number of counted rows; "none" gives 1 - cosine of each row. A feature
-    shorter than 1e-12 has no direction: its cosine is 0 and it gets no gradient.
+    shorter than 1e-12 has no direction: its cosine is 0 and it gets no gradient; one longer than 1e18 may give NaN, as its
+    square leaves float32.
 
     Near 0 the loss keeps its digits: it is computed from the difference of the two unit vectors, not as 1 - cosine.
 

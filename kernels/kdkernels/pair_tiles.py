@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .options import LEAST_LENGTH
+from .pairs import inverse_length
 
 # The smallest tile: below it calls cost more than the memory is worth.
 LEAST_TILE = 8
@@ -90,8 +90,7 @@ class Part:
         vectors = features[:, rows].double()
         if self.valid is not None:
             vectors = vectors.masked_fill(~self.valid[:, rows].unsqueeze(2), 0.0)
-        length = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
-        inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
+        inverse = inverse_length(torch.linalg.vector_norm(vectors, dim=2, keepdim=True))
         return vectors * inverse, inverse
 
 

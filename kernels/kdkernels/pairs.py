@@ -77,10 +77,15 @@ def valid_pairs(valid: Tensor, centre: Tensor, position: Tensor, length: int, wi
     return inside.logical_and_(centre).logical_and_(of_neighbours(padded, window, window))
 
 
+def inverse_length(length: Tensor) -> Tensor:
+    """1 / length; 0 for what is too short to have a direction, and NaN where the squares were too large for the dtype."""
+    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
+    return inverse.masked_fill_(length == torch.inf, torch.nan)
+
+
 def cosines(band: Tensor, window: int, rows: int) -> tuple[Tensor, Tensor]:
     """Directed cosines (2 W + 1, R) of rows and 1 / length (R,), 0 for what is too short to have a direction."""
-    length = band[0].clamp_min(0.0).sqrt()
-    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
+    inverse = inverse_length(band[0].clamp_min(0.0).sqrt())
     own = inverse[window : window + rows]
     cosine = directed(band, window, rows, window).mul_(own).mul_(of_neighbours(inverse, window, window))
     cosine[window] = own != 0.0
@@ -110,13 +115,15 @@ def cosine_coefficients(gradient: Tensor, cosine: Tensor, inverse: Tensor, windo
 
 def angle_side(band: Tensor, window: int, rows: int, limit: float) -> tuple[AngleSide, Tensor]:
     """Lifts of one side, scales that still hold every pair, and (2 W + 1, R) bool: which pairs are nearly equal."""
-    squares = band[0]
+    # Sums of four of them stay in the dtype; a NaN where they would not, as an infinite distance looks like no relation.
+    squares = band[0].masked_fill(band[0] > torch.finfo(band.dtype).max / 8, torch.nan)
     own = squares[window : window + rows]
     product = directed(band, window, rows, window)
     size = own.expand_as(product).clone(memory_format=torch.contiguous_format)
     size.add_(of_neighbours(squares, window, window))
     distance = size - 2.0 * product
-    near = distance <= limit * size
+    # What is too short to have a direction is told apart where differences are taken.
+    near = distance <= size.mul_(limit).clamp_min_(LEAST_LENGTH**2)
     scale = distance.clamp_min_(torch.finfo(band.dtype).tiny).rsqrt_()
     return AngleSide(band, product.neg_().add_(own, alpha=0.5), scale), near
 
@@ -144,8 +151,7 @@ def band_of(values: Tensor, margin: int) -> Tensor:
 def unit_steps(differences: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Differences (..., V, D) to unit ones in place, and 1 / length (..., V, 1); 0 where not counted or without a direction."""
     differences.masked_fill_(~counted.unsqueeze(-1), 0.0)
-    length = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
-    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
+    inverse = inverse_length(torch.linalg.vector_norm(differences, dim=-1, keepdim=True))
     return differences.mul_(inverse), inverse
 
 

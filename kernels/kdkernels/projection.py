@@ -58,11 +58,15 @@ class ProjectionDistance:
         student, teacher, head, bias = tensors
         assert student is not None and teacher is not None
         source, target = (student, teacher) if self.project == "student" else (teacher, student)
+        wide = wide_dtype(student.dtype)
         if head is not None:
-            head, source = head.to(self.autocast or head.dtype), source.to(self.autocast or source.dtype)
+            head, source = (side.to(self.autocast or side.dtype) for side in (head, source))
+            # A teacher in float64 beside a student that is not, or the other way round: the student's digits count.
+            if wide_dtype(head.dtype) != wide:
+                head, source = head.to(wide), source.to(wide)
+        target = target if wide_dtype(target.dtype) == wide else target.to(wide)
         target = target if target.stride(-1) == 1 else target.contiguous()
         rows, width = target.shape
-        wide = wide_dtype(student.dtype)
         values = torch.zeros(rows, dtype=wide, device=student.device)
 
         needs_student, _, needs_head, needs_bias = needs[:4]

@@ -16,9 +16,13 @@ from .windows import RelationCounts, Variant
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors (..., D) over their length; 0, and without a gradient, where they are too short to have a direction."""
+    """Vectors (..., D) over their length; 0, and without a gradient, where they are too short to have a direction.
+
+    NaN where their squares are too large for the dtype.
+    """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     short = length < LEAST_LENGTH
+    length = length.masked_fill(length == torch.inf, torch.nan)
     return (vectors / length.masked_fill(short, 1.0)).masked_fill(short, 0.0)
 
 

@@ -9,14 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import ForwardKL
+from .matmul import wide_dtype
 from .options import LEAST_LENGTH, Distance, Project
-from .reference import divergence, linear, wide
+from .reference import divergence, linear
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """(..., D) rows of length 1; a row shorter than LEAST_LENGTH becomes 0 and gets no gradient."""
+    """(..., D) rows of length 1; a row shorter than LEAST_LENGTH becomes 0 and gets no gradient.
+
+    NaN where the squares are too large for the dtype.
+    """
     length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     short = length < LEAST_LENGTH
+    length = length.masked_fill(length == torch.inf, torch.nan)
     return features * length.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
 
 
@@ -37,7 +42,11 @@ def projection_row_losses(
     source, target = (student, teacher) if project == "student" else (teacher, student)
     if cast is not None and head is not None:
         source, head = source.to(cast), head.to(cast)
-    projected, target = linear(source, head, bias), wide(target)
+    # The student's dtype says how many digits there are, whatever the teacher has.
+    dtype = wide_dtype(student.dtype)
+    source, target = source.to(dtype), target.to(dtype)
+    head, bias = (None if side is None else side.to(dtype) for side in (head, bias))
+    projected = linear(source, head, bias)
     if distance != "squared":
         projected, target = unit_rows(projected), unit_rows(target)
     if distance == "cosine":
@@ -52,9 +61,10 @@ def _log_relations(
     k: Tensor,  # (B, N, D)
     allowed: Tensor,  # (B, 1, N, N) bool
     heads: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(B, heads, N, N) log-probabilities of a token's relations to the allowed ones."""
-    q, k = (wide(side).unflatten(2, (heads, -1)).transpose(1, 2) for side in (q, k))
+    q, k = (side.to(dtype).unflatten(2, (heads, -1)).transpose(1, 2) for side in (q, k))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
     return F.log_softmax(scores.masked_fill(~allowed, -math.inf), -1)
 
@@ -75,10 +85,10 @@ def relation_row_losses(
     allowed = (counted.unsqueeze(1) | ~counted.unsqueeze(2)).unsqueeze(1)
     if causal:
         allowed = allowed & allowed.new_ones((length, length)).tril()
-    pairs = max(heads)
+    pairs, dtype = max(heads), wide_dtype(student_q.dtype)
     sides = []
     for q, k, count in ((student_q, student_k, heads[0]), (teacher_q, teacher_k, heads[1])):
         q = q.masked_fill(~counted.unsqueeze(2), 0.0)
         k = q if k is None else k.masked_fill(~counted.unsqueeze(2), 0.0)
-        sides.append(_log_relations(q, k, allowed, count).repeat_interleave(pairs // count, 1))
+        sides.append(_log_relations(q, k, allowed, count, dtype).repeat_interleave(pairs // count, 1))
     return divergence(sides[0], sides[1], ForwardKL()).sum(1).masked_fill(~counted, 0.0)

@@ -273,6 +273,32 @@ def test_equal_tokens_have_no_direction(impl: Impl) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(reference, leaf)[0], rtol=1e-4, atol=1e-6)
 
 
+# In the tiles of wide windows too, which are in float64 and have larger squares.
+@pytest.mark.parametrize(("impl", "tiles"), [*((impl, False) for impl in IMPLS), ("torch", True)])
+def test_lengths_too_small_and_too_large(impl: Impl, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shorter than 1e-12 has no relation; what has a square outside float32 is a NaN, not a quiet nonsense."""
+    if tiles:
+        monkeypatch.setattr("kdkernels.window_blocks.LEAST_ROWS", 1 << 30)
+    student, teacher = features(1, 1, 6, 4), features(1, 1, 6, 5)
+
+    def solve(scale: float, scale_t: float) -> tuple[Tensor, Tensor]:
+        leaf = (scale * student).requires_grad_()
+        loss = contextual_relation_loss(leaf, scale_t * teacher, window=2, impl=impl)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0] * scale
+
+    expected = solve(1.0, 1.0)
+    for scale in (1e-10, 1e16):
+        for found in (solve(scale, 1.0), solve(1.0, scale)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for scale in (1e-14, 1e-25):
+        loss, gradient = solve(scale, 1.0)
+        torch.testing.assert_close(loss, solve(0.0, 1.0)[0])
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+        torch.testing.assert_close(solve(1.0, scale), solve(1.0, 0.0))
+    for found in (solve(1e25, 1.0), solve(1.0, 1e25)):
+        assert found[0].isnan() or tiles
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_student_equal_to_its_teacher_has_no_loss(impl: Impl) -> None:
     teacher = features(2, 3, 9, 4)

@@ -1,5 +1,6 @@
 """`projection_mse(normalize=True)`, `cosine_loss` and several layer pairs, against eager PyTorch."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -99,6 +100,42 @@ def test_a_zero_vector_has_no_direction(impl: Impl) -> None:
     assert torch.equal(
         F.cosine_similarity(student, teacher)[1:].detach(), torch.zeros(3, device=DEVICE)
     )  # as eager says
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lengths_too_small_and_too_large(loss: Loss, impl: Impl) -> None:
+    """A feature shorter than 1e-12 is none; one whose square leaves float32 is a NaN, not a quiet nonsense."""
+    student, teacher = torch.randn(2, 3, 5, device=DEVICE)
+    expected = ours(loss, student, teacher, reduction="none", impl=impl)
+    zero = ours(loss, 0.0 * student, teacher, reduction="none", impl=impl)
+    for scale, values in ((1e-14, zero), (1e-10, expected), (1e17, expected), (1e25, torch.nan * expected)):
+        for sides in ((scale * student, teacher), (student, scale * teacher)):
+            found = ours(loss, *sides, reduction="none", impl=impl)
+            torch.testing.assert_close(found, values, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("teacher_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("student_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_students_dtype_says_how_many_digits(
+    projected: bool, student_dtype: torch.dtype, teacher_dtype: torch.dtype, impl: Impl
+) -> None:
+    inputs = make_inputs("teacher", torch.float64, projected=projected)
+    student, teacher = inputs[0].to(student_dtype), inputs[1].to(teacher_dtype)
+    weight, bias = (None if side is None else side.to(teacher_dtype) for side in inputs[2:])
+    sides = (student, teacher, weight, bias)
+    exact: list[Any] = [None if side is None else side.double() for side in sides]
+    for loss in ("squared", *LOSSES):
+        leaf = student.clone().requires_grad_()
+        compare = projection_mse if loss == "squared" else partial(ours, loss)
+        value = compare(leaf, teacher, weight, bias, project="teacher", impl=impl)
+        expected = compare(*exact, project="teacher", impl="reference")
+        assert value.dtype == (torch.float64 if student_dtype == torch.float64 else torch.float32)
+        assert torch.autograd.grad(value, leaf)[0].dtype == student_dtype
+        tolerance = 1e-12 if student_dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0.0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -359,3 +359,18 @@ def test_bad_input() -> None:
             f"impl='triton' takes {kind} relation heads of at most {widest} columns, got 300 for the student; "
             "use more heads or impl='torch'"
         )
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_the_students_dtype_says_how_many_digits(dtypes: tuple[torch.dtype, torch.dtype], impl: Impl) -> None:
+    student, teacher = (
+        torch.randn(2, 5, 8, device=DEVICE, dtype=dtypes[0]),
+        torch.randn(2, 5, 8, device=DEVICE),
+    )
+    teacher = teacher.to(dtypes[1])
+    value = relation_kl(student, teacher, heads=2, impl=impl)
+    expected = relation_kl(student.double(), teacher.double(), heads=2, impl="reference")
+    assert value.dtype == dtypes[0]
+    tolerance = 1e-12 if value.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0.0)

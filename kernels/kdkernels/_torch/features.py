@@ -52,12 +52,15 @@ def _dead(row_weight: Tensor | None) -> Tensor | None:
 
 
 def _unit(rows: Tensor, dead: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-    """out = rows of length 1; 1 / length (R, 1) and the new length, 1.0 or 0.0 where there is no direction."""
+    """out = rows of length 1; 1 / length (R, 1) and the new length, 1.0 or 0.0 where there is no direction.
+
+    NaN where the squares are too large for the dtype.
+    """
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=out.dtype)
     short = length < LEAST_LENGTH
     if dead is not None:
         short = short | dead
-    inverse = length.reciprocal().masked_fill_(short, 0.0)
+    inverse = length.reciprocal().masked_fill_(length == torch.inf, torch.nan).masked_fill_(short, 0.0)
     torch.mul(rows, inverse, out=out)
     if dead is not None:
         out.masked_fill_(dead, 0.0)  # 0 * NaN

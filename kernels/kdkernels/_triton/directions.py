@@ -79,9 +79,10 @@ def _gradient_step(
 
 @triton.jit
 def _inverse_length(totals):
-    """1 / length and 1.0, or 0.0 twice for a row too short to have a direction."""
+    """1 / length and 1.0, or 0.0 twice for a row too short to have a direction; NaN where its squares left fp32."""
     length = tl.sqrt_rn(tl.sum(totals, axis=0))
     short = length < LEAST
+    length = tl.where(length == float("inf"), float("nan"), length)
     return tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length))), tl.where(short, 0.0, 1.0)
 
 

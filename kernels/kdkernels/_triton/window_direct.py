@@ -39,13 +39,17 @@ def _differences(
 def _reciprocal_lengths(
     features_ptr, own, offsets, counted, D, shortest, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / |f_j - f_i| of a tile of neighbours; 0 where the difference is too short to have a direction."""
+    """1 / |f_j - f_i| of a tile of neighbours; 0 where the difference is too short to have a direction.
+
+    NaN where its squares left fp32.
+    """
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, D, BLOCK_D):
         tile = _differences(features_ptr, own, offsets, counted, start + tl.arange(0, BLOCK_D), D)
         squares += tl.sum(tile * tile, axis=1)
     length = tl.sqrt(squares)
-    return tl.where(length < shortest, 0.0, 1.0 / tl.maximum(length, shortest))
+    inverse = tl.where(length < shortest, 0.0, 1.0 / tl.maximum(length, shortest))
+    return tl.where(length == float("inf"), float("nan"), inverse)
 
 
 @triton.jit
