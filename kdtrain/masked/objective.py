@@ -1,6 +1,6 @@
 """The loss of a masked language model: hidden tokens and, where there are any, hidden exception names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -10,11 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdkernels import linear_kd_loss
 from kdtrain.data.tokens import token_budget_batches
+from kdtrain.language.evaluate import silent_teacher
+from kdtrain.masked.heads import hidden_tokens, masked_head
 from kdtrain.masked.rows import IGNORED, Hiding, MaskedBatch, MaskedRows
 from kdtrain.task import Objective
 
 EVALUATION_TOKENS = 8192
+MEASURED_ROWS = 1024
+"""rows of logits held at a time while measuring"""
 
 
 class MaskedObjective(Objective):
@@ -69,27 +74,55 @@ class MaskedObjective(Objective):
     def forward(self, batch: MaskedBatch, divisor: int, *, measure: bool = False) -> tuple[Tensor, Tensor]:
         """Loss of one piece and the sum of each term; with `measure` the sums of `masked_metrics`, (6,), in their place."""
         predicted = batch.labels != IGNORED
-        logits = hidden_logits(self.student, batch.input_ids, batch.attention_mask, predicted).float()
         targets, is_name = batch.labels[predicted], batch.is_name[predicted]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        token, name = losses[~is_name].sum(), losses[is_name].sum() * batch.name_scale
-        loss = (token + name) / divisor
+        head = masked_head(self.student)
+        if head is None:  # a family of its own: all tokens go through its head
+            whole = self.student(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            outputs, decode = whole.logits[predicted], torch.Tensor.float
+        else:
+            hidden = hidden_tokens(self.student, batch.input_ids, batch.attention_mask, predicted)
+            outputs, decode = head.transform(hidden), head.decoder
         if measure:
-            right = (logits.argmax(dim=-1) == targets).double()
-            parts = [(losses[side].sum(), right[side].sum(), side.sum()) for side in (~is_name, is_name)]
-            return loss.detach(), torch.stack([value.detach().double() for part in parts for value in part])
-        return loss, torch.stack([token, name][: len(self.names)]).detach()
+            return outputs.new_zeros(()), measured(outputs, decode, targets, is_name)
+        if head is None:
+            losses = F.cross_entropy(outputs.float(), targets, reduction="none")
+            token, name = losses[~is_name].sum(), losses[is_name].sum()
+        else:
+            token = decoded_loss(outputs[~is_name], head.decoder, targets[~is_name])
+            name = token.new_zeros(())
+            if "name" in self.names:
+                name = decoded_loss(outputs[is_name], head.decoder, targets[is_name])
+        name = name * batch.name_scale
+        return (token + name) / divisor, torch.stack([token, name][: len(self.names)]).detach()
 
 
-def hidden_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
-    """(hidden tokens, V) logits; the head, which costs as much as a layer, reads these tokens only where it can."""
-    head: Any = getattr(model, "lm_head", None)
-    if head is None and hasattr(model, "decoder") and hasattr(model, "head"):  # ModernBERT
-        head = nn.Sequential(model.head, model.decoder)  # type: ignore[arg-type]
-    if head is None:
-        return model(input_ids=ids, attention_mask=mask).logits[predicted]
-    encoder: Any = model.base_model
-    return head(encoder(input_ids=ids, attention_mask=mask).last_hidden_state[predicted])
+def decoded_loss(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tensor:
+    """Sum of F.cross_entropy(decoder(hidden), targets), of which the logits exist for some rows at a time."""
+    nobody = silent_teacher(hidden, decoder.weight.shape[0])  # is not read
+    return linear_kd_loss(
+        hidden,
+        decoder.weight,
+        nobody,
+        targets,
+        student_bias=decoder.bias,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        reduction="sum",
+    )
+
+
+def measured(outputs: Tensor, decode: Callable[[Tensor], Tensor], targets: Tensor, is_name: Tensor) -> Tensor:
+    """(6,) float64 sums over hidden tokens, then over names: cross entropy, told right, count."""
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=outputs.device)
+    for rows, labels, side in zip(
+        *(part.split(MEASURED_ROWS) for part in (outputs, targets, is_name)), strict=True
+    ):
+        logits = decode(rows).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        right = logits.argmax(dim=-1) == labels
+        values = torch.stack([losses, right, torch.ones_like(losses)], dim=-1).double()
+        sums.index_add_(0, side.long(), values)
+    return sums.flatten()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One run of a masked language model, from recipe to encoder: prepare everything, train, measure, save."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes
 from kdtrain.loop import describe_training, train
 from kdtrain.masked.corpus import Corpus, load_corpus
+from kdtrain.masked.heads import check_masked_head
 from kdtrain.masked.objective import MaskedObjective, masked_metrics
 from kdtrain.masked.recipe import MaskedRecipe
 from kdtrain.masked.rows import Hiding, MaskedRows
@@ -22,6 +24,10 @@ from kdtrain.sharding import whole_state
 from kdtrain.students import check_positions, roberta_config
 from kdtrain.summary import Summary, installed_versions
 from kdtrain.tokenizers import train_tokenizer
+
+KERNELS_KEPT = 16
+"""How many of its compiled kernels oneDNN keeps on a CPU: GELU and its gradient have one for every number of tokens, and each lies
+in the heap between larger blocks, which then fit nowhere. Its own 1,024 let a run of 3.4 million parameters hold 8 GB."""
 
 
 class MaskedSummary(Summary):
@@ -48,6 +54,9 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
         KdtrainError: anything wrong with recipe, code or model, as one sentence.
     """
     folder = Path(recipe.output)
+    if recipe.training.precision == "fp32":  # bfloat16 products are oneDNN's too: they need more than these
+        # oneDNN reads it before its first kernel; who set it keeps it.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     accelerator = start_accelerator(recipe)
     with accelerator.main_process_first():
         corpus = load_corpus(recipe.data)
@@ -63,6 +72,7 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
         return summary
     torch.manual_seed(recipe.seed)
     student = build_masked_student(recipe, tokenizer)
+    check_masked_head(student)
     mask_id = tokenizer.get_vocab()[str(tokenizer.mask_token)]
     hiding = Hiding(rows.special, mask_id, len(tokenizer), recipe.seed)
     objective = MaskedObjective(student, hiding, names=rows.names is not None)

@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    EuroBertConfig,
+    EuroBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     RobertaForMaskedLM,
@@ -27,9 +34,18 @@ from kdtrain.cli import main
 from kdtrain.data.handlers import HOLE, functions_with_names
 from kdtrain.errors import KdtrainError
 from kdtrain.masked.corpus import load_corpus
-from kdtrain.masked.objective import MaskedObjective, hidden_logits
+from kdtrain.masked.heads import check_masked_head, masked_head
+from kdtrain.masked.objective import MaskedObjective
 from kdtrain.masked.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
-from kdtrain.masked.rows import IGNORED, Hiding, MaskedRows, hidden_count, hidden_name_rows, text_rows
+from kdtrain.masked.rows import (
+    IGNORED,
+    Hiding,
+    MaskedBatch,
+    MaskedRows,
+    hidden_count,
+    hidden_name_rows,
+    text_rows,
+)
 from kdtrain.masked.run import MaskedSummary, run_masked
 from kdtrain.recipe import save_recipe
 from kdtrain.recipe.sections import StudentRecipe
@@ -152,25 +168,82 @@ def test_pieces_and_padding_do_not_change_the_step(kind: str) -> None:
     assert len(found[0][1]) == (1 if kind == "text" else 2)
 
 
-@pytest.mark.xdist_group("programs")
-def test_heads_read_hidden_tokens_only() -> None:
-    """RoBERTa's and ModernBERT's head on some rows is the whole model's on these; another family runs whole."""
-    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+def small_models(tokenizer: Any) -> list[Any]:
+    """RoBERTa, ModernBERT, BERT, a decoder alone (EuroBERT), and DistilBERT, whose head is not known."""
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2}
     small.update(num_attention_heads=2, intermediate_size=32, pad_token_id=1)
     special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
-    ids = torch.randint(5, 300, (3, 12))
-    mask = torch.ones_like(ids)
-    predicted = torch.rand(3, 12) < 0.3
-    for model in (
-        RobertaForMaskedLM(roberta_config(SHAPE, tokenizer)),
+    distil: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1}
+    return [
+        RobertaForMaskedLM(roberta_config(replace(SHAPE, dropout=0.0), tokenizer)),
         ModernBertForMaskedLM(ModernBertConfig(**small, **special)),
         BertForMaskedLM(BertConfig(**small)),
+        EuroBertForMaskedLM(EuroBertConfig(**small, num_key_value_heads=2)),
+        DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(tokenizer), **distil)),
+    ]
+
+
+@pytest.mark.xdist_group("programs")
+@pytest.mark.parametrize("number", range(5))  # the families of `small_models`
+def test_the_loss_is_the_models_own(number: int) -> None:
+    """Loss, gradients of every weight and measures are those of the model with labels; names are weighed beside tokens."""
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    torch.manual_seed(0)
+    model = small_models(tokenizer)[number].eval()
+    for weight in model.parameters():
+        weight.data.add_(0.1 * torch.randn_like(weight))  # no bias is zero
+    known = masked_head(model) is not None
+    assert known == (number < 4)
+    check_masked_head(model)
+    ids, mask = torch.randint(5, 300, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, 9:] = 0
+    labels = torch.where((torch.rand(3, 12) < 0.4) & mask.bool(), ids, IGNORED)
+    names = (torch.rand(3, 12) < 0.3) & (labels != IGNORED)
+    hiding = Hiding(torch.tensor([0, 1, 2]), 4, len(tokenizer), 0)
+    objective = MaskedObjective(model, hiding, names=True).train()
+    batch = MaskedBatch(ids, mask, labels, names, name_scale=0.7)
+    count = int((labels != IGNORED).sum())
+
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    own = objective(replace(batch, is_name=torch.zeros_like(names)), count)[0]
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=0.0)
+
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    weighed = (losses * torch.where(names, 0.7, 1.0)).sum() / count
+    model.zero_grad()
+    weighed.backward()
+    gradients = {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    model.zero_grad()
+    loss, terms = objective(batch, count)
+    loss.backward()
+    torch.testing.assert_close(loss, weighed, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(terms.sum() / count, weighed.detach(), rtol=1e-5, atol=0.0)
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
+
+    right = logits.argmax(-1) == labels
+    sides = [((labels != IGNORED) & ~names), names]
+    expected_sums = [value for side in sides for value in (losses[side].sum(), right[side].sum(), side.sum())]
+    _, sums = objective(batch, 1, measure=True)
+    torch.testing.assert_close(
+        sums, torch.stack([one.double() for one in expected_sums]), rtol=1e-5, atol=0.0
+    )
+
+
+def test_a_head_that_is_more_than_it_looks_is_refused() -> None:
+    """BART adds a bias after its head; trained without it, it would be another model."""
+    small: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    small.update(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    model = BartForConditionalGeneration(BartConfig(**small))
+    check_masked_head(model)
+    model.final_logits_bias[0, 7] = 1.0
+    with pytest.raises(
+        KdtrainError, match="BartForConditionalGeneration does not give the model's own logits"
     ):
-        model.eval()
-        with torch.no_grad():
-            whole = model(input_ids=ids, attention_mask=mask).logits[predicted]
-            torch.testing.assert_close(hidden_logits(model, ids, mask, predicted), whole)
+        check_masked_head(model)
 
 
 def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
