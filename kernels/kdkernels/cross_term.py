@@ -82,5 +82,8 @@ def teacher_cross_term(
                 cross[here].addmm_(p[:, columns], student_weight[columns].to(wide))
     shape = rows.shape[:-1]
     return TeacherCrossTerm(
-        cross.reshape(*shape, -1), mean_bias.reshape(shape), entropy.reshape(shape), float(temperature)
+        cross.reshape(*shape, student_weight.shape[1]),
+        mean_bias.reshape(shape),
+        entropy.reshape(shape),
+        float(temperature),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -72,8 +70,19 @@ def refuse_bad_rows(
             "for a learning rate that is too high"
         )
     value = float(loss[~torch.isfinite(loss)].flatten()[0])
-    if math.isnan(value) and counts is not None and bool(torch.isnan(counts).any()):
-        raise FloatingPointError("token_weight holds a NaN in a row that counts")
+    target, non_target = problem.decoupled or (None, None)
+    for name, given in (
+        ("token_weight", counts),
+        ("Decoupled.target", target),
+        ("Decoupled.non_target", non_target),
+    ):
+        if given is None:
+            continue
+        wrong = given if counts is None else given[counts != 0]
+        wrong = wrong[~torch.isfinite(wrong)]
+        if wrong.numel():
+            what = "a NaN" if bool(wrong[0].isnan()) else "an infinity"
+            raise FloatingPointError(f"{name} holds {what} in a row that counts")
     raise FloatingPointError(
         f"the loss is {value} although all logits that count are finite or -inf: {problem.terms.divergence!r} is "
         "infinite where one side excludes what the other does not; use jsd or a skew, or keep -inf out of the logits"

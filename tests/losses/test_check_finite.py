@@ -1,11 +1,12 @@
 """`check_finite=True`: a loss that is NaN or infinite says which row and which side did it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from kdkernels import KDLoss, TeacherTopK, kd_loss, linear_kd_loss, teacher_cross_term
+from kdkernels import Decoupled, KDLoss, TeacherTopK, kd_loss, linear_kd_loss, teacher_cross_term
 from kdkernels.options import Impl
 from tests.support.inputs import DEVICE, IMPLS, make_case
 
@@ -94,3 +95,20 @@ def test_without_it_the_loss_is_returned_as_it_is() -> None:
     weight[2] = math.nan
     text = sentence(lambda: kd_loss(teacher, teacher, token_weight=weight, check_finite=True))
     assert text == "token_weight holds a NaN in a row that counts"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_that_are_not_finite_are_named(impl: Impl) -> None:
+    student, teacher = torch.randn(2, 4, 9, device=DEVICE)
+    labels = torch.tensor([1, -100, 2, 3], device=DEVICE)
+    for row, number, what in ((2, math.inf, "an infinity"), (3, math.nan, "a NaN")):
+        weight = torch.ones(4, device=DEVICE)
+        weight[row] = number
+        for name, given in (
+            ("token_weight", {"token_weight": weight}),
+            ("Decoupled.target", {"divergence": Decoupled(target=weight)}),
+            ("Decoupled.non_target", {"divergence": Decoupled(non_target=weight)}),
+        ):
+            options: dict[str, Any] = {**given, "impl": impl, "check_finite": True}
+            text = sentence(lambda options=options: kd_loss(student, teacher, labels, **options))
+            assert text == f"{name} holds {what} in a row that counts"

@@ -81,3 +81,13 @@ def test_refusals() -> None:
         ValueError, match="a cross-term is an average over the whole vocabulary, got TeacherCrossTerm"
     ):
         teacher_cross_term(cached, case.student_weight)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_no_rows(impl: Impl) -> None:
+    hidden, weight = torch.zeros(2, 0, 3, device=DEVICE).requires_grad_(), torch.randn(9, 3, device=DEVICE)
+    cached = teacher_cross_term(torch.zeros(2, 0, 9, device=DEVICE), weight)
+    assert cached.cross.shape == (2, 0, 3)
+    loss = linear_kd_loss(hidden, weight, cached, impl=impl)
+    loss.backward()
+    assert loss == 0
