@@ -29,9 +29,9 @@ MINUTES = 9.0
 
 @dataclass(frozen=True)
 class Part:
-    """One process: how much of the time that is left when it starts it may take, and what it is started with."""
+    """One process: its weight, by which the time that is left is divided among it and those after it, and its command."""
 
-    share: float
+    weight: float
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
@@ -40,15 +40,15 @@ _STEPS = ("transformers", "accelerate", "yaml")
 # What matters most comes first.
 PARTS = {
     "tests": Part(
-        0.35,
+        3.0,
         # Warnings are shown and no errors: one of a library's other version says nothing of the kernels.
         ("-m", "pytest", "-q", "-W", "default", "--tb=short", "tests/losses", "-k", "triton and not compile"),
         ("pytest", "hypothesis"),
     ),
-    "gpu": Part(0.5, ("-m", "benchmarks", "--suite", "gpu")),
-    "gpu_features": Part(0.45, ("-m", "benchmarks", "--suite", "gpu_features")),
-    "gpu_steps": Part(0.6, ("-m", "benchmarks", "--suite", "gpu_steps"), _STEPS),
-    "rows": Part(0.6, ("-m", "benchmarks.rows")),
+    "gpu": Part(3.0, ("-m", "benchmarks", "--suite", "gpu")),
+    "gpu_features": Part(1.0, ("-m", "benchmarks", "--suite", "gpu_features")),
+    "gpu_steps": Part(1.5, ("-m", "benchmarks", "--suite", "gpu_steps"), _STEPS),
+    "rows": Part(0.8, ("-m", "benchmarks.rows")),
     "batches": Part(1.0, ("-m", "benchmarks.batches", "--suite", "gpu", "--gibibytes", "40"), _STEPS),
 }
 
@@ -107,7 +107,7 @@ def run_parts(
     failed = 0
     for number, name in enumerate(names):
         left = max(end - time.monotonic(), 0.0)
-        seconds = left * (PARTS[name].share if number + 1 < len(names) else 1.0)
+        seconds = left * PARTS[name].weight / sum(PARTS[one].weight for one in names[number:])
         line = command(name, seconds / 60, out)
         if line is None:
             continue
