@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checks import check_choice, shape_of
 from .feature_checks import check_batch, check_sequences
+from .options import LEAST_LENGTH
 from .prepare import autocast_off
 from .reference import wide
 from .reference_features import unit_rows
@@ -60,14 +61,18 @@ def _samples(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Ten
 
 
 def _scaled(features: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """The features times a power of two, exact, that makes the largest number of them, or of those along `dim`, common."""
+    """The features times a power of two, exact, that makes the largest number of them, or of those along `dim`, common.
+
+    0 where the largest is below LEAST_LENGTH: a gradient grows as features shrink, and would leave float32.
+    """
     if features.numel() == 0:
         return features
     largest = torch.linalg.vector_norm(features.detach(), math.inf, dim=dim, keepdim=dim is not None)
     _, exponent = torch.frexp(largest)
-    # Beyond these the factor itself would leave the dtype.
-    most = 1 - math.frexp(torch.finfo(features.dtype).tiny)[1]
-    return features * torch.ldexp(torch.ones_like(largest), (COMMON_EXPONENT - exponent).clamp(-most, most))
+    # Below this the factor itself would leave the dtype.
+    least = math.frexp(torch.finfo(features.dtype).tiny)[1] - 1
+    factor = torch.ldexp(torch.ones_like(largest), (COMMON_EXPONENT - exponent).clamp_min(least))
+    return features * factor.masked_fill(largest < LEAST_LENGTH, 0.0)
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, mask: Tensor
 
     Returns:
         0-D float32 (float64 for float64 features); a finite 0 with a graph where no sample counts. A sample of zeros has
-        no direction: its row is 0 and gets no gradient.
+        no direction: its row is 0 and gets no gradient. Features that are all below 1e-12 count as zeros.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
@@ -188,8 +193,9 @@ def pkt_loss(
         jeffreys:  loss = ((p_t - p_s) * (p_t.log() - p_s.log())).mean()
 
     Other arguments, result and errors as `similarity_preserving_loss`. A sample is among its own neighbours and the mean
-    runs over all B x B pairs, as in the authors' code; kernels are at least 1e-7. A sample of zeros has a cosine of 0 with
-    every other. The distances of student_t are in units of the features: where they are 1e7 and more it has no gradient.
+    runs over all B x B pairs, as in the authors' code; kernels are at least 1e-7. A sample with nothing above 1e-12 has a
+    cosine of 0 with every other. The distances of student_t are in units of the features: a distance of 1e7 and more has
+    no gradient.
 
     Source: Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, equations 2 to 6
     (kl, cosine); Passalis et al., Heterogeneous Knowledge Distillation using Information Flow Modeling, 2020, equations
@@ -264,7 +270,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
 
     Returns:
         0-D float32 (float64 for float64 features), the mean over the counted positions; a finite 0 with a graph where
-        none counts. A map of zeros stays 0 and gets no gradient.
+        none counts. Of a sample whose features are all below 1e-12 the map is 0 and gets no gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
