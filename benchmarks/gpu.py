@@ -42,7 +42,18 @@ PARTS = {
     "tests": Part(
         3.0,
         # Warnings are shown and no errors: one of a library's other version says nothing of the kernels.
-        ("-m", "pytest", "-q", "-W", "default", "--tb=short", "tests/losses", "-k", "triton and not compile"),
+        (
+            "-m",
+            "pytest",
+            "-v",
+            "-W",
+            "default",
+            "--tb=short",
+            "--maxfail=50",
+            "tests/losses",
+            "-k",
+            "triton and not compile",
+        ),
         ("pytest", "hypothesis"),
     ),
     "gpu": Part(3.0, ("-m", "benchmarks", "--suite", "gpu")),
