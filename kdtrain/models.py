@@ -146,6 +146,12 @@ def blaming(path: str, field: str, what: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         place = path if folder else f"{path}, which is no folder here"
         raise KdtrainError(f"{field}: no {what} could be loaded from {place}: {reason}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise KdtrainError(
+            f"{field}: no {what} could be loaded from {path}: its weights have other shapes than its configuration says"
+        ) from None
 
 
 @contextmanager

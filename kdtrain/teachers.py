@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
 from kdtrain.models import load_classifier, load_config, load_tokenizer, positions_of, weights_hash
-from kdtrain.pair_checkpoint import load_pair_checkpoint
+from kdtrain.pair_checkpoint import holds_a_pair_head, load_pair_checkpoint
 from kdtrain.pair_config import PairConfig
 from kdtrain.pair_model import PairForSequenceClassification
 from kdtrain.recipe import TeacherRecipe
@@ -114,15 +114,16 @@ def _load_pair(path: str, classes: int) -> PairForSequenceClassification:
 
 
 def _load_single(path: str) -> PreTrainedModel:
+    config = load_config(path, "teacher.path")
+    if isinstance(config, PairConfig) or holds_a_pair_head(path, int(getattr(config, "hidden_size", 0))):
+        raise KdtrainError(
+            f"the teacher {path} classifies pairs of texts, and the rows of this task are single texts"
+        )
     model, missing = load_classifier(path, "teacher.path", output_loading_info=True)
     if missing["missing_keys"]:
         raise KdtrainError(
             f"the teacher {path} has no trained weights for {', '.join(sorted(missing['missing_keys']))}; "
             "train it on the task first (kdtrain train with method ft and student.path)"
-        )
-    if isinstance(model, PairForSequenceClassification):
-        raise KdtrainError(
-            f"the teacher {path} classifies pairs of texts, and the rows of this task are single texts"
         )
     return model
 

@@ -178,6 +178,19 @@ def test_a_pair_head_of_codexglue(tmp_path: Path, prefix: str) -> None:
     torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_of_pairs_is_none_of_single_texts(tmp_path: Path) -> None:
+    folder = clone_checkpoint(tmp_path, "roberta.")
+    with pytest.raises(
+        KdtrainError, match=r"classifies pairs of texts, and the rows of this task are single"
+    ):
+        load_teacher(str(folder), ("safe", "vulnerable"))
+    single = tmp_path / "single"
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(KdtrainError, match=r"its weights have other shapes than its configuration says"):
+        load_teacher(str(single), ("safe", "vulnerable"))
+
+
 def test_a_single_classifier_is_none_of_pairs(tmp_path: Path) -> None:
     folder = roberta(2, tmp_path, tokenizer())
     with pytest.raises(
