@@ -39,6 +39,9 @@ class StudyRecipe:
         for name in ("tasks", "students", "methods"):
             if not getattr(self, name):
                 raise KdtrainError(f"a study needs at least one of its {name}")
+            for one in getattr(self, name):
+                if not isinstance(one, str):
+                    raise KdtrainError(f"names of {name} must be text, got {one!r}: put it into quotes")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise KdtrainError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
         if self.workers is not None and self.workers < 1:

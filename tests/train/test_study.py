@@ -63,6 +63,7 @@ def test_cells_are_recipes(toy: Path, teacher: Path, tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"tasks": {}}, "a study needs at least one of its tasks"),
+        ({"students": {1: {}}}, "names of students must be text, got 1: put it into quotes"),
         ({"seeds": [1, 1]}, r"seeds must be different numbers, at least one, got \[1, 1\]"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"worker": 2}, "unknown recipe key worker; did you mean workers"),
