@@ -163,6 +163,8 @@ class LanguageMethodRecipe:
     def __post_init__(self) -> None:
         for name in ("temperature", "last_temperature"):
             positive(self, "method", name)
+            if getattr(self, name) == float("inf"):
+                raise KdtrainError(f"method.{name} must be finite, got inf")
         positive(self, "method", "relation_heads")
         for name in (
             "kd_weight",
@@ -175,6 +177,8 @@ class LanguageMethodRecipe:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise KdtrainError(f"method.{name} must be 0 or more, got {value}")
+            if value == float("inf"):
+                raise KdtrainError(f"method.{name} must be finite, got inf")
         if not self.features or len(set(self.features)) < len(self.features):
             raise KdtrainError(
                 f"method.features must name one or more of hidden, attention, queries, keys, values, each once, got "

@@ -146,3 +146,10 @@ def test_rows_longer_than_the_teacher_reads_are_refused(
     )
     with pytest.raises(KdtrainError, match=r"data.max_length is 129, but the teacher reads at most 128"):
         prepare(recipe)
+
+
+@pytest.mark.parametrize("field", ["temperature", "last_temperature", "kd_weight", "last_ce_weight"])
+def test_numbers_without_end_are_refused(field: str) -> None:
+    """A temperature and a weight, at the first step and at the last."""
+    with pytest.raises(KdtrainError, match=f"method.{field} must be finite, got inf"):
+        LanguageMethodRecipe(**{field: float("inf")})
