@@ -152,4 +152,4 @@ def test_rows_longer_than_the_teacher_reads_are_refused(
 def test_numbers_without_end_are_refused(field: str) -> None:
     """A temperature and a weight, at the first step and at the last."""
     with pytest.raises(KdtrainError, match=f"method.{field} must be finite, got inf"):
-        LanguageMethodRecipe(**{field: float("inf")})
+        replace(LanguageMethodRecipe(), **{field: float("inf")})
