@@ -77,6 +77,16 @@ def ours(heads: Heads, divergence: str, impl: str = "torch") -> Results:
     return finish(loss, heads)
 
 
+def ours_from_float64(heads: Heads, divergence: str) -> Results:
+    """`linear_kd_loss` of inputs cast to float64; autograd rounds the gradients to the inputs' dtype."""
+    wide = Heads(*(tensor.double() for tensor in vars(heads).values()))
+    teacher = TeacherHead(wide.teacher_hidden, wide.teacher_weight)
+    loss = linear_kd_loss(
+        wide.student_hidden, wide.student_weight, teacher, divergence=divergence, reduction="sum"
+    )
+    return finish(loss, heads)
+
+
 def eager(heads: Heads, divergence: str) -> Results:
     """`F.linear`, `log_softmax` and `F.kl_div` in the dtype of the inputs."""
     student = F.log_softmax(F.linear(heads.student_hidden, heads.student_weight), -1)
@@ -121,7 +131,13 @@ def liger(heads: Heads, divergence: str) -> Results:
     return finish(mean * rows, heads)
 
 
-SOLVERS: dict[str, Solver] = {"ours": ours, "eager": eager, "TRL": trl, "Liger": liger}
+SOLVERS: dict[str, Solver] = {
+    "ours": ours,
+    "ours, inputs cast to float64": ours_from_float64,
+    "eager": eager,
+    "TRL": trl,
+    "Liger": liger,
+}
 
 
 def relative(actual: Tensor, truth: Tensor) -> float:
