@@ -73,10 +73,10 @@ FOUNDATIONS = {
     "teacher_rows": {"autograd", "backends", "matmul", "options", "sparse", "teachers"},
     "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
     "windows": set[str](),
-    "pairs": {"options", "windows"},
+    "pairs": {"options"},
     "reference_contextual": {"matmul", "options", "windows"},
-    "pair_tiles": {"options", "windows"},
-    "angle_tiles": {"pair_tiles", "pairs"},
+    "pair_tiles": {"pairs"},
+    "angle_tiles": {"options", "pair_tiles", "pairs"},
     "window_blocks": {
         "angle_tiles",
         "autograd",
