@@ -17,7 +17,8 @@ from kdtrain.checkpoint import Position, load_checkpoint, read_best, save_best, 
 from kdtrain.data.tokens import length_grouped_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.failures import tells_failures
-from kdtrain.files import append_line, write_atomic
+from kdtrain.files import append_line
+from kdtrain.metrics import keep_lines
 from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.sharding import joined, load_state, whole_state
@@ -240,13 +241,6 @@ def own_part(tensors: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
             f"the checkpoint is of {len(sums)} processes, {count} go on: the same steps, up to the order of sums"
         )
     return sums.sum(0) / count
-
-
-def keep_lines(path: Path, last_step: int) -> None:
-    """Drop the lines of `metrics.jsonl` that were written after the checkpoint a run goes on from."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
 
 
 def peak_memory(device: torch.device) -> int:

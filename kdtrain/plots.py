@@ -1,6 +1,5 @@
 """Pictures of runs, drawn from their metrics.jsonl."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdtrain.files import write_atomic
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def metrics_at(folder: Path, step: int) -> dict[str, float]:
-    """The validation metrics of the given step, as a run's metrics.jsonl has them."""
-    lines = [line for line in read_metrics(folder) if line["step"] == step]
-    found = {name: value for line in lines for name, value in line.items() if name.startswith("valid/")}
-    return {name.removeprefix("valid/"): value for name, value in found.items()}
+from kdtrain.metrics import read_metrics
 
 
 def legend_beside(figure: Figure, axes: Axes) -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from kdtrain.files import human_bytes, write_atomic, write_json
 from kdtrain.language.run import LanguageSummary
 from kdtrain.language.teacher import load_causal
+from kdtrain.metrics import read_metrics
 from kdtrain.models import load_tokenizer
-from kdtrain.plots import legend_beside, plt, read_metrics, save_figure
+from kdtrain.plots import legend_beside, plt, save_figure
 from kdtrain.summary import installed_versions
 
 NEW_TOKENS = 32

@@ -32,8 +32,8 @@ from kdtrain.language.teacher import LanguageTeacher, load_language_teacher
 from kdtrain.language.teacher_shards import ShardRows, open_shards
 from kdtrain.language.vocabulary import match_vocabularies
 from kdtrain.loop import describe_training, train
+from kdtrain.metrics import metrics_at
 from kdtrain.models import quiet
-from kdtrain.plots import read_metrics
 from kdtrain.prepare import start_accelerator
 from kdtrain.progress import say
 from kdtrain.sharding import whole_state
@@ -182,7 +182,7 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     state = whole_state(parts.objective)
     if accelerator.is_main_process:
         parameters = save_language_student(folder, parts, state)
-        valid = last_metrics(folder, position.best_step)
+        valid = metrics_at(folder, position.best_step)
         summary = LanguageSummary(
             name=folder.name,
             method=recipe.method.name,
@@ -240,14 +240,6 @@ def stored_signals(
         )
         found.append(CachedRows.of(rows, cache))
     return found[0], found[1]
-
-
-def last_metrics(folder: Path, step: int) -> dict[str, float]:
-    """The held-out metrics of the given step, as metrics.jsonl has them."""
-    lines = [line for line in read_metrics(folder) if line["step"] == step and "valid/loss" in line]
-    return {
-        name.removeprefix("valid/"): value for name, value in lines[-1].items() if name.startswith("valid/")
-    }
 
 
 def save_language_student(folder: Path, parts: Prepared, state: dict[str, Tensor]) -> int:

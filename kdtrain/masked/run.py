@@ -16,8 +16,9 @@ from kdtrain.masked.heads import check_masked_head
 from kdtrain.masked.objective import MaskedObjective, masked_metrics
 from kdtrain.masked.recipe import MaskedRecipe
 from kdtrain.masked.rows import Hiding, MaskedRows
+from kdtrain.metrics import metrics_at
 from kdtrain.models import blaming, load_tokenizer, parameter_count, quiet
-from kdtrain.plots import learning_curves, metrics_at
+from kdtrain.plots import learning_curves
 from kdtrain.prepare import start_accelerator
 from kdtrain.progress import say
 from kdtrain.sharding import whole_state

@@ -116,7 +116,8 @@ def linear_kd_loss(
         vocab_group: a process group of torch.distributed whose ranks hold the vocabulary's slices in the order of
             their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
             hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
-            vocabulary, the whole gradient of the hidden states, and that of its own slice. Default None: no sharding.
+            vocabulary, the whole gradient of the hidden states, and that of its own slice. Two heads whose slices are
+            equally long on some ranks and not on others need groups of their own. Default None: no sharding.
         logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the memory
             and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
 

@@ -29,7 +29,8 @@ SLOTS = 12
 def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(SLOTS, R) of rows of which nothing was seen."""
     state = torch.zeros((SLOTS, rows), dtype=dtype, device=device)
-    state[[STUDENT_MAX, TEACHER_MAX, CE_MAX]] = -math.inf
+    for largest in (STUDENT_MAX, TEACHER_MAX, CE_MAX):  # a list as an index would be copied from the host
+        state[largest].fill_(-math.inf)
     return state
 
 

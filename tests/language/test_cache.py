@@ -14,7 +14,7 @@ from kdtrain.files import writing
 from kdtrain.language.heads import head_of
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.language.run import prepare, run_language, stored_signals
-from kdtrain.plots import read_metrics
+from kdtrain.metrics import read_metrics
 from kdtrain.recipe import save_recipe
 
 

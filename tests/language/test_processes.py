@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from kdtrain.errors import KdtrainError
 from kdtrain.language.recipe import LanguageRecipe
 from kdtrain.language.run import run_language
-from kdtrain.plots import read_metrics
+from kdtrain.metrics import read_metrics
 from kdtrain.recipe import save_recipe
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps

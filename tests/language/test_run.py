@@ -19,7 +19,7 @@ from kdtrain.language.recipe import (
     load_language_recipe,
 )
 from kdtrain.language.run import LanguageSummary, prepare, run_language
-from kdtrain.plots import read_metrics
+from kdtrain.metrics import read_metrics
 from kdtrain.recipe import load_recipe, save_recipe
 from kdtrain.tokenizers import train_tokenizer
 from tests.language.conftest import tiny

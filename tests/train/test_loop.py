@@ -23,7 +23,7 @@ from transformers import (
 from kdtrain.errors import KdtrainError
 from kdtrain.files import writing
 from kdtrain.models import positions_of
-from kdtrain.plots import read_metrics
+from kdtrain.metrics import read_metrics
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
