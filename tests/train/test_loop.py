@@ -22,8 +22,8 @@ from transformers import (
 
 from kdtrain.errors import KdtrainError
 from kdtrain.files import writing
-from kdtrain.models import positions_of
 from kdtrain.metrics import read_metrics
+from kdtrain.models import positions_of
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
