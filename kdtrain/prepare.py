@@ -1,5 +1,6 @@
 """What has to stand before a run can start: its folder, tokenizer, method and the teacher's outputs."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ from kdtrain.teachers import Teacher, load_teacher
 from kdtrain.tokenizers import train_tokenizer
 from kdtrain.zero import start_deepspeed
 
+KERNELS_KEPT = 16
+"""How many of its compiled kernels oneDNN keeps on a CPU: GELU and its gradient have one for every number of tokens, and each lies
+in the heap between larger blocks, which then fit nowhere. Its own 1,024 cost 1 to 4 MB a step; a run of 3.4 million parameters held 8 GB."""
+
 
 def open_teacher(recipe: Recipe, data: ClassificationData) -> Teacher | None:
     """The teacher that the recipe names, if it names one."""
@@ -46,6 +51,9 @@ def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Acc
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = recipe.training.precision
+    if precision == "fp32":  # in bfloat16 products are oneDNN's too: they need more than these
+        # oneDNN reads it before its first kernel; who set it keeps it.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return start_deepspeed(recipe.training, spread_weights=spread_weights)
     try:

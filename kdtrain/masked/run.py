@@ -1,7 +1,6 @@
 """One run of a masked language model, from recipe to encoder: prepare everything, train, measure, save."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -25,10 +24,6 @@ from kdtrain.sharding import whole_state
 from kdtrain.students import check_positions, roberta_config
 from kdtrain.summary import Summary, installed_versions
 from kdtrain.tokenizers import train_tokenizer
-
-KERNELS_KEPT = 16
-"""How many of its compiled kernels oneDNN keeps on a CPU: GELU and its gradient have one for every number of tokens, and each lies
-in the heap between larger blocks, which then fit nowhere. Its own 1,024 let a run of 3.4 million parameters hold 8 GB."""
 
 
 class MaskedSummary(Summary):
@@ -55,9 +50,6 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
         KdtrainError: anything wrong with recipe, code or model, as one sentence.
     """
     folder = Path(recipe.output)
-    if recipe.training.precision == "fp32":  # bfloat16 products are oneDNN's too: they need more than these
-        # oneDNN reads it before its first kernel; who set it keeps it.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
     accelerator = start_accelerator(recipe)
     with accelerator.main_process_first():
         corpus = load_corpus(recipe.data)
