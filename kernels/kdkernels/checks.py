@@ -1,4 +1,4 @@
-"""Every check of an argument, with its sentence: what was given, why it cannot be, what to do."""
+"""Checks of arguments that several losses share, each with its sentence: what was given, why it cannot be, what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .compiling import values_can_be_read
 from .counting import refuse_labels
-from .options import Impl, Project, Reduction
+from .options import Impl, Reduction
 
 # Outside of these float32 does not hold T squared, or what a softmax at T leaves of the logits.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
@@ -211,53 +211,21 @@ def check_student_logits(student_logits: object) -> Tensor:
     return logits
 
 
-def check_features(
-    student: object, teacher: object, weight: object, bias: object, project: Project, *, same_dtype: bool
-) -> None:
-    """Student and teacher features (..., D_s), (..., D_t) and a projection between them."""
-    student, teacher = check_tensor("student", student), check_tensor("teacher", teacher)
-    if student.dim() < 2 or teacher.dim() < 2 or 0 in (student.shape[-1], teacher.shape[-1]):
-        raise ValueError(
-            "student and teacher must have shapes (..., D_s) and (..., D_t) with widths above 0, "
-            f"got {shape_of(student)} and {shape_of(teacher)}"
-        )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"student and teacher must have the same rows, got shapes {shape_of(student)} and {shape_of(teacher)}"
-        )
-    check_device("teacher", teacher, student, "student")
-    check_frozen("teacher", teacher)
-    if weight is None:
-        if bias is not None:
-            raise ValueError("bias belongs to a projection, but weight is None; pass weight too or drop bias")
-        if student.shape[-1] != teacher.shape[-1]:
-            raise ValueError(
-                f"student and teacher have widths {student.shape[-1]} and {teacher.shape[-1]}; "
-                "pass a weight that maps one onto the other"
-            )
-        return
-    source, target = (student, teacher) if project == "student" else (teacher, student)
-    shape = (target.shape[-1], source.shape[-1])
-    weight = check_tensor("weight", weight)
-    if weight.shape != shape:
-        raise ValueError(
-            f"weight must have shape {shape} to map the {project}'s width {shape[1]} onto {shape[0]}, "
-            f"got {shape_of(weight)}"
-        )
-    check_head(
-        project, source, weight, bias, hidden_name=project, weight_name="weight", bias_name="bias",
-        same_dtype=same_dtype,
-    )  # fmt: skip
-
-
-def check_mask(mask: object, student: Tensor) -> None:
-    """A boolean mask with one entry per row."""
+def check_bool_mask(mask: object, student: Tensor, shape: Sequence[int], what: str) -> None:
+    """A boolean mask of this shape, or None."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be a bool tensor, True where a row counts, got {kind}; use mask.bool()")
-    check_per_row("mask", mask, "student", student)
+        raise ValueError(
+            f"mask must be a bool tensor, True where a {what} counts, got {kind}; use mask.bool()"
+        )
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask must have shape {tuple(shape)}, one entry for each {what} of student {shape_of(student)}, "
+            f"got {shape_of(mask)}"
+        )
+    check_device("mask", mask, student, "student")
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:

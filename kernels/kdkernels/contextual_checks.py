@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from .checks import check_device, check_frozen, check_integer, check_tensor, shape_of
+from .checks import check_bool_mask, check_device, check_frozen, check_integer, check_tensor, shape_of
 
 
 def check_layer_features(student: object, teacher: object, mask: object) -> None:
@@ -24,20 +21,7 @@ def check_layer_features(student: object, teacher: object, mask: object) -> None
             )
     check_device("teacher", teacher, student, "student")
     check_frozen("teacher", teacher)
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"mask must be a bool tensor, True where a token counts, got {kind}; use mask.bool()"
-        )
-    shape = (student.shape[0], student.shape[2])
-    if mask.shape != shape:
-        raise ValueError(
-            f"mask must have shape {shape}, one entry for each token of student {shape_of(student)}, "
-            f"got {shape_of(mask)}"
-        )
-    check_device("mask", mask, student, "student")
+    check_bool_mask(mask, student, (student.shape[0], student.shape[2]), "token")
 
 
 def check_window(window: object) -> None:

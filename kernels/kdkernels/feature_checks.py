@@ -8,7 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_frozen, check_tensor, shape_of
+from .checks import check_bool_mask, check_device, check_frozen, check_head, check_tensor, shape_of
+from .options import Project
+
+
+def check_features(
+    student: object, teacher: object, weight: object, bias: object, project: Project, *, same_dtype: bool
+) -> None:
+    """Student and teacher features (..., D_s), (..., D_t) and a projection between them."""
+    student, teacher = check_tensor("student", student), check_tensor("teacher", teacher)
+    if student.dim() < 2 or teacher.dim() < 2 or 0 in (student.shape[-1], teacher.shape[-1]):
+        raise ValueError(
+            "student and teacher must have shapes (..., D_s) and (..., D_t) with widths above 0, "
+            f"got {shape_of(student)} and {shape_of(teacher)}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student and teacher must have the same rows, got shapes {shape_of(student)} and {shape_of(teacher)}"
+        )
+    check_device("teacher", teacher, student, "student")
+    check_frozen("teacher", teacher)
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias belongs to a projection, but weight is None; pass weight too or drop bias")
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"student and teacher have widths {student.shape[-1]} and {teacher.shape[-1]}; "
+                "pass a weight that maps one onto the other"
+            )
+        return
+    source, target = (student, teacher) if project == "student" else (teacher, student)
+    shape = (target.shape[-1], source.shape[-1])
+    weight = check_tensor("weight", weight)
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight must have shape {shape} to map the {project}'s width {shape[1]} onto {shape[0]}, "
+            f"got {shape_of(weight)}"
+        )
+    check_head(
+        project, source, weight, bias, hidden_name=project, weight_name="weight", bias_name="bias",
+        same_dtype=same_dtype,
+    )  # fmt: skip
 
 
 def check_layer_pairs(
@@ -83,22 +123,6 @@ def check_sequences(
         return torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
     assert isinstance(mask, Tensor)
     return mask
-
-
-def check_bool_mask(mask: object, student: Tensor, shape: torch.Size, what: str) -> None:
-    """A boolean mask of this shape, or None."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"mask must be a bool tensor, True where a {what} counts, got {kind}; use mask.bool()"
-        )
-    if mask.shape != shape:
-        raise ValueError(
-            f"mask must have shape {tuple(shape)} to go with student {shape_of(student)}, got {shape_of(mask)}"
-        )
-    check_device("mask", mask, student, "student")
 
 
 def check_relations(

@@ -14,7 +14,7 @@ from .autograd import reduce_rows, row_loss
 from .backends import load_backend, resolve_impl
 from .compiling import traceable
 from .counting import count_rows
-from .feature_checks import check_layer_pairs
+from .feature_checks import check_features, check_layer_pairs
 from .matmul import wide_dtype
 from .options import Distance, Impl, Project, Reduction
 from .prepare import autocast_dtype, autocast_off
@@ -169,10 +169,8 @@ def _pairs_loss(
 
 def _check(pair: _Pair, project: Project, mask: Tensor | None) -> None:
     cast = autocast_dtype(pair.student) if isinstance(pair.student, Tensor) else None
-    checks.check_features(
-        pair.student, pair.teacher, pair.weight, pair.bias, project, same_dtype=cast is None
-    )
-    checks.check_mask(mask, pair.student)
+    check_features(pair.student, pair.teacher, pair.weight, pair.bias, project, same_dtype=cast is None)
+    checks.check_bool_mask(mask, pair.student, pair.student.shape[:-1], "row")
 
 
 def _pair_loss(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_choice,
     check_device,
     check_frozen,
     check_head,
@@ -90,10 +91,7 @@ def _check_top_k(teacher: TeacherTopK) -> None:
             f"{shape_of(indices)} and {shape_of(logprobs)}"
         )
     check_device("TeacherTopK.indices", indices, logprobs, "TeacherTopK.logprobs")
-    if teacher.tail not in get_args(Tail):
-        raise ValueError(
-            f"TeacherTopK.tail must be one of {', '.join(map(repr, get_args(Tail)))}, got {teacher.tail!r}"
-        )
+    check_choice("TeacherTopK.tail", teacher.tail, get_args(Tail))
 
 
 def _check_cross_term(teacher: TeacherCrossTerm) -> None:

@@ -326,7 +326,7 @@ def test_bad_input() -> None:
         (
             (zeros(3, 2), zeros(3, 2)),
             {"mask": zeros(2).bool()},
-            "mask must have shape (3,) to go with student (3, 2), got (2,)",
+            "mask must have shape (3,), one entry for each sample of student (3, 2), got (2,)",
         ),
         (
             (zeros(3, 2), zeros(3, 2).requires_grad_()),

@@ -248,7 +248,9 @@ def test_features() -> None:
     )
     refused(mse, "bias must have shape (4,), got (3,)", bias=zeros(3))
     refused(
-        mse, "mask must have shape (5,) to go with student (5, 3), got (4,)", mask=zeros(4, dtype=torch.bool)
+        mse,
+        "mask must have shape (5,), one entry for each row of student (5, 3), got (4,)",
+        mask=zeros(4, dtype=torch.bool),
     )
 
 

@@ -337,7 +337,7 @@ def test_bad_input() -> None:
         ),
         (
             {"mask": zeros(2, 4).bool()},
-            "mask must have shape (2, 5) to go with student (2, 5, 8), got (2, 4)",
+            "mask must have shape (2, 5), one entry for each position of student (2, 5, 8), got (2, 4)",
         ),
         (
             {"student_k": zeros(2, 5, 8), "teacher_k": zeros(2, 5, 12).requires_grad_()},
