@@ -69,7 +69,7 @@ FOUNDATIONS = {
         "tile_state",
         "tiles",
     },
-    "sparse": {"backends", "options", "reference", "teachers"},
+    "sparse": {"backends", "matmul", "options", "teachers"},
     "teacher_rows": {"autograd", "backends", "matmul", "options", "sparse", "teachers"},
     "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
     "windows": set[str](),

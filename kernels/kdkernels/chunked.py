@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .autograd import Tensors
 from .backends import Backend
-from .counting import compact_rows
+from .counting import compact_rows, put_back, zero_where_dead
 from .matmul import (
     add_weight_gradient,
     has_half_products,
@@ -25,31 +25,13 @@ from .matmul import (
     wide_dtype,
 )
 from .options import RowTerms
-from .teacher_rows import CrossTermWork, RowOptions, RowTensors, row_work, take
+from .teacher_rows import CrossTermWork, RowOptions, RowTensors, part, row_work, take
 from .teachers import Form, Tail
-
-
-def _put(rows: int, index: Tensor | None, tensor: Tensor) -> Tensor:
-    """Rows of a compacted tensor back at their places, zeros elsewhere."""
-    if index is None:
-        return tensor
-    return tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
 
 
 def _gradient_view(buffer: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:
     """Where the gradient of the logits in `buffer` goes: the same memory, in the dtype the products take."""
     return buffer.view(dtype)[:, :vocabulary] if dtype != buffer.dtype else buffer[:, :vocabulary]
-
-
-def _row_weight_or_zero(hidden: Tensor, weight: Tensor | None) -> Tensor:
-    """Hidden rows of weight 0 become 0: their logit gradients are 0, but 0 * NaN would reach the head."""
-    return hidden if weight is None else hidden.masked_fill((weight == 0).unsqueeze(1), 0.0)
-
-
-def _row_loss(kd: Tensor, ce: Tensor, terms: RowTerms) -> Tensor:
-    """(R,) the loss of each row from its two terms."""
-    loss = kd * terms.kd_scale
-    return loss if terms.ce_weight == 0.0 else loss.add_(ce, alpha=terms.ce_weight)
 
 
 class RowResults:
@@ -70,7 +52,7 @@ class RowResults:
         """Losses of some rows from their two terms."""
         if self.with_stats:
             self.table[1, rows], self.table[2, rows] = kd, ce
-        self.table[0, rows] = _row_loss(kd, ce, self.terms)
+        self.table[0, rows] = self.terms.loss(kd, ce)
 
     def values(self, rows: int, index: Tensor | None) -> Tensor:
         """(N,) or (8, N), rows of `index` back at their places."""
@@ -158,11 +140,11 @@ class LinearKD:
                 if isinstance(work, CrossTermWork):
                     work.add_to_hidden(d_hidden[here], here)
             if d_head is not None:
-                kept = _row_weight_or_zero(hidden[here], None if weight is None else weight[here])
+                kept = zero_where_dead(hidden[here], part(weight, here))
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))
-        d_hidden = None if d_hidden is None else _put(rows, index, d_hidden)
+        d_hidden = None if d_hidden is None else put_back(d_hidden, index, rows)
         return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * 7)
 
 

@@ -72,6 +72,18 @@ def compact_rows(
     return torch.nonzero_static(alive, size=alive_count).squeeze(1)
 
 
+def put_back(tensor: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    """(rows, ...) the rows that `compact_rows` named back at their places, zeros elsewhere."""
+    if index is None:
+        return tensor
+    return tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
+
+
+def zero_where_dead(tensor: Tensor, weight: Tensor | None) -> Tensor:
+    """(R, D) with zeros in rows of weight 0: they may hold NaN, which a gradient of 0 would not stop."""
+    return tensor if weight is None else tensor.masked_fill((weight == 0).unsqueeze(1), 0.0)
+
+
 def labels_out_of_range(labels: Tensor, alive: Tensor, vocabulary: int) -> Tensor:
     """(N,) bool: labels of counted rows that are no index into the vocabulary."""
     return alive & ((labels < 0) | (labels >= vocabulary))

@@ -12,6 +12,7 @@ from .autograd import reduce_rows, row_loss_and_rest
 from .backends import load_backend
 from .chunked import LinearKD
 from .compiling import traceable
+from .counting import zero_where_dead
 from .divergences import Divergence
 from .finite import refuse_bad_rows
 from .logit_checks import check_logit_dtype
@@ -195,9 +196,7 @@ def linear_kd_loss(
     hidden, counted = flat(student_hidden), problem.counted
     with autocast_off(hidden):
         if problem.impl == "reference":
-            kept = hidden
-            if counted.weight is not None:
-                kept = hidden.masked_fill((counted.weight == 0).unsqueeze(1), 0.0)
+            kept = zero_where_dead(hidden, counted.weight)
             student = linear(cast_to(kept, cast), cast_to(student_weight, cast), student_bias)
             values, statistics = reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import tiles
 from .autograd import Tensors
 from .backends import Backend
-from .counting import compact_rows
+from .counting import compact_rows, put_back, zero_where_dead
 from .matmul import (
     add_hidden_gradient,
     add_weight_gradient,
@@ -145,11 +145,8 @@ class LowMemoryKD:
                 chunk, part(labels, here), decoupled, part(weight, here), gradients, here
             )
         d_hidden = gradients[0]
-        if index is not None:
-            values = values.new_zeros(rows).index_copy_(0, index, values)
-            if d_hidden is not None:
-                d_hidden = d_hidden.new_zeros((rows, d_hidden.shape[1])).index_copy_(0, index, d_hidden)
-        return values, (d_hidden, *gradients[1:], *(None,) * 7)
+        d_hidden = None if d_hidden is None else put_back(d_hidden, index, rows)
+        return put_back(values, index, rows), (d_hidden, *gradients[1:], *(None,) * 7)
 
     def _solve(
         self,
@@ -176,7 +173,7 @@ class LowMemoryKD:
         kd, ce = tiles.finish(
             state, labels, terms, vocabulary=len(chunk.head), decoupled=decoupled, row_weight=weight
         )
-        return terms.kd_scale * kd if terms.ce_weight == 0.0 else terms.kd_scale * kd + terms.ce_weight * ce
+        return terms.loss(kd, ce)
 
     def _add_gradients(
         self,
@@ -191,10 +188,7 @@ class LowMemoryKD:
     ) -> None:
         d_hidden, d_head, d_bias = gradients
         half = has_half_products(chunk.head)
-        kept = chunk.hidden
-        if weight is not None:
-            # Rows that do not count may hold NaN, which their gradients of 0 would not stop.
-            kept = kept.masked_fill((weight == 0).unsqueeze(1), 0.0)
+        kept = zero_where_dead(chunk.hidden, weight)
         for here, student, teacher, options in chunk.tiles():
             if teacher is not None and not summed:
                 self.backend.tile_sums(

@@ -65,6 +65,11 @@ class RowTerms:
         """The factor of the divergence: kd_weight, times T squared unless that was turned off."""
         return self.kd_weight * (self.temperature**2 if self.t_squared else 1.0)
 
+    def loss(self, kd: Tensor, ce: Tensor) -> Tensor:
+        """(R,) the loss of each row from its divergence and cross entropy."""
+        loss = kd * self.kd_scale
+        return loss if self.ce_weight == 0.0 else loss.add(ce, alpha=self.ce_weight)
+
     def reads_teacher(self, stats: bool) -> bool:
         """False where nothing that is wanted depends on the teacher; with `stats` numbers of it are wanted."""
         return stats or self.kd_scale != 0.0

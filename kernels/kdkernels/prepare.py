@@ -15,7 +15,16 @@ from .counting import Counted, count_rows
 from .divergences import Decoupled, Divergence, resolve_divergence
 from .matmul import wide_dtype
 from .options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
-from .teachers import Form, Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teachers import (
+    CheckedTeacher,
+    Form,
+    Tail,
+    Teacher,
+    TeacherCrossTerm,
+    TeacherHead,
+    TeacherLogits,
+    TeacherTopK,
+)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -102,7 +111,7 @@ class Problem:
     """A checked call: everything but the student, with the leading axes flattened to N rows."""
 
     terms: RowTerms
-    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm
+    teacher: CheckedTeacher
     labels: Tensor | None  # (N,) int64
     counted: Counted
     decoupled: tuple[Tensor, Tensor] | None  # (N,) weights of the target's and of the others' divergence
@@ -227,9 +236,7 @@ def _without_dead_entries(teacher: TeacherTopK, weight: Tensor | None) -> Teache
     )
 
 
-def _flat_teacher(
-    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm,
-) -> TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm:
+def _flat_teacher(teacher: CheckedTeacher) -> CheckedTeacher:
     """The same teacher with rows on one axis."""
     if isinstance(teacher, TeacherLogits):
         return replace(teacher, logits=flat(teacher.logits))

@@ -1,7 +1,7 @@
-"""The specification: every loss as plain eager PyTorch in float32 (float64 for float64 inputs).
+"""The specification of the losses between logits, as plain eager PyTorch in float32 (float64 for float64 inputs).
 
 Autograd supplies the gradients. Nothing here is chunked or in place; a fast back end is right when
-it agrees with this file.
+it agrees with this file. Other forms of a teacher are in `reference_sparse.py`.
 """
 
 from __future__ import annotations
@@ -138,6 +138,13 @@ def decoupled_divergence(
     return target * target_kl + non_target * _expectation(others_t.exp(), others_t - others_s)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor | None, terms: RowTerms) -> Tensor:
+    """(N,) cross entropy at temperature 1 over the whole vocabulary; 0 where it has no weight."""
+    if labels is None or terms.ce_weight == 0.0:
+        return logits.new_zeros(logits.shape[0])
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=terms.label_smoothing)
+
+
 def kd_row_terms(
     student_logits: Tensor,  # (N, V_s), before the transform
     teacher: Tensor,  # (N, V_t), before the transform
@@ -166,9 +173,7 @@ def kd_row_terms(
         kd = decoupled_divergence(log_p_s, log_p_t, columns == labels.unsqueeze(1), *decoupled)
     else:
         kd = divergence(log_p_s, log_p_t, terms.divergence)
-    ce = torch.zeros_like(kd)
-    if labels is not None and terms.ce_weight != 0.0:
-        ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=terms.label_smoothing)
+    ce = cross_entropy(student_logits, labels, terms)
     return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
 
 
@@ -190,7 +195,7 @@ def label_row_terms(
             labels.masked_fill(dead, 0),
         )
     student_logits = transformed(student_logits, terms.student_transform)
-    ce = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=terms.label_smoothing)
+    ce = cross_entropy(student_logits, labels, terms)
     return zeros, ce if weight is None else ce.masked_fill(weight == 0, 0.0)
 
 

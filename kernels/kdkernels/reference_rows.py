@@ -44,5 +44,4 @@ def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> t
         if problem.return_stats:
             others = reference.kd_row_stats(logits, teacher, labels, weight, terms, vocab_map=mapping)
             statistics = torch.cat((kd.detach().unsqueeze(0), ce.detach().unsqueeze(0), others))
-    loss = terms.kd_scale * kd
-    return (loss if terms.ce_weight == 0.0 else loss + terms.ce_weight * ce), statistics
+    return terms.loss(kd, ce), statistics

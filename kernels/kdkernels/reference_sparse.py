@@ -9,14 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .options import RowTerms
-from .reference import divergence, transformed, wide
+from .reference import cross_entropy, divergence, transformed, wide
 from .teachers import TeacherCrossTerm, TeacherTopK
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor | None, terms: RowTerms) -> Tensor:
-    if labels is None or terms.ce_weight == 0.0:
-        return logits.new_zeros(logits.shape[0])
-    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=terms.label_smoothing)
 
 
 def _log_rest(log_p: Tensor, taken: Tensor) -> Tensor:
@@ -55,7 +49,7 @@ def top_k_row_terms(
         rest_t = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
         log_p_s = F.log_softmax(torch.cat((student, rest_s), 1) / terms.temperature, -1)
         log_p_t = F.log_softmax(torch.cat((logprobs, rest_t), 1) / terms.temperature, -1)
-    kd, ce = divergence(log_p_s, log_p_t, terms.divergence), _cross_entropy(logits, labels, terms)
+    kd, ce = divergence(log_p_s, log_p_t, terms.divergence), cross_entropy(logits, labels, terms)
     return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
 
 
@@ -81,5 +75,5 @@ def cross_term_row_terms(
     logits = transformed(student_logits, terms.student_transform)
     mean = ((hidden * cross).sum(-1) + bias) * terms.student_transform.scale
     kd = (logits / terms.temperature).logsumexp(-1) - mean / terms.temperature - entropy
-    ce = _cross_entropy(logits, labels, terms)
+    ce = cross_entropy(logits, labels, terms)
     return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import tiles
 from .autograd import Tensors
 from .backends import Backend
-from .counting import compact_rows
+from .counting import compact_rows, put_back, zero_where_dead
 from .matmul import (
     add_weight_gradient,
     has_half_products,
@@ -155,19 +155,14 @@ class ShardedKD:
             if d_hidden is not None:
                 hidden_gradient(grad, head, d_hidden[here])
             if d_head is not None:
-                kept = hidden[here]
-                if weight is not None:
-                    kept = kept.masked_fill((weight[here] == 0).unsqueeze(1), 0.0)
+                kept = zero_where_dead(hidden[here], part(weight, here))
                 add_weight_gradient(d_head, grad, kept, first=False)
             if d_bias is not None:
                 d_bias += grad.sum(0, dtype=wide)
         if d_hidden is not None:
             dist.all_reduce(d_hidden, dist.ReduceOp.SUM, self.shard.group)
-        if index is not None:
-            values = values.new_zeros(rows).index_copy_(0, index, values)
-            if d_hidden is not None:
-                d_hidden = d_hidden.new_zeros((rows, d_hidden.shape[1])).index_copy_(0, index, d_hidden)
-        return values, (d_hidden, d_head, d_bias, *(None,) * 7)
+            d_hidden = put_back(d_hidden, index, rows)
+        return put_back(values, index, rows), (d_hidden, d_head, d_bias, *(None,) * 7)
 
     def _rows(
         self,
@@ -201,4 +196,4 @@ class ShardedKD:
         kd, ce = tiles.finish(
             state, labels, terms, vocabulary=self.shard.total, decoupled=decoupled, row_weight=row_weight
         )
-        return terms.kd_scale * kd if terms.ce_weight == 0.0 else terms.kd_scale * kd + terms.ce_weight * ce
+        return terms.loss(kd, ce)

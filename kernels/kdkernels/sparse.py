@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, load_backend
+from .matmul import wide_dtype
 from .options import LogitTransform, RowTerms
 from .teachers import Tail
 
@@ -70,7 +71,7 @@ class _Rows:
         labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
         if labels is not None:
             labels = labels if dead is None else labels.masked_fill(dead, 0)
-            label_logit = _alive(logits.gather(1, labels).to(_wide(logits)), dead)
+            label_logit = _alive(logits.gather(1, labels).to(wide_dtype(logits.dtype)), dead)
             if terms.label_smoothing != 0.0:
                 total = _alive(logits.sum(1, keepdim=True, dtype=torch.float64), dead).squeeze(1)
         return _Rows(backend, logits, terms, labels, label_logit, total, chain, dead, row_weight)
@@ -90,8 +91,10 @@ class _Rows:
         terms = self.terms
         unit = self.row_weight
         if unit is None:
-            unit = torch.ones(self.logits.shape[0], dtype=_wide(self.logits), device=self.logits.device)
-        scaled = unit.to(_wide(self.logits)) * terms.student_transform.scale
+            unit = torch.ones(
+                self.logits.shape[0], dtype=wide_dtype(self.logits.dtype), device=self.logits.device
+            )
+        scaled = unit.to(wide_dtype(self.logits.dtype)) * terms.student_transform.scale
         if self.labels is None:
             return scaled * terms.kd_scale, None, None
         of_ce = scaled * terms.ce_weight
@@ -105,10 +108,6 @@ class _Rows:
             grad.scatter_(1, self.labels, entries.to(grad.dtype))
         if self.chain is not None:
             grad.mul_(self.chain)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _alive(tensor: Tensor, dead: Tensor | None) -> Tensor:
@@ -135,7 +134,7 @@ def top_k_rows(
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
-    wide = _wide(logits)
+    wide = wide_dtype(logits.dtype)
     kept = logprobs > -math.inf
     raw = logits.gather(1, indices)
     logits.scatter_(1, indices, raw.masked_fill(kept, -math.inf))
@@ -260,7 +259,7 @@ def cross_term_rows(
             own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
             own = own if constant is None else own + constant.unsqueeze(1)
         rows.finish(grad, own)
-    return kd.to(_wide(logits)), ce
+    return kd.to(wide_dtype(logits.dtype)), ce
 
 
 def label_rows(
@@ -274,7 +273,7 @@ def label_rows(
     grad: Tensor | None = None,  # (R, V), may lie over the logits
 ) -> tuple[Tensor, Tensor]:
     """0 and cross entropy (R,), and into `grad` its weighted gradient, as `Backend.kd_rows` for a divergence of weight 0."""
-    wide = _wide(logits)
+    wide = wide_dtype(logits.dtype)
     nothing = logits.new_zeros(logits.shape[0], dtype=wide)
     if labels is None or terms.ce_weight == 0.0:
         if grad is not None:

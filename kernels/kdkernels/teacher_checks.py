@@ -22,7 +22,16 @@ from .compiling import values_can_be_read
 from .divergences import AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
 from .logit_checks import check_transform
 from .options import RowTerms
-from .teachers import FullTeacher, Tail, Teacher, TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
+from .teachers import (
+    CheckedTeacher,
+    FullTeacher,
+    Tail,
+    Teacher,
+    TeacherCrossTerm,
+    TeacherHead,
+    TeacherLogits,
+    TeacherTopK,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,7 @@ class TeacherFacts:
     vocabulary: int | None
 
 
-def check_teacher(
-    teacher: Teacher, same_dtype: bool
-) -> TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm:
+def check_teacher(teacher: Teacher, same_dtype: bool) -> CheckedTeacher:
     """One of the forms, with frozen tensors that fit together."""
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
@@ -107,7 +114,7 @@ def _check_cross_term(teacher: TeacherCrossTerm) -> None:
     check_frozen("TeacherCrossTerm.cross", cross)
 
 
-def _facts(teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm) -> TeacherFacts:
+def _facts(teacher: CheckedTeacher) -> TeacherFacts:
     if isinstance(teacher, TeacherHead):
         return TeacherFacts("teacher hidden", teacher.hidden, teacher.weight.shape[0])
     if isinstance(teacher, TeacherLogits):
@@ -121,7 +128,7 @@ def check_pair(
     student_name: str,
     student: Tensor,
     student_vocabulary: int,
-    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm,
+    teacher: CheckedTeacher,
     vocab_map: object,
 ) -> int | Tensor | None:
     """Student and teacher have the same rows and device, and vocabularies that `vocab_map` relates.
@@ -211,7 +218,7 @@ def _check_vocab_map(
 
 def check_divergence(
     divergence: Divergence,
-    teacher: TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm,
+    teacher: CheckedTeacher,
     labels: Tensor | None,
     student_name: str,
     student: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autograd import Tensors
 from .backends import Backend
-from .matmul import head_logits, logit_buffer
+from .matmul import head_logits, logit_buffer, wide_dtype
 from .options import RowTerms
 from .sparse import cross_term_rows, label_rows, top_k_rows
 from .teachers import Form, Tail
@@ -176,7 +176,7 @@ class CrossTermWork:
         """`hidden` (M, D_s) are the counted rows."""
         cross, bias, entropy = (take(tensor, index) for tensor in teacher)
         assert cross is not None and bias is not None and entropy is not None
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden.dtype)
         cross = cross.to(wide)
         mean = torch.linalg.vecdot(hidden.to(wide), cross) + bias
         return CrossTermWork(options, cross, mean, entropy, rows)

@@ -73,5 +73,6 @@ class TeacherCrossTerm:
     """At which p_t was taken: the loss has to be called with the same."""
 
 
-Teacher = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherCrossTerm
 FullTeacher = TeacherLogits | TeacherHead
+CheckedTeacher = FullTeacher | TeacherTopK | TeacherCrossTerm
+Teacher = Tensor | CheckedTeacher
