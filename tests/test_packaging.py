@@ -74,7 +74,7 @@ FOUNDATIONS = {
     "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
     "windows": set[str](),
     "pairs": {"options"},
-    "reference_contextual": {"matmul", "options", "windows"},
+    "reference_contextual": {"matmul", "reference_features", "windows"},
     "pair_tiles": {"pairs"},
     "angle_tiles": {"options", "pair_tiles", "pairs"},
     "window_blocks": {

@@ -11,19 +11,8 @@ import torch
 from torch import Tensor
 
 from .matmul import wide_dtype
-from .options import LEAST_LENGTH
+from .reference_features import unit_rows
 from .windows import RelationCounts, Variant
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Vectors (..., D) over their length; 0, and without a gradient, where they are too short to have a direction.
-
-    NaN where their squares are too large for the dtype.
-    """
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    short = length < LEAST_LENGTH
-    length = length.masked_fill(length == torch.inf, torch.nan)
-    return (vectors / length.masked_fill(short, 1.0)).masked_fill(short, 0.0)
 
 
 def _neighbours(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -38,13 +27,13 @@ def _neighbours(length: int, window: int, device: torch.device) -> tuple[Tensor,
 
 def cosine_distances(features: Tensor, index: Tensor) -> Tensor:
     """1 - cos(f_i, f_j) of every position and neighbour: (B, Q, M, D) to (B, Q, M, V)."""
-    directions = unit(features)
+    directions = unit_rows(features)
     return 1.0 - torch.einsum("bqmd,bqmvd->bqmv", directions, directions[:, :, index])
 
 
 def cosine_angles(features: Tensor, index: Tensor) -> Tensor:
     """cos of the angle at f_i between f_j and f_k: (B, Q, M, D) to (B, Q, M, V, V)."""
-    steps = unit(features.unsqueeze(3) - features[:, :, index])
+    steps = unit_rows(features.unsqueeze(3) - features[:, :, index])
     return torch.einsum("bqmvd,bqmwd->bqmvw", steps, steps)
 
 
