@@ -126,9 +126,8 @@ def write(folder: Path, name: str, environment: Record, all_records: list[Record
         name: environment[name] for name in ("device", "threads", "load_before", "torch", "commit", "date")
     }
     scratch = folder / f".{name}.partial"
-    fields = list(
-        dict.fromkeys(field for record in all_records for field in record)
-    )  # cases differ in theirs
+    # Cases differ in theirs.
+    fields = list(dict.fromkeys(field for record in all_records for field in record))
     with scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*fields, *stamp], lineterminator="\n")
         writer.writeheader()

@@ -44,9 +44,8 @@ class Worker:
         self.row = Row(contender)
         truth = str(folder / "truth.pt")
         job = {"contender": contender, "family": case.family, "case": case.as_dict(), "truth": truth}
-        self._complaints = (
-            folder / f"{contender}.stderr"
-        )  # a file: a pipe that nobody reads fills up and blocks
+        # A file: a pipe that nobody reads fills up and blocks.
+        self._complaints = folder / f"{contender}.stderr"
         with self._complaints.open("w") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker", json.dumps(job)],

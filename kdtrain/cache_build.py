@@ -156,9 +156,8 @@ def teacher_outputs(
         states = sentence_states(output, layers).float().cpu()
         return Outputs(logits, states.unflatten(0, (len(index), -1)))
     kept = mask.flatten(0, -2).bool()
-    kept[:, 1 : 1 + len(teacher.insert)] = (
-        False  # inserted tokens would shift all others against the student's
-    )
+    # Inserted tokens would shift all others against the student's.
+    kept[:, 1 : 1 + len(teacher.insert)] = False
     states = sequence_states(output, layers).transpose(1, 2)[kept.to(device)].float().cpu()
     return Outputs(logits, states, kept.sum(dim=-1).reshape(len(index), -1))
 

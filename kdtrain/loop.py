@@ -123,9 +123,8 @@ def train(
             batch_rows = plan[step % steps_per_epoch]
             mine = batch_rows.tensor_split(cuts)[accelerator.process_index :: accelerator.num_processes]
             # Every process takes part in every exchange: an empty piece runs one row and counts it as nothing.
-            shares = [
-                accelerator.num_processes if len(piece) else 0 for piece in mine
-            ]  # DDP averages, the loss is a sum
+            # DDP averages, the loss is a sum.
+            shares = [accelerator.num_processes if len(piece) else 0 for piece in mine]
             pieces = (data.batch(piece if len(piece) else batch_rows[:1], device) for piece in mine)
             plain.start_step(step, total_steps)
             pieces, divisor = plain.look_ahead(pieces, mine, batch_rows, data.count(batch_rows), accelerator)

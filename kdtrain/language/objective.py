@@ -111,9 +111,8 @@ class LanguageObjective(Objective):
         self.weights = Weights.at(recipe, 0.0)
         self.tail: Literal["renormalize", "bucket"] = "bucket" if stored is None else stored.tail
         self.vocab_map = vocab_map
-        self.held: list[LanguageTeacher] = (
-            [] if teacher is None else [teacher]
-        )  # a list hides it from nn.Module
+        # A list hides it from nn.Module.
+        self.held: list[LanguageTeacher] = [] if teacher is None else [teacher]
         if recipe.name == "ft":
             self.names = ("ce",)
         else:  # from kept tokens and cross-terms the two come in one number

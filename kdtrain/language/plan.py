@@ -149,9 +149,8 @@ def plan_step(
         + (0 if frozen else 4 * student.vocabulary * student.width)
         + 4 * tokens * student.width
     )
-    eager = (
-        tokens * student.vocabulary * (4 * 2 * two + 4)
-    )  # logits and log-probabilities of each side, one gradient
+    # Logits and log-probabilities of each side, one gradient.
+    eager = tokens * student.vocabulary * (4 * 2 * two + 4)
     held, sent_teacher = 0, 0
     if teacher is not None and distils:
         size = WEIGHT_BYTES[recipe.teacher.precision]

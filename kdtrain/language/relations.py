@@ -77,9 +77,8 @@ def attention_inputs(
         function = plain or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, *others, **options)
 
-    ALL_ATTENTION_FUNCTIONS[name] = (
-        keep  # layers that are recomputed in backward meet the plain function again
-    )
+    # Layers that are recomputed in backward meet the plain function again.
+    ALL_ATTENTION_FUNCTIONS[name] = keep
     try:
         yield found
     finally:

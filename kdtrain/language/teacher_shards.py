@@ -157,9 +157,8 @@ class TeacherShards:
             tokens = self.shards[place[0]]["input_ids"][place[1] : place[1] + place[2]]
             covered += float(logprobs.exp().sum())
             count += len(ids)
-            least = (
-                logprobs.masked_fill(~kept, 0.0).amin(-1) - 1.0
-            )  # a token that was not kept is less likely
+            # A token that was not kept is less likely.
+            least = logprobs.masked_fill(~kept, 0.0).amin(-1) - 1.0
             for distance in range(3):
                 meant = (tokens[distance : distance + len(ids), None] == ids) & kept
                 found = torch.where(meant, logprobs, 0.0).sum(-1)

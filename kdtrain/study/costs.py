@@ -132,9 +132,8 @@ def _reset_peak(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the high-water mark of this process starts anew
+        # Linux: the high-water mark of this process starts anew.
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return _peak(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -197,9 +197,9 @@ class GradientInForward(Function):
             if gradients is None:
                 weight, denominator, *_ = ctx.saved_tensors
                 needs = tuple(ctx.needs_input_grad[4:])
-                gradients = loss_and_gradients(ctx.solver, inputs, weight, denominator, ctx.reduction, needs)[
-                    2
-                ]
+                _, _, gradients, _ = loss_and_gradients(
+                    ctx.solver, inputs, weight, denominator, ctx.reduction, needs
+                )
             # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
             ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
@@ -249,9 +249,8 @@ def row_loss_and_rest(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
     if making_a_graph():
-        from .traced import (
-            row_loss as traced_row_loss,
-        )  # imports the compiler, which eager users do not wait for
+        # Imports the compiler, which eager users do not wait for.
+        from .traced import row_loss as traced_row_loss
 
         return traced_row_loss(solver, tensors, weight, denominator, reduction, gradient_in_forward)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):

@@ -30,11 +30,10 @@ class Backend(Protocol):
         student_bias: Tensor | None = None,  # (V_s,) added before the transforms of `terms`
         teacher_bias: Tensor | None = None,  # (V_t,)
         row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
-        grad: Tensor
-        | None = None,  # (R, V_s) receives the gradient of the logits as given; may alias student_logits
-        vocab_map: int
-        | Tensor
-        | None = None,  # the first ids are shared, or (V_s,) teacher ids, -1 where there is none
+        # (R, V_s) receives the gradient of the logits as given; may alias student_logits
+        grad: Tensor | None = None,
+        # How many first ids are shared, or (V_s,) teacher ids, -1 where there is none
+        vocab_map: int | Tensor | None = None,
         decoupled: tuple[Tensor, Tensor] | None = None,  # (R,) weights, given iff the divergence is Decoupled
         stats: Tensor | None = None,  # (5, R) receives what KDStats has after its first two
     ) -> tuple[Tensor, Tensor]:  # (R,) divergence and (R,) cross entropy, both without their weights

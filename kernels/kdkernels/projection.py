@@ -113,8 +113,8 @@ class ProjectionDistance:
         target: Tensor,  # (R, D)
         bias: Tensor | None,
         weight: Tensor | None,  # (R,)
-        grad: Tensor
-        | None,  # (R, D) receives the gradient: the prediction, or narrower numbers in its memory
+        # (R, D) receives the gradient: the prediction, or narrower numbers in its memory
+        grad: Tensor | None,
         d_target: Tensor | None,  # (R, D) receives the gradient of the target
     ) -> Tensor:
         """(R,) distances of one chunk."""

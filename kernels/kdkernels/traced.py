@@ -29,8 +29,6 @@ _library.define(
     "row_gradients(Tensor[] tensors, bool[] present, bool[] needs, Tensor? weight, Tensor denominator, str solver, "
     "str reduction, Tensor upstream) -> Tensor[]"
 )
-
-
 _library.define("refuse(Tensor anchor, str sentence) -> Tensor")
 
 

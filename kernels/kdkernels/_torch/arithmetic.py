@@ -14,10 +14,6 @@ from .blocks import Block, Sums, weighted_sum
 class Arithmetic(Protocol):
     """Sums and gradient of one divergence, over blocks with all columns or some of them (`Block.whole`)."""
 
-    needs_mean: (
-        bool  # the gradient needs <f>, so all columns have to be seen before the first entry is written
-    )
-
     def accumulate(self, block: Block) -> None:
         """Exponentials and sums of a block; leaves in its scratch what `write_gradient` needs.
 
@@ -40,8 +36,6 @@ class Arithmetic(Protocol):
 
 class ForwardKLArithmetic:
     """sum p_t (log p_t - log p_s); first is sum exp_t (log_t - log_s)."""
-
-    needs_mean = False
 
     def __init__(self, divergence: ForwardKL, dtype: torch.dtype) -> None:
         pass

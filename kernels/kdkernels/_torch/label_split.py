@@ -20,8 +20,6 @@ def _two_way(sums: Sums) -> TwoWay:
 class DecoupledArithmetic:
     """target * TKD + non_target * NCKD; exp_s, exp_t are sums over the others, first is sum exp_t (log_t - log_s)."""
 
-    needs_mean = False
-
     def __init__(self, divergence: Decoupled, dtype: torch.dtype) -> None:
         pass
 

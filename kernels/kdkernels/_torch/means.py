@@ -26,7 +26,6 @@ def mixture(block: Block, student_share: float) -> Tensor:
 class MeanArithmetic:
     """The gradient factor * p_s (f - <f>)."""
 
-    needs_mean = True
     factor = 1.0
 
     def mean(self, sums: Sums) -> Tensor:

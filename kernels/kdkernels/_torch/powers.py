@@ -20,8 +20,6 @@ class AlphaBetaArithmetic:
     alpha = 0 sum exp_t^beta; at alpha + beta = 0 sum (log_s - log_t); with both 0 sum (log p_s - log p_t)^2.
     """
 
-    needs_mean = True
-
     def __init__(self, divergence: AlphaBeta, dtype: torch.dtype) -> None:
         # The exponents as they are multiplied with, so that they add up: an exponent that is off by a rounding in one of
         # the sums would be a constant error of all values.

@@ -58,8 +58,8 @@ def _solve_sequence(
     teacher: tuple[Tensor, Tensor],  # q and k (P, M, d_t), likewise
     causal: bool,
     weight: Tensor | None,  # (M,)
-    gradients: tuple[Tensor, Tensor]
-    | None,  # (P, M, d_s) each: of the divided q, written, and of k, added to
+    # (P, M, d_s) each: of the divided q, written, and of k, added to
+    gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """(M,) sums over the P maps of one sequence in which every token counts."""
     (q_s, k_s), (q_t, k_t) = student, teacher

@@ -7,11 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..matmul import wide_dtype
 from .rows import LEAST_SUM, MOST_SUM, block_rows
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _exponentials(logits: Tensor, zero: Tensor | None, temperature: float, out: Tensor) -> Tensor:
@@ -30,7 +27,7 @@ def row_statistics(
 ) -> Tensor:
     """(3, R) zero and log-sum-exps from it; the contract is `kdkernels.backends.Backend.row_statistics`."""
     rows, vocabulary = logits.shape
-    statistics = torch.zeros((3, rows), dtype=_wide(logits), device=logits.device)
+    statistics = torch.zeros((3, rows), dtype=wide_dtype(logits.dtype), device=logits.device)
     sizes = block_rows(rows, vocabulary, logits.device)
     scratch = torch.empty(
         (sizes[0] if sizes else 0, vocabulary), dtype=statistics.dtype, device=logits.device

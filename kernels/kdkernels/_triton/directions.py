@@ -17,9 +17,8 @@ LEAST = tl.constexpr(LEAST_LENGTH)
 
 
 @triton.jit
-def _load_pair(
-    rows, columns, D, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr
-):  # both sides of one tile in fp32, 0 outside the row
+def _load_pair(rows, columns, D, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
+    """Both sides of one tile in fp32, 0 outside the row."""
     prediction_row, target_row, bias_ptr = rows
     inside = columns < D if MASKED else None
     other = 0.0 if MASKED else None
@@ -160,9 +159,8 @@ def _direction_rows_kernel(
         # <a, a - b> by a product: what rounding did to the length of a is a multiple of a, and goes with this part.
         of_unit = tl.sum(totals[1], axis=0)
         along = (of_unit, squares - of_unit)
-        factor *= (
-            one * target_one
-        )  # no angle, no gradient: what is left of it where one side is 0 would be rounding
+        # No angle, no gradient: what is left of it where one side is 0 would be rounding.
+        factor *= one * target_one
         factors = (factor * inverse, factor * target_inverse)
         for block in range(full_blocks):
             columns = block * BLOCK + tile

@@ -185,9 +185,8 @@ def divergence_terms(ratios, first, second, DIVERGENCE: tl.constexpr):
         value, slope = kl_terms(p_teacher, p_student, log_ratio * LN_2)
     elif DIVERGENCE == "reverse_kl":
         value, _ = kl_terms(p_student, p_teacher, -log_ratio * LN_2)
-        slope = (
-            log_ratio  # in log2, as `mean_slope` has it: the same roundings, which drop out of the difference
-        )
+        # In log2, as `mean_slope` has it: the same roundings, which drop out of the difference.
+        slope = log_ratio
     elif DIVERGENCE == "alpha_beta":
         value, slope = _alpha_beta_terms(ratios, first, second)
     elif DIVERGENCE == "tvd":

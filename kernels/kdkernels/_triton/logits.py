@@ -22,9 +22,8 @@ class Row(NamedTuple):
 
     student: Side
     teacher: Side
-    map_ptr: (
-        Any  # (V_s,) int32 teacher column of each of the student's columns, -1 for none; read for index maps
-    )
+    # (V_s,) int32 teacher column of each of the student's columns, -1 for none; read for index maps
+    map_ptr: Any
     V: Any  # columns of the student
     V_teacher: Any  # columns of the teacher
     shared: Any  # columns below which both sides are read without a mask: V, or the shared prefix

@@ -137,10 +137,9 @@ def mse_rows(
 ) -> Tensor:  # (R,) fp32
     """Sum of squared differences of every row; `grad` becomes 2 * (prediction - target) * row_weight * scale.
 
-    `grad` is the prediction, or narrower numbers in the memory of its rows.
-
-    fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of the
-    prediction. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `scale` may be a tensor
+    The contract is `kdkernels.backends.Backend.mse_rows`. `grad` is the prediction, or narrower numbers in the memory of its
+    rows. fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of
+    `grad`. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `scale` may be a tensor
     of one element on the device, which is read there. `config` replaces the table's configuration.
     """
     for name, values in (("prediction", prediction), ("target", target)):

@@ -245,9 +245,8 @@ def _tile_kernel(
     elif PASS == "sums":
         totals = _totals(state_ptr, stride_state_row, FLAGS)
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
-        if (
-            FLAGS.divergence == "decoupled"
-        ):  # a teacher that is certain of the label has no rest to be near to
+        if FLAGS.divergence == "decoupled":
+            # A teacher that is certain of the label has no rest to be near to.
             value = tl.where(totals.teacher_inverse == 0.0, 0.0, value)
         _add(state_ptr, stride_state_row, VALUE, value)
         _add(state_ptr, stride_state_row, MEAN, mean)

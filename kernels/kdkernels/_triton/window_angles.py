@@ -148,9 +148,8 @@ def _angle_band_kernel(
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     difference = tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)
-    last = tl.where(
-        difference == 0, 0, V - difference
-    )  # a row's product with itself is in no angle of two neighbours
+    # A row's product with itself is in no angle of two neighbours.
+    last = tl.where(difference == 0, 0, V - difference)
     for place_j in range(0, last):
         j = tl.zeros((BLOCK,), tl.int32) + place_j
         k = j + difference
