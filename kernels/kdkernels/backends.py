@@ -130,11 +130,10 @@ class Backend(Protocol):
         *,
         bias: Tensor | None = None,  # (D,) added to the prediction
         row_weight: Tensor | None = None,  # (R,) multiplies the gradient only; rows with 0 give exact zeros
-        scale: float | Tensor = 1.0,
         write_grad: bool = True,
         grad: Tensor | None = None,  # (R, D) receives the gradient; None and the prediction: in its place
     ) -> Tensor:  # (R,) sums of squared differences
-        """Squared differences of every row; the gradient is 2 * (prediction - target) * row_weight * scale."""
+        """Squared differences of every row; the gradient is 2 * (prediction - target) * row_weight."""
         ...
 
     @staticmethod

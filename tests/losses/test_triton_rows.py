@@ -269,12 +269,11 @@ def test_squared_differences(width: int, dtype: torch.dtype):
     prediction, target = torch.randn(2, ROWS, width, device=DEVICE).to(dtype)
     bias = torch.randn(width, device=DEVICE)
     weight = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
-    scale = torch.tensor(0.125, device=DEVICE)
     exact = prediction.double() + bias.double() - target.double()
     eager = prediction.float() + bias - target.float()
     prediction[1] = float("nan")
-    squares = mse_rows(prediction, target, bias=bias, row_weight=weight, scale=scale, config=SMALL)
-    live, factor = [0, 2], (2 * 0.125 * weight).unsqueeze(1)
+    squares = mse_rows(prediction, target, bias=bias, row_weight=weight, config=SMALL)
+    live, factor = [0, 2], (2 * weight).unsqueeze(1)
     assert squares[1] == 0.0 and torch.equal(prediction[1], torch.zeros_like(prediction[1]))
     assert_within_budget(squares[live], eager.square().sum(1)[live], exact.square().sum(1)[live], "squares")
     assert_within_budget(
@@ -289,8 +288,8 @@ def test_squared_differences_without_options():
     squares = mse_rows(prediction, target, write_grad=False, config=SMALL)
     assert torch.equal(prediction, kept)
     assert_within_budget(squares, difference.square().sum(1), difference.double().square().sum(1), "squares")
-    mse_rows(prediction, target, scale=0.5, config=SMALL)
-    torch.testing.assert_close(prediction, difference, rtol=0, atol=0)
+    mse_rows(prediction, target, config=SMALL)
+    torch.testing.assert_close(prediction, 2.0 * difference, rtol=0, atol=0)
 
 
 def test_chunk_rows():

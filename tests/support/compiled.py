@@ -141,7 +141,7 @@ def other_variants() -> list[Variant]:
             {"logits": "fp32"},
             {"AT_ONE": True, "HAS_ROW_WEIGHT": True},
         ),
-        _mse("fp32", HAS_BIAS=True, SCALE_IN_MEMORY=True),
+        _mse("fp32", HAS_BIAS=True),
         _mse("fp32", WRITE_GRAD=False, HAS_ROW_WEIGHT=False),
         _mse("fp32", aligned=False, wide=False, HAS_BIAS=True),
     ]
@@ -165,7 +165,7 @@ def _sparse_gradient() -> Variant:
 
 
 def _mse(prediction: str, target: str = "bf16", **rest: Any) -> Variant:
-    off = dict.fromkeys(("HAS_BIAS", "SCALE_IN_MEMORY", "ALIASED"), False)
+    off = dict.fromkeys(("HAS_BIAS", "ALIASED"), False)
     flags = {**off, "HAS_ROW_WEIGHT": True, "WRITE_GRAD": True}
     options = {key: rest.pop(key) for key in ("aligned", "wide") if key in rest}
     words = [key.lower() for key, value in rest.items() if value is True]
@@ -204,7 +204,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr") or (name == "scale" and variant.flags["SCALE_IN_MEMORY"]):
+        elif name.endswith("_ptr"):
             signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'fp32')}"
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in unspecialized:

@@ -79,7 +79,6 @@ def variants(architecture: str) -> list[Variant]:
     mse = {
         "HAS_BIAS": True,
         "HAS_ROW_WEIGHT": True,
-        "SCALE_IN_MEMORY": False,
         "WRITE_GRAD": True,
         "ALIASED": True,
     }

@@ -14,11 +14,10 @@ def mse_rows(
     *,
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
-    scale: float | Tensor = 1.0,
     write_grad: bool = True,
     grad: Tensor | None = None,
 ) -> Tensor:
-    """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight * scale.
+    """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight.
 
     The contract is `kdkernels.backends.Backend.mse_rows`.
     """
@@ -31,8 +30,7 @@ def mse_rows(
     # A norm is one pass; torch.linalg.vecdot is a product for each row.
     total = torch.linalg.vector_norm(prediction, dim=-1).square_()
     if write_grad:
-        factor = 2.0 * scale
-        prediction.mul_(factor if row_weight is None else row_weight.unsqueeze(1) * factor)
+        prediction.mul_(2.0 if row_weight is None else row_weight.unsqueeze(1) * 2.0)
         _narrow(prediction, grad)
     return total
 

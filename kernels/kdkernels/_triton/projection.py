@@ -50,7 +50,6 @@ def _mse_rows_kernel(
     target_ptr,  # (R, D)
     bias_ptr,  # (D,), read when HAS_BIAS
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
-    scale,  # a number, or a pointer to one when SCALE_IN_MEMORY
     grad_ptr,  # (R, D), written when WRITE_GRAD
     squares_ptr,  # (R,) fp32, written
     stride_prediction_row,
@@ -59,7 +58,6 @@ def _mse_rows_kernel(
     D,
     HAS_BIAS: tl.constexpr,
     HAS_ROW_WEIGHT: tl.constexpr,
-    SCALE_IN_MEMORY: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     ALIASED: tl.constexpr,  # grad holds narrower numbers in the prediction's own row
     BLOCK: tl.constexpr,
@@ -75,7 +73,7 @@ def _mse_rows_kernel(
     full_blocks = D // BLOCK
     tail = full_blocks * BLOCK
 
-    factor = 2.0 * (tl.load(scale).to(tl.float32) if SCALE_IN_MEMORY else scale)
+    factor = 2.0
     if HAS_ROW_WEIGHT:
         weight = tl.load(row_weight_ptr + row)
         if weight == 0.0:  # nothing of the row is read: its numbers need not be valid
@@ -130,17 +128,16 @@ def mse_rows(
     *,
     bias: Tensor | None = None,  # (D,)
     row_weight: Tensor | None = None,  # (R,)
-    scale: float | Tensor = 1.0,
     write_grad: bool = True,
     grad: Tensor | None = None,  # (R, D)
     config: RowConfig | None = None,
 ) -> Tensor:  # (R,) fp32
-    """Sum of squared differences of every row; `grad` becomes 2 * (prediction - target) * row_weight * scale.
+    """Sum of squared differences of every row; `grad` becomes 2 * (prediction - target) * row_weight.
 
     The contract is `kdkernels.backends.Backend.mse_rows`. `grad` is the prediction, or narrower numbers in the memory of its
     rows. fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of
-    `grad`. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `scale` may be a tensor
-    of one element on the device, which is read there. `config` replaces the table's configuration.
+    `grad`. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `config`
+    replaces the table's configuration.
     """
     for name, values in (("prediction", prediction), ("target", target)):
         if values.dtype == torch.float64:
@@ -161,7 +158,6 @@ def mse_rows(
             # A pointer that its flag leaves unread is given the prediction, so that one signature serves all.
             bias_ptr=prediction if bias is None else bias.contiguous(),
             row_weight_ptr=prediction if row_weight is None else row_weight.contiguous(),
-            scale=scale if isinstance(scale, Tensor) else float(scale),
             grad_ptr=grad,
             squares_ptr=squares,
             stride_prediction_row=prediction.stride(0),
@@ -170,7 +166,6 @@ def mse_rows(
             D=width,
             HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHT=row_weight is not None,
-            SCALE_IN_MEMORY=isinstance(scale, Tensor),
             WRITE_GRAD=write_grad,
             ALIASED=grad.dtype != prediction.dtype,
             BLOCK=config.block,
