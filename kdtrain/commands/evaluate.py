@@ -65,8 +65,10 @@ def evaluate_language_model(arguments: argparse.Namespace) -> dict[str, Any]:
         raise KdtrainError(
             "a language model has no test split, it is measured on its held-out rows; leave --split out"
         )
-    from kdtrain.language.evaluate_run import compare_language_runs, evaluate_language_run
+    from kdtrain.language.evaluate_run import compare_language_runs, evaluate_language_run, measured_file
 
+    if arguments.against not in (None, arguments.run):
+        measured_file(arguments.against)  # told first: measuring takes its time
     found = evaluate_language_run(arguments.run)
     low, high = found["loss_interval"]
     print(f"held-out rows, tokens    {found['rows']}, {found['tokens']}")

@@ -179,13 +179,15 @@ def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
     parts, teacher = subject.parts, subject.recipe.teacher
     if parts.shards is not None:
         yield note(parts.shards.shards.words)
-    if parts.teacher is None or teacher.signal in ("online", "shards"):
+    if parts.teacher is None or teacher.signal in ("online", "shards") or subject.recipe.method.name == "ft":
         return
     signal = Signal.for_run(teacher.signal, parts.objective, subject.recipe)
-    tokens = int(parts.train.lengths.sum())
+    held_out = Signal.for_run("hidden", parts.objective, subject.recipe)
+    tokens, measured = (int(rows.lengths.sum()) for rows in (parts.train, parts.valid))
     yield note(
         f"the teacher cache takes {signal.bytes_per_token} bytes a token ({signal.words()}), "
-        f"{human_bytes(tokens * signal.bytes_per_token)} for {tokens} tokens"
+        f"{human_bytes(tokens * signal.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
+        f"for {measured} held-out tokens ({held_out.words()})"
     )
 
 

@@ -273,6 +273,11 @@ def _conversation(
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if "offset_mapping" not in encoded:
+        raise KdtrainError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not say where in a text its tokens stand, so those of the assistant "
+            "cannot be told; use prompt and completion columns, or a tokenizer with a tokenizer.json"
+        )
     starts = np.array([start for start, _ in encoded["offset_mapping"]])
     counted = np.zeros(len(starts), dtype=bool)
     for first, last in spans:

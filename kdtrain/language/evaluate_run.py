@@ -46,7 +46,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     recipe = load_language_recipe(folder / "recipe.yaml")
     recipe = replace(recipe, student=LanguageStudentRecipe(path=str(folder / "student")))
     tokenizer = load_tokenizer(str(folder / "student"), "student")
-    rows = packed(load_held_out(recipe.data, tokenizer), recipe, tokenizer)
+    rows = packed(load_held_out(recipe.data, tokenizer), recipe)
     objective = open_models(recipe, tokenizer)
     accelerator = start_accelerator(recipe)
     objective.student.to(accelerator.device).eval()
@@ -74,14 +74,21 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def measured_file(run: Path) -> Path:
+    """Where a run keeps what `evaluate_language_run` measured.
+
+    Raises:
+        KdtrainError: it has not been measured.
+    """
+    path = run / PREDICTIONS
+    if not path.is_file():
+        raise KdtrainError(f"{run} has not been measured yet; run kdtrain evaluate {run} first")
+    return path
+
+
 def compare_language_runs(folder: Path, other: Path) -> tuple[float, float, float]:
     """Held-out loss of one run minus another's, nats a token, with the paired bootstrap interval over rows."""
-    found = []
-    for run in (folder, other):
-        path = run / PREDICTIONS
-        if not path.is_file():
-            raise KdtrainError(f"{run} has not been measured yet; run kdtrain evaluate {run} first")
-        found.append(load_file(path))
+    found = [load_file(measured_file(run)) for run in (folder, other)]
     if any(not torch.equal(found[0][name], found[1][name]) for name in ("tokens", "labels")):
         raise KdtrainError(f"{folder} and {other} were measured on different held-out rows")
     mine, its = (run["sums"].numpy() for run in found)
@@ -129,8 +136,8 @@ def generated_per_second(model: PreTrainedModel, rows: PackedRows) -> float:
     """Tokens a second of one greedy continuation, with the keys and values of earlier tokens kept."""
     device = next(model.parameters()).device
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", PROMPT_TOKENS + NEW_TOKENS)
-    new = min(NEW_TOKENS, longest // 2)
-    prompt = rows.tokens[: min(PROMPT_TOKENS, longest - new)].long()[None].to(device)
+    new = max(1, min(NEW_TOKENS, longest // 2))
+    prompt = rows.tokens[: max(1, min(PROMPT_TOKENS, longest - new))].long()[None].to(device)
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
     start = 0.0
     for _ in range(2):  # the first warms up

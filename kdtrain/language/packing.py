@@ -184,6 +184,8 @@ def padded_batch(inputs: dict[str, Tensor]) -> LanguageBatch:
     if places is None or mask is not None:
         inside = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         opens = torch.cat([torch.ones_like(inside[:, :1]), inside[:, 1:] != inside[:, :-1]], dim=1)
+        if mask is not None:  # what is padded with may be a token that was added for the student alone
+            ids = torch.where(inside, ids, 0)
         if places is not None:  # they may count on through the padding in front of a document
             opens[:, 1:] |= places[:, 1:] != places[:, :-1] + 1
         places = columns - torch.where(opens, columns, 0).cummax(dim=1).values

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.claim import claim
+from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.language.cache import Kind, Signal
 from kdtrain.language.cache_build import build_language_cache
@@ -38,6 +39,10 @@ from kdtrain.prepare import start_accelerator
 from kdtrain.progress import say
 from kdtrain.sharding import whole_state
 from kdtrain.summary import Summary, installed_versions
+
+PADDING = 0
+"""What rows are filled up with. It is never read, but every model has to have it: a tokenizer's own may be one that was added for
+the student alone."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,14 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     """
     tokenizer = student_tokenizer(recipe)
     if recipe.data.store is not None:
-        stored = stored_rows(recipe.data, tokenizer, padding_id(tokenizer))
+        stored = stored_rows(recipe.data, tokenizer, PADDING)
         rows, valid, fingerprint = stored.train, stored.valid, stored.fingerprint
     else:
         documents = load_documents(recipe.data, tokenizer)
-        rows, valid = (packed(part, recipe, tokenizer) for part in documents)
+        rows, valid = (packed(part, recipe) for part in documents)
         fingerprint = " ".join(part.fingerprint() for part in documents)
     objective = open_models(recipe, tokenizer)
+    check_ids((rows, valid), tokenizer, objective)
     teacher, shards = objective.teacher, None
     if recipe.teacher.signal == "shards" and recipe.method.name != "ft":
         size = objective.student.config.get_text_config().vocab_size
@@ -102,14 +108,33 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity, shards)
 
 
-def packed(documents: Documents, recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+def packed(documents: Documents, recipe: LanguageRecipe) -> PackedRows:
     """Documents in rows, as the recipe says."""
-    return pack(documents, recipe.data.max_length, padding_id(tokenizer), packing=recipe.data.packing)
+    return pack(documents, recipe.data.max_length, PADDING, packing=recipe.data.packing)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What rows are filled up with. No padding is ever read: any id will do."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+def check_ids(
+    parts: tuple[PackedRows, ...], tokenizer: PreTrainedTokenizerBase, objective: LanguageObjective
+) -> None:
+    """Refuse documents with tokens for which a model has no embedding, such as those added for the student alone."""
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    sides = {"student": objective.student}
+    if objective.teacher is not None:
+        sides["teacher"] = objective.teacher.model
+    for side, model in sides.items():
+        table = model.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        size = len(table)
+        if max(names) < size:
+            continue
+        for rows in parts:
+            beyond = rows.tokens[rows.tokens >= size]
+            if len(beyond):
+                raise KdtrainError(
+                    f"the documents hold {len(beyond)} tokens that the {side} cannot read: the first is {int(beyond[0])} "
+                    f"({names.get(int(beyond[0]))!r}), its embeddings end at {size - 1}; choose a student.tokenizer without "
+                    "them, or leave such documents out"
+                )
 
 
 def open_models(recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerBase) -> LanguageObjective:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from kdtrain.cli import main
-from kdtrain.language.doctor import examine_language
+from kdtrain.language.doctor import LanguageSubject, examine_language
 from kdtrain.language.heads import head_of
 from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import LanguageBatch
@@ -77,6 +77,16 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
         teacher=replace(recipe.teacher, signal="hidden", cache=str(tmp_path / "cache")),
     )
     assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
+    kept = replace(cached, teacher=replace(cached.teacher, signal="topk", top_k=4))
+    tokens = LanguageSubject(kept).parts.valid.lengths.sum()
+    assert said(findings(kept), f"for {tokens} held-out tokens (32 hidden values in bfloat16)") == "note"
+    # Labels alone store nothing, whatever the signal asks for.
+    alone = replace(
+        cached,
+        method=LanguageMethodRecipe(name="ft"),
+        teacher=replace(cached.teacher, signal="cross_term"),
+    )
+    assert set(findings(alone).values()) == {"note"} and "cache" not in str(findings(alone))
     model = AutoModelForCausalLM.from_pretrained(language_teacher)
     with torch.no_grad():  # every token now stands for its neighbour
         table = head_of(model).weight

@@ -27,10 +27,9 @@ def test_runs_are_measured_and_compared(
     )
     run_language(recipe)
     assert main(["evaluate", str(student), "--against", str(teacher)]) == 2
-    assert (
-        f"{teacher} has not been measured yet; run kdtrain evaluate {teacher} first"
-        in capsys.readouterr().err
-    )
+    captured = capsys.readouterr()
+    assert f"{teacher} has not been measured yet; run kdtrain evaluate {teacher} first" in captured.err
+    assert not captured.out, "told before anything is measured"
     assert main(["evaluate", str(teacher)]) == 0
     assert "teacher" not in capsys.readouterr().out, "nothing to agree with"
     assert main(["evaluate", str(student), "--against", str(teacher)]) == 0
@@ -51,6 +50,15 @@ def test_runs_are_measured_and_compared(
     assert "has no test split" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 2
     assert f"{tmp_path} holds no finished run" in capsys.readouterr().err
+
+
+def test_rows_of_one_token_are_measured(language_recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """A student that reads one token at a time is asked to continue it, too."""
+    training = replace(language_recipe.training, max_steps=2, evaluate_every=2)
+    data = replace(language_recipe.data, max_length=1)
+    run_language(replace(language_recipe, data=data, training=training, output=str(tmp_path)))
+    assert main(["evaluate", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["generated_per_second"] > 0
 
 
 def test_interval_weighs_rows_by_their_tokens() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
 from kdtrain.language.documents import Documents, load_documents, read_rows, tokenize_documents
-from kdtrain.language.packing import IGNORED, best_fit, pack, shifted_labels
+from kdtrain.language.packing import IGNORED, best_fit, pack, padded_batch, shifted_labels
 from kdtrain.language.recipe import LanguageDataRecipe
 
 CPU = torch.device("cpu")
@@ -115,6 +115,24 @@ def test_every_kind_of_row_counts_what_it_should(tmp_path: Path, tokenizer: PreT
     finally:
         tokenizer.chat_template = None
     assert counted_text(read, tokenizer) == ["a + b\na + b + c\n"]
+    blind = ByT5Tokenizer()  # has no tokenizer.json, and so no offsets
+    blind.chat_template = CHAT
+    with pytest.raises(KdtrainError, match=r"the tokenizer \(ByT5Tokenizer\) does not say where in a text"):
+        tokenize_documents(read_rows(chats.train, "data.train", chats), chats, blind)
+
+
+def test_padding_is_a_token_of_every_model() -> None:
+    """A collator may pad with a token that was added for the student alone; the teacher must not meet it."""
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    batch = padded_batch(
+        {
+            "input_ids": torch.tensor([[5, 6, 999], [999, 7, 8]]),
+            "attention_mask": mask,
+            "labels": torch.tensor([[5, 6, -100], [-100, 7, 8]]),
+        }
+    )
+    assert batch.input_ids.tolist() == [[5, 6, 0], [0, 7, 8]]
+    assert batch.labels.tolist() == [[6, -100, -100], [-100, 8, -100]]
 
 
 def test_folders_and_held_out_documents(

@@ -104,6 +104,29 @@ def test_what_does_not_fit_is_told(
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
+def test_tokens_added_for_the_student_alone(language_distillation: LanguageRecipe, tmp_path: Path) -> None:
+    """Padding is never read, so the teacher need not know the student's; what the documents hold, it has to read."""
+    tokenizer = AutoTokenizer.from_pretrained(str(language_distillation.teacher.path))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    tokenizer.add_tokens(["return a"])
+    tokenizer.save_pretrained(tmp_path / "added")
+    recipe = replace(
+        language_distillation,
+        data=replace(language_distillation.data, packing=False),
+        student=replace(language_distillation.student, tokenizer=str(tmp_path / "padded")),
+        method=LanguageMethodRecipe(),
+        training=replace(language_distillation.training, max_steps=2, evaluate_every=2),
+        output=str(tmp_path / "run"),
+    )
+    assert run_language(recipe).test["divergence"] > 0
+    student = replace(recipe.student, tokenizer=str(tmp_path / "added"))
+    with pytest.raises(
+        KdtrainError, match=r"tokens that the teacher cannot read: the first is 287 \('return a'\)"
+    ):
+        run_language(replace(recipe, student=student, output=str(tmp_path / "other")))
+
+
 def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
     language_recipe: LanguageRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
