@@ -10,7 +10,9 @@ import numpy as np
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _SHINGLE = 5  # tokens
-_BANDS, _ROWS = 24, 3  # a pair of similarity 0.7 shares a band with probability 0.9999, one of 0.2 with 0.17
+SIMILARITY = 0.7
+# Made for it: a pair of similarity 0.7 shares a band with probability 0.9999, one of 0.2 with 0.17.
+_BANDS, _ROWS = 24, 3
 _PRIME = (1 << 31) - 1
 
 
@@ -25,10 +27,10 @@ def shingles(text: str) -> np.ndarray:
     return np.unique(hashes)
 
 
-def clusters(texts: Sequence[str], similarity: float = 0.7) -> list[int]:
+def clusters(texts: Sequence[str]) -> list[int]:
     """For each text the index of the first text of its cluster.
 
-    Two texts belong together when the Jaccard similarity of their shingle sets is at least `similarity`, directly
+    Two texts belong together when the Jaccard similarity of their shingle sets is at least SIMILARITY, directly
     or through others. Deterministic: the hash functions are fixed.
     """
     sets = [shingles(text) for text in texts]
@@ -54,7 +56,7 @@ def clusters(texts: Sequence[str], similarity: float = 0.7) -> list[int]:
             for other in bucket:
                 if root(other) == root(index):
                     break
-                if _jaccard(members, sets[other]) >= similarity:
+                if _jaccard(members, sets[other]) >= SIMILARITY:
                     low, high = sorted((root(other), root(index)))
                     parent[high] = low
                     break

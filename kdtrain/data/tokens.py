@@ -35,18 +35,14 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, rows: Tensor, *, width: int | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Give `input_ids` and `attention_mask`, both (B, width) int64, of the given row numbers.
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Give `input_ids` and `attention_mask`, both (B, N) int64, of the given row numbers; N is the longest of them.
 
         Padding goes to the right whatever the tokenizer's own setting: classifiers read the first token.
-        `width` defaults to the longest row of the batch.
         """
         lengths = self.lengths[rows]
-        width = width or int(lengths.max())
-        columns = torch.arange(width)
-        if side == "left":
-            columns = columns - (width - lengths)[:, None]
-        mask = (columns >= 0) & (columns < lengths[:, None])
+        columns = torch.arange(int(lengths.max()))
+        mask = columns < lengths[:, None]
         source = torch.where(mask, self.starts[rows][:, None] + columns, 0)
         return self.tokens[source].long().masked_fill_(~mask, self.pad_id), mask.long()
 

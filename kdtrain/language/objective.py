@@ -36,6 +36,7 @@ from kdtrain.language.packing import IGNORED, LanguageBatch
 from kdtrain.language.recipe import LanguageMethodRecipe, LanguageTeacherRecipe
 from kdtrain.language.relations import Relation, RelationLoss, attention_inputs
 from kdtrain.language.teacher import LanguageTeacher
+from kdtrain.methods.layers import check_layer_map
 from kdtrain.task import Objective
 
 
@@ -126,7 +127,7 @@ class LanguageObjective(Objective):
             shapes = [model.config.get_text_config() for model in (student, teacher.model)]
             layers = [int(shape.num_hidden_layers) for shape in shapes]
             self.pairs = recipe.layer_map or ((layers[0], layers[1]),)
-            check_pairs(self.pairs, layers[0], layers[1])
+            check_layer_map(self.pairs, layers[0], layers[1])
             if "hidden" in recipe.features:
                 self.names = (*self.names, "feature")
                 self.projections = nn.ModuleList(
@@ -309,15 +310,3 @@ def gather_ragged(values: Tensor, accelerator: Accelerator) -> Tensor:
     padded = nn.functional.pad(values, (0, longest - len(values)))
     parts = accelerator.gather(padded[None])
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
-def check_pairs(pairs: tuple[tuple[int, int], ...], student_layers: int, teacher_layers: int) -> None:
-    """Refuse layers that do not exist."""
-    for pair in pairs:
-        for layer, layers, side in zip(
-            pair, (student_layers, teacher_layers), ("student", "teacher"), strict=True
-        ):
-            if not 1 <= layer <= layers:
-                raise KdtrainError(
-                    f"method.layer_map holds {list(pair)}, but the {side} has layers 1 to {layers}"
-                )

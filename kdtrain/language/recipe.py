@@ -8,7 +8,7 @@ from typing import Any, Literal
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingRecipe
 from kdtrain.recipe.files import build, read_recipe
-from kdtrain.recipe.sections import check_seed, only_of_new_students, option, positive
+from kdtrain.recipe.sections import check_seed, finite, not_negative, only_of_new_students, option, positive
 
 TASK = "code_lm"
 
@@ -161,24 +161,17 @@ class LanguageMethodRecipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "last_temperature"):
-            positive(self, "method", name)
-            if getattr(self, name) == float("inf"):
-                raise KdtrainError(f"method.{name} must be finite, got inf")
-        positive(self, "method", "relation_heads")
-        for name in (
+        positive(self, "method", "temperature", "last_temperature", "relation_heads")
+        weights = (
             "kd_weight",
             "ce_weight",
             "last_kd_weight",
             "last_ce_weight",
             "feature_weight",
             "relation_weight",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise KdtrainError(f"method.{name} must be 0 or more, got {value}")
-            if value == float("inf"):
-                raise KdtrainError(f"method.{name} must be finite, got inf")
+        )
+        not_negative(self, "method", *weights)
+        finite(self, "method", "temperature", "last_temperature", *weights)
         if not self.features or len(set(self.features)) < len(self.features):
             raise KdtrainError(
                 f"method.features must name one or more of hidden, attention, queries, keys, values, each once, got "

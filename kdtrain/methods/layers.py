@@ -11,6 +11,12 @@ def layer_pairs(layer_map: Pairs, student_layers: int, teacher_layers: int) -> P
         return tuple(
             (i, max(1, round(i * teacher_layers / student_layers))) for i in range(1, student_layers + 1)
         )
+    check_layer_map(layer_map, student_layers, teacher_layers)
+    return layer_map
+
+
+def check_layer_map(layer_map: Pairs, student_layers: int, teacher_layers: int) -> None:
+    """Refuse layers that do not exist."""
     for pair in layer_map:
         for layer, layers, side in zip(
             pair, (student_layers, teacher_layers), ("student", "teacher"), strict=True
@@ -19,7 +25,6 @@ def layer_pairs(layer_map: Pairs, student_layers: int, teacher_layers: int) -> P
                 raise KdtrainError(
                     f"method.layer_map holds {list(pair)}, but the {side} has layers 1 to {layers}"
                 )
-    return layer_map
 
 
 def all_but_the_last(pairs: Pairs) -> Pairs:

@@ -184,20 +184,9 @@ class MethodRecipe:
 
     def __post_init__(self) -> None:
         positive(self, "method", "temperature", "window")
-        for name in (
-            "kd_weight",
-            "ce_weight",
-            "inter_weight",
-            "intra_weight",
-            "feature_weight",
-            "layer_weight",
-        ):
-            if not getattr(self, name) >= 0:
-                raise KdtrainError(f"method.{name} must be 0 or more, got {getattr(self, name)}")
-            if getattr(self, name) == float("inf"):
-                raise KdtrainError(f"method.{name} must be finite, got inf")
-        if self.temperature == float("inf"):
-            raise KdtrainError("method.temperature must be finite, got inf")
+        weights = ("kd_weight", "ce_weight", "inter_weight", "intra_weight", "feature_weight", "layer_weight")
+        not_negative(self, "method", *weights)
+        finite(self, "method", "temperature", *weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +222,7 @@ class TrainingRecipe:
             raise KdtrainError(
                 f"training.warmup is a share of the steps and lies in [0, 1), got {self.warmup}"
             )
-        if not self.weight_decay >= 0:
-            raise KdtrainError(f"training.weight_decay must be 0 or more, got {self.weight_decay}")
+        not_negative(self, "training", "weight_decay")
         if self.accumulation > self.batch_size:
             raise KdtrainError(
                 f"training.accumulation cuts a batch of training.batch_size rows into pieces and cannot be larger, "
@@ -272,6 +260,21 @@ def positive(section: Any, prefix: str, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not value > 0:
             raise KdtrainError(f"{prefix}.{name} must be greater than 0, got {value}")
+
+
+def not_negative(section: Any, prefix: str, *names: str) -> None:
+    """Refuse negative numbers and NaN in the named fields (None is left alone)."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value >= 0:
+            raise KdtrainError(f"{prefix}.{name} must be 0 or more, got {value}")
+
+
+def finite(section: Any, prefix: str, *names: str) -> None:
+    """Refuse infinity in the named fields."""
+    for name in names:
+        if getattr(section, name) == float("inf"):
+            raise KdtrainError(f"{prefix}.{name} must be finite, got inf")
 
 
 def only_of_new_students(section: Any, *names: str, brings: str = "shape") -> None:
