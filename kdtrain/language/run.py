@@ -99,7 +99,9 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     if recipe.teacher.signal == "shards" and recipe.method.name != "ft":
         size = objective.student.config.get_text_config().vocab_size
         folder = str(recipe.teacher.path)
-        shards = ShardRows.of(rows, open_shards(folder, recipe.data.max_length, tokenizer, size))
+        shards = ShardRows.of(
+            rows, open_shards(folder, recipe.data.max_length, tokenizer, size, recipe.teacher.tail)
+        )
     signal = recipe.teacher.signal
     if teacher is not None and recipe.method.name != "ft" and signal != "online" and signal != "shards":
         Signal.for_run(signal, objective, recipe)  # refuses what cannot be stored before anything is written

@@ -103,12 +103,15 @@ class TeacherShards:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the manifest and the names, sizes and documents of the shards."""
+        """SHA-256 over the manifest, names, sizes and documents of the shards, and the entries of a sample of these."""
         digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
         for path in self.paths:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         for key in sorted(self.places):
             digest.update(key)
+        for place in self.sample():
+            for values in self.read(place):
+                digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
 
     def read(self, place: Place) -> tuple[Tensor, Tensor]:
@@ -116,6 +119,11 @@ class TeacherShards:
         shard, first, length = place
         part = slice(first, first + length)
         return self.shards[shard]["teacher_logprobs"][part], self.shards[shard]["teacher_token_ids"][part]
+
+    def sample(self) -> list[Place]:
+        """Some pieces out of all files."""
+        every = max(1, len(self.places) // SAMPLED_DOCUMENTS)
+        return list(self.places.values())[::every][:SAMPLED_DOCUMENTS]
 
     def check_values(self, place: Place) -> None:
         """Refuse what are no log-probabilities of different tokens that the student knows."""
@@ -148,9 +156,8 @@ class TeacherShards:
         Raises:
             KdtrainError: the entries say better what stands at their token, or two behind it, than what follows.
         """
-        every = max(1, len(self.places) // SAMPLED_DOCUMENTS)
         covered, losses, count = 0.0, torch.zeros(3, dtype=torch.float64), 0
-        for place in list(self.places.values())[::every][:SAMPLED_DOCUMENTS]:
+        for place in self.sample():
             self.check_values(place)
             logprobs, ids = (part[:-2] for part in self.read(place))
             kept, logprobs = ~logprobs.isneginf(), logprobs.double()
@@ -261,7 +268,7 @@ class ShardRows:
             raise KdtrainError(
                 f"{len(missing)} of {total} pieces of the training documents are not in {shards.folder}, the first is "
                 f"{len(missing[0])} tokens long and begins with {words!r}; the shards have to hold the same documents in the "
-                "same tokens, each with the end-of-text token at its end"
+                "same tokens, each with what the tokenizer puts in front and the end-of-text token at its end"
             )
         return cls(rows, shards, places, set(range(len(places))))
 
@@ -294,15 +301,22 @@ class ShardRows:
 
 
 def open_shards(
-    folder: str, max_length: int, tokenizer: PreTrainedTokenizerBase, student_size: int
+    folder: str, max_length: int, tokenizer: PreTrainedTokenizerBase, student_size: int, tail: str
 ) -> TeacherShards:
     """The shards for a student with this tokenizer and this many rows in its head.
 
+    Args:
+        tail: what stands for the tokens that were not kept (teacher.tail).
+
     Raises:
-        KdtrainError: what `TeacherShards.open` and `describe` refuse; another tokenizer.
+        KdtrainError: what `TeacherShards.open` and `describe` refuse; another tokenizer; a bucket for no tokens.
     """
     shards = TeacherShards.open(Path(folder), max_length)
     size = shards.manifest["vocabulary"]
     match = match_vocabularies(tokenizer, shards.tokenizer, student_size, size, SAMPLE_CODE)
+    if tail == "bucket" and shards.manifest["top_k"] >= match.shared:
+        raise KdtrainError(
+            f"{folder} keeps all {match.shared} tokens and leaves nothing for teacher.tail bucket; set it to renormalize"
+        )
     shards = replace(shards, shared=match.shared)
     return replace(shards, words=shards.describe())

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +36,12 @@ def shards(
 ) -> Path:
     """60 documents in two files, made by the code of the page."""
     folder = tmp_path_factory.mktemp("shards")
-    given = str(language_distillation.teacher.path)
+    write_shards(folder, str(language_distillation.teacher.path), sources)
+    return folder
+
+
+def write_shards(folder: Path, given: str, sources: list[str]) -> None:
+    """What the code of the page makes of these documents with the teacher at `given`."""
     code = re.findall(r"```python shards\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     names = {
         "teacher": AutoModelForCausalLM.from_pretrained(given),
@@ -45,7 +51,6 @@ def shards(
     for number, texts in enumerate((sources[:25], sources[25:])):
         changed = code.replace("KEPT, LONGEST = 64, 1024", f"KEPT, LONGEST = {KEPT}, 32")
         exec(changed, {**names, "texts": texts, "number": number})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,32 @@ def test_equal_to_the_own_cache(
     summary = Summary.load(Path(recipe.output))
     assert summary.teacher is not None and summary.teacher["name"] == "my teacher"
     assert "divergence" not in summary.test
+
+
+def test_tokens_in_front_of_a_document(
+    recipe: LanguageRecipe, language_teacher: Path, sources: list[str], tmp_path: Path
+) -> None:
+    """The code of the page keeps what the tokenizer puts there, as the rows do."""
+    shutil.copytree(language_teacher, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(language_teacher)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", str(tmp_path / "teacher"), sources)
+    parts = prepare(replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "shards"))))
+    assert parts.shards is not None and (parts.train.tokens == 0).sum() > 40
+
+
+def test_other_values_are_another_teacher(recipe: LanguageRecipe, shards: Path, tmp_path: Path) -> None:
+    """A run of shards that were made anew, by a teacher trained on, is no run that is finished already."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    before = TeacherShards.open(folder, 32).fingerprint
+    assert TeacherShards.open(folder, 32).fingerprint == before
+    spoil("teacher_logprobs", lambda tensor: (0.5 * tensor).log_softmax(-1))(folder)
+    assert TeacherShards.open(folder, 32).fingerprint != before
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +244,16 @@ def late(folder: Path) -> None:
         save_file(content, path)
 
 
+def keeps_all(folder: Path) -> None:
+    """Every token of the vocabulary is kept."""
+    manifest(top_k=286)(folder)
+    for path in folder.glob("part-*"):
+        content = load_file(path)
+        entries = torch.full((len(content["input_ids"]), 286), 1 / 286).log()
+        everything = torch.arange(286, dtype=torch.int32).expand(len(entries), -1).contiguous()
+        save_file({**content, "teacher_logprobs": entries, "teacher_token_ids": everything}, path)
+
+
 def first(value: float) -> Callable[[Tensor], Tensor]:
     """Overwrite the best entry of the fifth token."""
 
@@ -249,6 +290,7 @@ def manifest(**fields: object) -> Callable[[Path], None]:
         (spoil("teacher_logprobs", lambda tensor: tensor * 0), r"the entry of token 0 holds probabilities whose sum is"),
         (spoil("teacher_token_ids", first(286)), r"token 4 holds ids outside of 0 to 285, the tokens that"),
         (spoil("teacher_token_ids", lambda tensor: tensor * 0), r"the entry of token 0 holds one id twice"),
+        (keeps_all, r"keeps all 286 tokens and leaves nothing for teacher.tail bucket; set it to renormalize"),
         (late, r"fit another token than the next one \(loss at the token itself"),
     ],
 )  # fmt: skip
