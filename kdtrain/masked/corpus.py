@@ -45,10 +45,20 @@ class Corpus:
     def rows(
         self, part: list[str] | list[Function], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> MaskedRows:
-        """A side of it in tokens."""
+        """A side of it in tokens.
+
+        Raises:
+            KdtrainError: it holds nothing that could be hidden.
+        """
         if self.marker is None:
             texts = (one for one in part if isinstance(one, str))
-            return MaskedRows.of(text_rows(texts, tokenizer, max_length), None, tokenizer, None)
+            rows = MaskedRows.of(text_rows(texts, tokenizer, max_length), None, tokenizer, None)
+            if not len(rows):
+                raise KdtrainError(
+                    f"no token of {len(part)} documents of data.train can be hidden: all of them are empty; name more code, or "
+                    "another data.held_out"
+                )
+            return rows
         functions = [one for one in part if isinstance(one, Function)]
         rows, names = hidden_name_rows(functions, tokenizer, max_length, self.marker)
         return MaskedRows.of(rows, names, tokenizer, self.marker)

@@ -56,11 +56,14 @@ class MaskedRows:
     def of(
         cls, rows: TokenRows, names: Tensor | None, tokenizer: PreTrainedTokenizerBase, marker: str | None
     ) -> "MaskedRows":
-        """Count what may be hidden."""
+        """Count what may be hidden; rows in which nothing may, such as those of empty documents, are left out."""
         special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
         name_id = None if marker is None else tokenizer.get_vocab()[marker]
         total = torch.cat([torch.zeros(1, dtype=torch.int64), (~torch.isin(rows.tokens, special)).cumsum(0)])
-        return cls(rows, names, special, name_id, total[rows.starts + rows.lengths] - total[rows.starts])
+        free = total[rows.starts + rows.lengths] - total[rows.starts]
+        kept = free > 0
+        rows = TokenRows(rows.tokens, rows.starts[kept], rows.lengths[kept], rows.pad_id)
+        return cls(rows, None if names is None else names[kept], special, name_id, free[kept])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -33,7 +33,7 @@ from transformers import (
 from kdtrain.cli import main
 from kdtrain.data.handlers import HOLE, functions_with_names
 from kdtrain.errors import KdtrainError
-from kdtrain.masked.corpus import load_corpus
+from kdtrain.masked.corpus import Corpus, load_corpus
 from kdtrain.masked.heads import check_masked_head, masked_head
 from kdtrain.masked.objective import MaskedObjective
 from kdtrain.masked.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
@@ -137,6 +137,18 @@ def test_documents_follow_each_other_in_full_rows() -> None:
         i for text in (CODE, "x = 1\n", CODE) for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
     ]  # fmt: skip
     assert inner == expected
+
+
+def test_rows_of_empty_documents_are_left_out() -> None:
+    """Nothing in them can be hidden, so a batch of theirs would have no mean."""
+    tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
+    rows = MaskedRows.of(text_rows([""] * 40 + [CODE], tokenizer, 20), None, tokenizer, None)
+    assert len(text_rows([""] * 40, tokenizer, 20)) == 3
+    assert (rows.free > 0).all()
+    assert int(rows.free.sum()) == len(tokenizer(CODE, add_special_tokens=False)["input_ids"])
+    corpus = Corpus([""] * 3, ["x"])
+    with pytest.raises(KdtrainError, match=r"no token of 3 documents of data.train can be hidden"):
+        corpus.rows(corpus.train, tokenizer, 20)
 
 
 @pytest.mark.parametrize("kind", ["text", "names"])
