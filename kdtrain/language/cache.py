@@ -26,7 +26,7 @@ from kdtrain.language.objective import LanguageObjective
 from kdtrain.language.packing import PackedRows
 from kdtrain.language.recipe import LanguageRecipe, LanguageTeacherRecipe
 from kdtrain.language.teacher import LanguageTeacher
-from kdtrain.shards import check_manifest, map_shard, read_manifest, shard_paths
+from kdtrain.shards import MANIFEST, check_manifest, map_shard, read_manifest, shard_paths
 
 FORMAT = 2
 
@@ -247,10 +247,15 @@ def open_language_cache(folder: Path, signal: Signal) -> LanguageCache | None:
     """The cache at `folder`, None when there is none yet.
 
     Raises:
-        KdtrainError: it belongs to another teacher, or stores something else; the sentence names the first difference.
+        KdtrainError: it belongs to another teacher, or stores something else; the sentence names the first difference. Or
+            nothing says whose it is.
     """
     found = read_manifest(folder)
     if found is None:
+        if shard_paths(folder):
+            raise KdtrainError(
+                f"the teacher cache {folder} has no {MANIFEST}, so nothing says whose outputs these are; delete that folder"
+            )
         return None
     check_manifest(folder, found, signal.manifest(), MEANINGS)
     return LanguageCache(folder, signal)

@@ -157,6 +157,9 @@ def test_command_states_the_cost_and_verifies(
     )
     run_language(found)
     assert "teacher cache: " not in capsys.readouterr().err, "nothing was computed twice"
+    (tmp_path / "cache" / "topk" / "manifest.json").unlink()
+    assert main(["cache", str(tmp_path / "recipe.yaml")]) == 2
+    assert "has no manifest.json, so nothing says whose outputs these are" in capsys.readouterr().err
 
 
 def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) -> None:
