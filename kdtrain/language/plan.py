@@ -1,5 +1,6 @@
 """Where the memory of one device goes, and what the devices send each other, computed from shapes alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ def plan_step(
     share = devices if sharded else 1
     half = recipe.training.precision != "fp32"
     unit = 2 if half else 4
-    rows = max(1, recipe.training.batch_size // (recipe.training.accumulation * devices))
+    rows = math.ceil(recipe.training.batch_size / (recipe.training.accumulation * devices))
     tokens = rows * recipe.data.max_length
     layer = (student.parameters - student.whole) // max(1, student.layers)
     gathered = (student.whole + 2 * layer) * unit if sharded else (student.parameters * unit if half else 0)
@@ -152,14 +153,16 @@ def plan_step(
     # Logits and log-probabilities of each side, one gradient.
     eager = tokens * student.vocabulary * (4 * 2 * two + 4)
     held, sent_teacher = 0, 0
-    if teacher is not None and distils:
+    if teacher is not None:
         size = WEIGHT_BYTES[recipe.teacher.precision]
-        held = teacher.whole * size + tokens * teacher.width * size
-        if recipe.teacher.signal == "online":
+        held = teacher.whole * size + (tokens * teacher.width * size if distils else 0)
+        if (
+            recipe.teacher.signal == "online" or not distils
+        ):  # beside labels alone it is whole, too: to measure with
             body = teacher.parameters - teacher.whole
             held += body * size // share + (2 * body * size // teacher.layers if sharded else 0)
             held += widest
-            sent_teacher = recipe.training.accumulation * body * size if sharded else 0
+            sent_teacher = recipe.training.accumulation * body * size if sharded and distils else 0
     sent = 0
     if devices > 1 and sharded:
         sent = recipe.training.accumulation * 2 * student.parameters * unit + trained * 4 + sent_teacher

@@ -238,6 +238,9 @@ def test_plan_of_many_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     few, many = (plan_step(shapes[0], shapes[1], recipe, count, sharded=True) for count in (8, 64))
     assert many.optimizer * 8 == few.optimizer and many.sent == few.sent
     assert many.loss < few.eager_loss
+    odd = replace(recipe, training=replace(recipe.training, batch_size=13))
+    plan = plan_step(shapes[0], shapes[1], odd, 8, sharded=True)
+    assert plan.tokens == 2 * 512, "five of the eight take two rows"
 
 
 def test_shipped_recipe_and_configurations_are_read() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdkernels import teacher_cross_term
-from kdkernels._torch.rows import chunk_rows as torch_chunk_rows
+from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
 from kdkernels._triton.configs import chunk_rows as triton_chunk_rows
 from kdtrain.language.heads import head_of
 from kdtrain.language.lora import add_adapters
@@ -35,6 +35,7 @@ PLAIN = LanguageRecipe(
 FEATURES = LanguageMethodRecipe(name="kd_features", features=("hidden", "attention", "values"))
 RECIPES = {
     "labels alone": replace(PLAIN, method=LanguageMethodRecipe(name="ft"), teacher=LanguageTeacherRecipe()),
+    "labels, measured beside a teacher": replace(PLAIN, method=LanguageMethodRecipe(name="ft")),
     "online": PLAIN,
     "recomputed": replace(PLAIN, training=replace(PLAIN.training, checkpointing=True)),
     "features": replace(PLAIN, method=FEATURES),
