@@ -77,6 +77,7 @@ FOUNDATIONS = {
     "reference_contextual": {"matmul", "reference_features", "windows"},
     "pair_tiles": {"pairs"},
     "angle_tiles": {"options", "pair_tiles", "pairs"},
+    "window_backend": {"pairs"},
     "window_blocks": {
         "angle_tiles",
         "autograd",
@@ -85,6 +86,7 @@ FOUNDATIONS = {
         "options",
         "pair_tiles",
         "pairs",
+        "window_backend",
         "windows",
     },
     "_torch": {"_torch", "matmul", "options", "divergences", "tile_state", "two_way", "pairs", "windows"},

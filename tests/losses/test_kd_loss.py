@@ -50,8 +50,8 @@ def test_values_and_gradient(divergence, dtype, classes, impl: Impl) -> None:
 def test_teacher_head_is_projected_chunk_by_chunk(divergence, impl: Impl, monkeypatch) -> None:
     case = make_case()
     if impl == "torch":
-        monkeypatch.setattr("kdkernels._torch.rows.CHUNK_ROWS", 4)
-        monkeypatch.setattr("kdkernels._torch.rows.BLOCK_ELEMENTS", 2 * 67)
+        monkeypatch.setattr("kdkernels._torch.sizes.CHUNK_ROWS", 4)
+        monkeypatch.setattr("kdkernels._torch.sizes.BLOCK_ELEMENTS", 2 * 67)
     student = case.student_logits.requires_grad_()
     results = []
     for teacher in (case.teacher, TeacherLogits(case.teacher_logits)):

@@ -93,7 +93,7 @@ def test_several_chunks(dtype, chunk_rows, impl: Impl) -> None:
 
 def test_several_blocks_in_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch back end cuts a chunk into blocks of rows that fit into the cache."""
-    monkeypatch.setattr("kdkernels._torch.rows.BLOCK_ELEMENTS", 3 * 67)
+    monkeypatch.setattr("kdkernels._torch.sizes.BLOCK_ELEMENTS", 3 * 67)
     for divergence in DIVERGENCES:
         options = {"divergence": divergence, "temperature": 1.5, "ce_weight": 0.5}
         assert_matches_eager({}, torch.float32, "torch", **options)

@@ -3,7 +3,8 @@
 from . import windows
 from .features import direction_rows, mse_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
-from .rows import chunk_rows, kd_rows
+from .rows import kd_rows
+from .sizes import chunk_rows
 from .softmax import row_statistics, softmax_gradient
 from .tiles import tile_gradient, tile_statistics, tile_sums
 

@@ -13,45 +13,12 @@ from ..divergences import Decoupled
 from ..options import RowTerms
 from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, load, shift
 from .divergences import arithmetic_of
+from .sizes import block_rows
 from .statistics import write_statistics
-
-# Elements of one scratch buffer on the CPU: 8 rows of 32,000. The two or three buffers that a pass touches are 1 MiB each at
-# a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. docs/log.md has figures.
-BLOCK_ELEMENTS = 1 << 18
-
-# The same on other devices, where blocks only bound the scratch: 64 MiB a buffer in float32.
-DEVICE_BLOCK_ELEMENTS = 1 << 24
 
 # Row sums of exp(logits) between which the logits are used without subtracting their maximum: the
 # logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
 LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
-
-# Rows of logits held at a time on the CPU: enough for the matrix products to run near full speed. From a vocabulary of
-# 48,000 on fewer, so that the two buffers stay within 128 MiB, down to what products at half the rows still bear.
-CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 352, 176
-CPU_CHUNK_BYTES = 1 << 27
-
-# Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that feed the products.
-CHUNK_BYTES = 1 << 30
-LEAST_CHUNK_ROWS = 1024
-
-
-def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
-    """How many rows of logits to hold at a time: by `chunk_bytes` when given, else by measured defaults."""
-    if chunk_bytes is not None:
-        return max(1, min(rows, chunk_bytes // (8 * vocabulary)))
-    if device.type == "cpu":
-        fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
-        most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
-        return max(1, math.ceil(rows / math.ceil(rows / most)))  # equal chunks: a small last one is slow
-    return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
-
-
-def block_rows(rows: int, width: int, device: torch.device) -> list[int]:
-    """The rows of each block: as many as fit in the scratch, the last with what is left."""
-    elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-    size = max(1, min(rows, elements // width))
-    return [size] * (rows // size) + [rows % size] * (rows % size > 0) if rows else []
 
 
 def kd_rows(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..matmul import wide_dtype
-from .rows import LEAST_SUM, MOST_SUM, block_rows
+from .rows import LEAST_SUM, MOST_SUM
+from .sizes import block_rows
 
 
 def _exponentials(logits: Tensor, zero: Tensor | None, temperature: float, out: Tensor) -> Tensor:

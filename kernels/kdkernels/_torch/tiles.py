@@ -18,7 +18,7 @@ from ..options import RowTerms
 from .arithmetic import Arithmetic
 from .blocks import Block, Sums, load
 from .divergences import arithmetic_of
-from .rows import block_rows
+from .sizes import block_rows
 
 
 class _Tile(NamedTuple):

@@ -1,4 +1,4 @@
-"""Bands of inner products and sums over angles for the torch back end; the contract is `window_blocks.WindowBackend`."""
+"""Bands of inner products and sums over angles for the torch back end; the contract is `window_backend.WindowBackend`."""
 
 from __future__ import annotations
 

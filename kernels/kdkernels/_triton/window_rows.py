@@ -190,7 +190,7 @@ def _band_apply_kernel(
 
 
 class Rows:
-    """One side of a block; the contract is `window_blocks.Rows`."""
+    """One side of a block; the contract is `window_backend.Rows`."""
 
     def __init__(
         self, features: Tensor, valid: Tensor | None, rows: int, margin: int, dtype: torch.dtype

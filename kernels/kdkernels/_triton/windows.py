@@ -1,4 +1,4 @@
-"""Windows of neighbours on the Triton back end; the contract is `window_blocks.WindowBackend`."""
+"""Windows of neighbours on the Triton back end; the contract is `window_backend.WindowBackend`."""
 
 import torch
 from torch import Tensor
