@@ -67,11 +67,12 @@ class ProjectionDistance:
         target = target if wide_dtype(target.dtype) == wide else target.to(wide)
         target = target if target.stride(-1) == 1 else target.contiguous()
         rows, width = target.shape
-        values = torch.zeros(rows, dtype=wide, device=student.device)
+        values = torch.empty(rows, dtype=wide, device=student.device)
 
         needs_student, _, needs_head, needs_bias = needs[:4]
         d_student = torch.empty_like(student, dtype=wide) if needs_student else None
-        d_head = torch.zeros_like(head, dtype=wide) if needs_head and head is not None else None
+        allocate = torch.empty_like if rows else torch.zeros_like  # the first chunk writes, the others add
+        d_head = allocate(head, dtype=wide) if needs_head and head is not None else None
         d_bias = torch.zeros(width, dtype=wide, device=student.device) if needs_bias else None
         size = _chunk_rows(self.backend, rows, width, student.device)
         buffer = logit_buffer(min(size, rows), width, student)
