@@ -25,7 +25,7 @@ from .statistics import first_pass, join_statistics, own_join, teacher_pass, wit
 
 @triton.jit
 def _store_stats(
-    stats_ptr, stride_stats_row, row, state, label, label_logit, label_in_teacher, teacher_logit, tile,
+    stats_ptr, stride_stats_row, row, state, label_logit, label_in_teacher, teacher_logit, tile,
     FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Entropies, probabilities of the label, and whether both models' best columns are the same token."""
@@ -132,7 +132,7 @@ def _kd_rows_kernel(
     totals = join_statistics(state, numbers, FLAGS)
     if FLAGS.has_stats:
         _store_stats(
-            stats_ptr, stride_stats_row, row, state, label, label_logit, label_shared, teacher_logit, tile,
+            stats_ptr, stride_stats_row, row, state, label_logit, label_shared, teacher_logit, tile,
             FLAGS, BLOCK, LANES,
         )  # fmt: skip
 

@@ -65,9 +65,7 @@ def _student_pass(row, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl
 
 
 @triton.jit
-def _student_gradient(
-    row, grad_row, slopes, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
+def _student_gradient(row, grad_row, slopes, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of such a tile: the cross entropy's."""
     for block in range(tl.cdiv(row.V, BLOCK)):
         columns = block * BLOCK + tile
@@ -178,7 +176,7 @@ def _gradient(
         last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
     else:
         slopes = Slopes(kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, 0.0, 0.0)
-        _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK, LANES)
+        _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK)
 
 
 # Neither a last chunk of fewer rows nor the place of a tile compiles anything anew.
