@@ -225,7 +225,7 @@ def _tokenize(
             yield _conversation(messages, number, tokenizer)
     elif recipe.prompt in columns and recipe.completion in columns:
         prompts = _ids(tokenizer, [_text(row, recipe.prompt) for row in rows])
-        completions = _ids(tokenizer, [_text(row, recipe.completion) for row in rows])
+        completions = _continuations(tokenizer, [_text(row, recipe.completion) for row in rows])
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = [*start, *prompt, *completion, *end]
             yield ids, np.arange(len(ids)) >= len(start) + len(prompt)
@@ -249,6 +249,19 @@ def _text(row: dict[str, Any], column: str) -> str:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """As `_ids`, of texts that go on from others: without the space that some tokenizers put in front of every text."""
+    alone = _ids(tokenizer, texts)
+    letter, line_end = _ids(tokenizer, ["x", "\n"])
+    if tokenizer.decode([*letter, *letter]) == "xx":
+        return alone
+    behind = _ids(tokenizer, ["\n" + text for text in texts])
+    size = len(line_end)
+    return [
+        after[size:] if after[:size] == line_end else ids for ids, after in zip(alone, behind, strict=True)
+    ]
 
 
 def _conversation(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
@@ -119,6 +120,29 @@ def test_every_kind_of_row_counts_what_it_should(tmp_path: Path, tokenizer: PreT
     blind.chat_template = CHAT
     with pytest.raises(KdtrainError, match=r"the tokenizer \(ByT5Tokenizer\) does not say where in a text"):
         tokenize_documents(read_rows(chats.train, "data.train", chats), chats, blind)
+
+
+def test_a_completion_gets_no_space_of_the_tokenizers(tmp_path: Path) -> None:
+    """Llama 2's rules put a space in front of every text; in front of a completion it would be one column too many."""
+    characters = ["<s>", "</s>", "<unk>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyz=():"]
+    rules = Tokenizer(models.BPE({token: i for i, token in enumerate(characters)}, [], unk_token="<unk>"))
+    rules.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rules.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    spaced = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="</s>", unk_token="<unk>")
+    rows = [
+        {"prompt": "def f():\n", "completion": "    return x"},
+        {"prompt": "a =", "completion": "b"},
+        {"prompt": "a", "completion": ""},
+    ]
+    pairs = write(tmp_path / "pairs.jsonl", rows)
+    read = tokenize_documents(read_rows(pairs.train, "data.train", pairs), pairs, spaced)
+    whole = [
+        spaced.decode(part.tolist()) for part in np.split(read.tokens.astype(int), read.lengths.cumsum()[:-1])
+    ]
+    assert whole == ["def f():\n    return x</s>", "a =b</s>", "a</s>"]
+    assert int(read.counts.sum()) == len("    return x") + len("b") + 3
 
 
 def test_padding_is_a_token_of_every_model() -> None:
