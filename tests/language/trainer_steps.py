@@ -96,8 +96,8 @@ def steps(
         eval_dataset=tokens(7, 4),
     )
     if name in ("fsdp2", "zero3"):
-        assert trainer.objective.teacher is not None
-        spread = next(decoder_layers(trainer.objective.teacher.model).parameters())
+        assert trainer.distillation is not None and trainer.distillation.teacher is not None
+        spread = next(decoder_layers(trainer.distillation.teacher.model).parameters())
         assert isinstance(spread, DTensor), "the teacher's layers are spread"
     trainer.train()
     metrics = trainer.evaluate()
