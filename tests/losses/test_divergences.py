@@ -18,7 +18,6 @@ from kdkernels import (
     ReverseKL,
     SkewKL,
     SkewReverseKL,
-    kd_loss,
     linear_kd_loss,
 )
 from kdkernels.options import Impl, Mode
@@ -31,22 +30,15 @@ from tests.support.inputs import (
     eager_row_losses,
     loss_and_gradients,
     make_case,
+    solve,
 )
 
 # Every branch of the formula: alpha, beta, both and their sum at 0, and powers below 0.
 LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (0.4, -0.4), (-0.4, 0.4), (0.0, 0.0), (-0.3, 0.8)]
 
 
-def solve(student: Tensor, teacher: Tensor, impl: Impl, **options) -> tuple[Tensor, Tensor]:
-    """Row losses and the gradient of their sum."""
-    student = student.detach().clone().requires_grad_()
-    rows = kd_loss(student, teacher, reduction="none", impl=impl, **options)
-    (gradient,) = torch.autograd.grad(rows.sum(), student)
-    return rows.detach(), gradient
-
-
-def pair(rows: int = 6, classes: int = 67, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    student, teacher = (torch.randn(2, rows, classes) * 2).to(DEVICE, dtype)
+def pair(rows: int = 6, classes: int = 67) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(2, rows, classes) * 2).to(DEVICE)
     return student, teacher
 
 

@@ -9,20 +9,12 @@ from torch import Tensor
 from kdkernels import JSD, AlphaBeta, ForwardKL, ReverseKL, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
-from tests.support.inputs import DEVICE, DIVERGENCES, IMPLS, eager_row_losses, make_case
+from tests.support.inputs import DEVICE, DIVERGENCES, IMPLS, eager_row_losses, make_case, solve
 
 
 def pair(rows: int = 6, classes: int = 131, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     student, teacher = (torch.randn(2, rows, classes) * scale).to(DEVICE)
     return student, teacher
-
-
-def solve(student: Tensor, teacher: Tensor, impl: Impl, **options) -> tuple[Tensor, Tensor]:
-    """Row losses and the gradient of their sum."""
-    student = student.detach().clone().requires_grad_()
-    rows = kd_loss(student, teacher, reduction="none", impl=impl, **options)
-    (gradient,) = torch.autograd.grad(rows.sum(), student)
-    return rows.detach(), gradient
 
 
 def eager(student: Tensor, teacher: Tensor, divergence) -> tuple[Tensor, Tensor]:

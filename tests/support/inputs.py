@@ -18,6 +18,7 @@ from kdkernels import (
     SkewKL,
     SkewReverseKL,
     TeacherHead,
+    kd_loss,
     linear_kd_loss,
 )
 from kdkernels.options import Impl
@@ -209,3 +210,11 @@ def loss_and_gradients(
         hidden, weight, case.teacher, labels, student_bias=bias, impl=impl, reduction=reduction, **options
     )
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))
+
+
+def solve(student: Tensor, teacher: Tensor, impl: Impl, **options) -> tuple[Tensor, Tensor]:
+    """Row losses of `kd_loss` and the gradient of their sum."""
+    student = student.detach().clone().requires_grad_()
+    rows = kd_loss(student, teacher, reduction="none", impl=impl, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach(), gradient
