@@ -47,6 +47,9 @@ def top_k_row_terms(
         student = log_p.gather(1, teacher.indices).masked_fill(~is_kept, -math.inf)
         rest_s = _log_rest(log_p, taken).unsqueeze(1)
         rest_t = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
+        # Where every id was kept, what is left is the rounding of the log-probabilities.
+        every = is_kept.sum(1, keepdim=True) == log_p.shape[1]
+        rest_t = rest_t.masked_fill(every, -math.inf)
         log_p_s = F.log_softmax(torch.cat((student, rest_s), 1) / terms.temperature, -1)
         log_p_t = F.log_softmax(torch.cat((logprobs, rest_t), 1) / terms.temperature, -1)
     kd, ce = divergence(log_p_s, log_p_t, terms.divergence), cross_entropy(logits, labels, terms)

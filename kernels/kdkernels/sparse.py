@@ -153,7 +153,7 @@ def top_k_rows(
     student = student - zero.unsqueeze(1)
     move = (statistics[0] - zero).masked_fill(statistics[1] == -math.inf, 0.0)
     others = statistics[1] + move / temperature
-    kd, of_kept, of_others = _categories(student, others, teacher, bucket, terms)
+    kd, of_kept, of_others = _categories(student, others, teacher, bucket, logits.shape[1], terms)
     log_sum = torch.logaddexp(statistics[2] + move, student.logsumexp(1))
     ce = rows.cross_entropy(zero, log_sum)
     if rows.dead is not None:  # the derivative, too: it may be infinite, which a factor of 0 would not stop
@@ -197,11 +197,15 @@ def _categories(
     others: Tensor,  # (R,) log-sum-exp of the others
     teacher: Tensor,  # (R, K) log-probabilities in float64
     bucket: bool,
+    vocabulary: int,
     terms: RowTerms,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence of the K + 1 categories (R,), and its derivatives for the kept logits and for `others`."""
     if bucket:
         rest = (1.0 - teacher.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
+        # Where every id was kept, what is left is the rounding of the log-probabilities.
+        every = (teacher > -math.inf).sum(1, keepdim=True) == vocabulary
+        rest = rest.masked_fill(every, -math.inf)
         log_p_t = (torch.cat((teacher, rest), 1) / terms.temperature).log_softmax(1)
     else:
         log_p_t = (teacher / terms.temperature).log_softmax(1)

@@ -152,6 +152,22 @@ def test_everything_kept_is_the_whole_teacher(divergence, impl: Impl) -> None:
         torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_is_left_where_every_id_was_kept(temperature: float, impl: Impl) -> None:
+    """Rounded log-probabilities add up to a little less than 1: that is not another category."""
+    torch.manual_seed(0)
+    student = torch.randn(64, 3, device=DEVICE, requires_grad=True)
+    logits = 3.0 * torch.randn(64, 3, device=DEVICE)
+    teacher = top_k(logits, "bucket", 3)
+    assert (teacher.logprobs.double().exp().sum(1) < 1.0).any()
+    loss = kd_loss(student, teacher, temperature=temperature, impl=impl)
+    expected = kd_loss(student, logits, temperature=temperature, impl=impl)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(value, student)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_entries_that_were_not_kept(tail: Tail, impl: Impl) -> None:
