@@ -131,6 +131,7 @@ class KDTrainer(Trainer):
         sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
         vocab_map = None
         if known.tokenizer is not None and self.processing_class is not None:
+            refuse_empty_tokenizer(known, len(self.processing_class))  # type: ignore[arg-type]
             vocab_map = match_vocabularies(self.processing_class, known.tokenizer, *sizes).vocab_map  # type: ignore[arg-type]
         elif sizes[0] != sizes[1]:
             raise KdtrainError(
@@ -265,16 +266,12 @@ def check_kind(model: Any, side: str) -> None:
         raise KdtrainError(
             f"the {side} ({type(model).__name__}) is an encoder with a decoder; KDTrainer takes causal language models"
         )
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters_of(model)):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
         raise KdtrainError(
             f"the {side} ({type(model).__name__}) learns virtual tokens, which its body alone does not read; use adapters of "
             "its layers (LoRA)"
         )
-
-
-def adapters_of(model: Any) -> list[Any]:
-    """What peft wrapped around a model, as its configurations."""
-    return list(getattr(model, "peft_config", {}).values())
 
 
 def refuse_lower_precision(teacher: nn.Module, precision: str) -> None:
@@ -284,6 +281,16 @@ def refuse_lower_precision(teacher: nn.Module, precision: str) -> None:
         raise KdtrainError(
             f"teacher_precision is {precision!r}, but the teacher is loaded already, in {dtype}; load it in that precision or "
             "give its folder or hub id"
+        )
+
+
+def refuse_empty_tokenizer(teacher: LanguageTeacher, tokens: int) -> None:
+    """transformers makes a tokenizer of a few special tokens where a folder has none; the shared ids would end behind them."""
+    own = len(teacher.tokenizer)
+    if 2 * own < tokens:
+        raise KdtrainError(
+            f"the tokenizer of the teacher in {teacher.path} has {own} tokens, that of the student {tokens}; save the teacher's "
+            "tokenizer into its folder, or give the loaded model"
         )
 
 

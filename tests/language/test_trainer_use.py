@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -95,6 +96,21 @@ def test_the_teacher_may_be_a_path(tmp_path: Path, tokenizer: PreTrainedTokenize
         for named in (folder, str(folder))
     ]
     assert found[0] == found[1] > 0
+
+
+def test_a_teacher_whose_folder_lacks_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes one of its two special tokens, and the divergence would be that of two tokens."""
+    tiny("gpt_neox").save_pretrained(tmp_path / "teacher")
+    names = {"<|endoftext|>": 0, "<|padding|>": 1} | {f"token {i}": i for i in range(2, 300)}
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(names, "token 2")))
+    with pytest.raises(KdtrainError, match=r"has 2 tokens, that of the student 300; save the teacher's"):
+        KDTrainer(
+            tiny("llama"),
+            tmp_path / "teacher",
+            args=config(tmp_path),
+            train_dataset=tokens(8),
+            processing_class=own,
+        )
 
 
 def test_position_ids_reach_families_that_do_not_read_them(tmp_path: Path) -> None:
