@@ -77,6 +77,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def writing(folder: Path, what: str, field: str) -> Iterator[None]:
     """Be the only process that writes into `folder`; the system drops the lock when the process ends, however it ends.
 
+    What a killed process left half written there is removed.
+
     Args:
         what: what the folder is, for the sentences, such as "the teacher cache".
         field: the field of a recipe that names it.
@@ -105,6 +107,8 @@ def writing(folder: Path, what: str, field: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
+        for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
 
 

@@ -56,7 +56,8 @@ def train(
     scheduler = get_scheduler(
         options.schedule,
         optimizer,
-        num_warmup_steps=round(options.warmup * total_steps),
+        # Its steps begin at a rate of 0: at least one has to be left that learns.
+        num_warmup_steps=min(round(options.warmup * total_steps), total_steps - 1),
         num_training_steps=total_steps,
     )
     # The scheduler stays outside of prepare(), which would step it once per process.

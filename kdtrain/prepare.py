@@ -60,6 +60,10 @@ def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Acc
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
         raise KdtrainError(f"training.precision {precision} does not work on this machine: {error}") from None
+    if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 in silence
+        raise KdtrainError(
+            "training.precision fp16 needs a GPU, as nothing scales the loss on a CPU; use bf16 or fp32"
+        )
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
         "ACCELERATE_USE_FSDP"
     ):

@@ -56,6 +56,7 @@ def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
         raise KdtrainError(
             f"training.best_metric f1 is for two classes, and {data.name} has {len(data.classes)}; macro_f1 is for any"
         )
+    accelerator = start_accelerator(recipe)
     torch.manual_seed(recipe.seed)
     method = build_method(recipe, teacher)
     finished = claim_folder(folder, recipe, data, teacher)
@@ -63,7 +64,6 @@ def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
         say(f"already done: {finished.line()}")
         return finished
 
-    accelerator = start_accelerator(recipe)
     with accelerator.main_process_first():
         tokenizer = student_tokenizer(recipe, data)
     torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself

@@ -28,11 +28,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, not an object")
     except (OSError, ValueError) as error:
         raise KdtrainError(
             f"{path} is not readable JSON ({error}); delete the folder {folder} to build it again"
         ) from None
+    return found
 
 
 def check_manifest(

@@ -294,7 +294,7 @@ def test_whole_sequences_are_the_teachers(
 
 
 def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    """The second is refused while the first is at work, and finds the rows when it is done; nothing is lost."""
+    """The second is refused while the first is at work, and goes on when it is gone; what that left half written goes too."""
     holder = (
         "import sys, pathlib; from kdtrain.files import writing\n"
         f"with writing(pathlib.Path({str(tmp_path)!r}), 'x', 'y'): print('held', flush=True); sys.stdin.read()"
@@ -313,11 +313,15 @@ def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: Classifi
         KdtrainError, match=rf"another run \(process {process.pid}\) is writing the teacher cache"
     ):
         build(tmp_path, model, identity_of(model), data)
+    for name in ("file.1.tmp", "folder.1.tmp/inner", "folder.1.old/inner"):
+        (tmp_path / f".{name}").parent.mkdir(exist_ok=True)
+        (tmp_path / f".{name}").touch()
     process.kill()  # the lock goes with its holder
     process.wait()
     process.stdin.close()
     process.stdout.close()
     assert len(build(tmp_path, model, identity_of(model), data)) == 40
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
 def test_pairs_are_stored_text_by_text(tmp_path: Path, data: ClassificationData) -> None:

@@ -134,6 +134,25 @@ def test_labels_alone_need_labels(recipe: Recipe, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+def test_fp16_is_refused_on_a_cpu(recipe: Recipe, tmp_path: Path) -> None:
+    training = replace(recipe.training, precision="fp16")
+    with pytest.raises(KdtrainError, match=r"training\.precision fp16 needs a GPU"):
+        run(replace(recipe, training=training, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_a_run_of_one_step_learns(recipe: Recipe, tmp_path: Path) -> None:
+    """A warmup begins at a rate of 0; it may not be the whole run."""
+    found = []
+    for warmup in (0.0, 0.9):
+        training = replace(recipe.training, max_steps=1, warmup=warmup)
+        found.append(
+            run(replace(recipe, training=training, output=str(tmp_path / str(warmup)))).valid["loss"]
+        )
+    assert found[0] == found[1]
+
+
 def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
     recipe: Recipe, tmp_path: Path
 ) -> None:
