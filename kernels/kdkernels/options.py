@@ -67,6 +67,8 @@ class RowTerms:
 
     def loss(self, kd: Tensor, ce: Tensor) -> Tensor:
         """(R,) the loss of each row from its divergence and cross entropy."""
+        if self.kd_scale == 0.0:
+            kd = kd.nan_to_num(0.0, 0.0, 0.0)  # it may be infinite where it only is a statistic
         loss = kd * self.kd_scale
         return loss if self.ce_weight == 0.0 else loss.add(ce, alpha=self.ce_weight)
 

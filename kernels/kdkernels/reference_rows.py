@@ -44,4 +44,6 @@ def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> t
         if problem.return_stats:
             others = reference.kd_row_stats(logits, teacher, labels, weight, terms, vocab_map=mapping)
             statistics = torch.cat((kd.detach().unsqueeze(0), ce.detach().unsqueeze(0), others))
+            if terms.kd_scale == 0.0:  # the gradient of an infinite divergence is NaN even with a weight of 0
+                kd, ce = reference.label_row_terms(logits, labels, weight, terms)
     return terms.loss(kd, ce), statistics

@@ -119,8 +119,11 @@ def full_work(
     logits_of = TeacherLogitSource.prepare(source, head, options.autocast, index, chunk, options.logit_dtype)
     both = None if rows.target is None or rows.non_target is None else (rows.target, rows.non_target)
 
+    # A divergence that only is a statistic may be infinite, and its gradient NaN even with a weight of 0.
+    without_teacher = label_work(options, rows) if options.terms.kd_scale == 0.0 else None
+
     def work(logits: Tensor, here: slice, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        return options.backend.kd_rows(
+        found = options.backend.kd_rows(
             logits,
             logits_of.logits(here),
             part(rows.labels, here),
@@ -128,11 +131,14 @@ def full_work(
             student_bias=rows.bias,
             teacher_bias=bias,
             row_weight=part(rows.weight, here),
-            grad=grad,
+            grad=grad if without_teacher is None else None,
             vocab_map=options.shared if rows.vocab_map is None else rows.vocab_map,
             decoupled=None if both is None else (both[0][here], both[1][here]),
             stats=stats(here),
         )
+        if without_teacher is not None and grad is not None:
+            without_teacher(logits, here, grad)
+        return found
 
     return work
 

@@ -1,11 +1,22 @@
 """`return_stats=True`: seven numbers per token that cost no other result a digit."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from kdkernels import JSD, KDStats, TeacherHead, kd_loss, linear_kd_loss
+from kdkernels import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    KDStats,
+    ReverseKL,
+    TeacherHead,
+    TeacherLogits,
+    kd_loss,
+    linear_kd_loss,
+)
 from kdkernels.options import Impl
 from tests.support.inputs import DEVICE, IMPLS, make_case
 
@@ -95,3 +106,35 @@ def test_infinities_and_softcap(impl: Impl) -> None:
     _, stats = kd_loss(student, head, return_stats=True, impl=impl)
     p_t = (torch.tanh(hidden @ weight.t() / 1.5) * 1.5).softmax(-1)
     torch.testing.assert_close(stats.teacher_entropy, -(p_t * p_t.log()).sum(-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", [ReverseKL(), AlphaBeta(-0.5, -0.2)])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_a_divergence_that_only_is_a_statistic(divergence: Divergence, ce_weight: float, impl: Impl) -> None:
+    """With kd_weight 0 it may be infinite: loss and gradients are those without statistics."""
+    case = make_case()
+    leaves = case.leaves()
+    hidden, weight, bias = leaves
+    teacher_logits = case.teacher_logits.clone()
+    teacher_logits[:, 1] = -math.inf
+    found = []
+    for return_stats in (True, False):
+        for loss in (
+            kd_loss(
+                hidden @ weight.t() + bias, teacher_logits, case.labels, divergence=divergence, kd_weight=0.0,
+                ce_weight=ce_weight, softcap=9.0, impl=impl, return_stats=return_stats,
+            ),
+            linear_kd_loss(
+                hidden, weight, TeacherLogits(teacher_logits), case.labels, student_bias=bias, divergence=divergence,
+                kd_weight=0.0, ce_weight=ce_weight, softcap=9.0, impl=impl, return_stats=return_stats,
+            ),
+        ):  # fmt: skip
+            value = loss[0] if isinstance(loss, tuple) else loss
+            found.append((value, *torch.autograd.grad(value, leaves)))
+            if isinstance(loss, tuple):
+                assert not loss[1].kd[case.labels != -100].isfinite().any()
+    for with_stats, plain in zip(found[:2], found[2:], strict=True):
+        for ours, other in zip(with_stats, plain, strict=True):
+            assert other.isfinite().all()
+            torch.testing.assert_close(ours, other)
