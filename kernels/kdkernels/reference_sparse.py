@@ -46,7 +46,8 @@ def top_k_row_terms(
         taken = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, teacher.indices, is_kept)
         student = log_p.gather(1, teacher.indices).masked_fill(~is_kept, -math.inf)
         rest_s = _log_rest(log_p, taken).unsqueeze(1)
-        rest_t = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
+        # In float64: the rest may be as small as the rounding of a sum in float32.
+        rest_t = (1.0 - logprobs.double().exp().sum(1, keepdim=True)).clamp_min(0.0).log().to(log_p.dtype)
         # Where every id was kept, what is left is the rounding of the log-probabilities.
         every = is_kept.sum(1, keepdim=True) == log_p.shape[1]
         rest_t = rest_t.masked_fill(every, -math.inf)
