@@ -181,7 +181,9 @@ class LogitKD:
         )
         # The work with labels only or with a top k overwrites its logits, and these are the caller's.
         overwritten = self.form == "top_k"
-        if options.labels_only:
+        if (
+            self.terms.kd_scale == 0.0
+        ):  # the gradient is that of the labels alone, whatever is counted beside it
             overwritten = not self.terms.student_transform.is_identity
         # Stored teacher logits need no buffer, so their rows are one chunk.
         size = max(rows, 1)

@@ -112,17 +112,19 @@ def test_infinities_and_softcap(impl: Impl) -> None:
 @pytest.mark.parametrize("divergence", [ReverseKL(), AlphaBeta(-0.5, -0.2)])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_a_divergence_that_only_is_a_statistic(divergence: Divergence, ce_weight: float, impl: Impl) -> None:
-    """With kd_weight 0 it may be infinite: loss and gradients are those without statistics."""
+    """With kd_weight 0 it may be infinite: loss and gradients are those without statistics, the logits stay as they are."""
     case = make_case()
     leaves = case.leaves()
     hidden, weight, bias = leaves
+    student_logits = hidden @ weight.t() + bias
+    before = student_logits.detach().clone()
     teacher_logits = case.teacher_logits.clone()
     teacher_logits[:, 1] = -math.inf
     found = []
     for return_stats in (True, False):
         for loss in (
             kd_loss(
-                hidden @ weight.t() + bias, teacher_logits, case.labels, divergence=divergence, kd_weight=0.0,
+                student_logits, teacher_logits, case.labels, divergence=divergence, kd_weight=0.0,
                 ce_weight=ce_weight, softcap=9.0, impl=impl, return_stats=return_stats,
             ),
             linear_kd_loss(
@@ -131,10 +133,11 @@ def test_a_divergence_that_only_is_a_statistic(divergence: Divergence, ce_weight
             ),
         ):  # fmt: skip
             value = loss[0] if isinstance(loss, tuple) else loss
-            found.append((value, *torch.autograd.grad(value, leaves)))
+            found.append((value, *torch.autograd.grad(value, leaves, retain_graph=True)))
             if isinstance(loss, tuple):
                 assert not loss[1].kd[case.labels != -100].isfinite().any()
     for with_stats, plain in zip(found[:2], found[2:], strict=True):
         for ours, other in zip(with_stats, plain, strict=True):
             assert other.isfinite().all()
             torch.testing.assert_close(ours, other)
+    assert torch.equal(student_logits, before)
