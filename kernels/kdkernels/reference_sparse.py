@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .options import RowTerms
 from .reference import cross_entropy, divergence, transformed, wide
-from .teachers import TeacherCrossTerm, TeacherTopK
+from .teachers import LEAST_REST, TeacherCrossTerm, TeacherTopK
 
 
 def _log_rest(log_p: Tensor, taken: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ def top_k_row_terms(
         student = log_p.gather(1, teacher.indices).masked_fill(~is_kept, -math.inf)
         rest_s = _log_rest(log_p, taken).unsqueeze(1)
         # In float64: the rest may be as small as the rounding of a sum in float32.
-        rest_t = (1.0 - logprobs.double().exp().sum(1, keepdim=True)).clamp_min(0.0).log().to(log_p.dtype)
+        rest_t = 1.0 - logprobs.double().exp().sum(1, keepdim=True)
+        rest_t = rest_t.clamp_min(LEAST_REST).log().to(log_p.dtype)
         # Where every id was kept, what is left is the rounding of the log-probabilities.
         every = is_kept.sum(1, keepdim=True) == log_p.shape[1]
         rest_t = rest_t.masked_fill(every, -math.inf)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .backends import Backend, load_backend
 from .matmul import wide_dtype
 from .options import LogitTransform, RowTerms
-from .teachers import Tail
+from .teachers import LEAST_REST, Tail
 
 
 def transform_(
@@ -202,7 +202,7 @@ def _categories(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence of the K + 1 categories (R,), and its derivatives for the kept logits and for `others`."""
     if bucket:
-        rest = (1.0 - teacher.exp().sum(1, keepdim=True)).clamp_min(0.0).log()
+        rest = (1.0 - teacher.exp().sum(1, keepdim=True)).clamp_min(LEAST_REST).log()
         # Where every id was kept, what is left is the rounding of the log-probabilities.
         every = (teacher > -math.inf).sum(1, keepdim=True) == vocabulary
         rest = rest.masked_fill(every, -math.inf)

@@ -12,6 +12,9 @@ Tail = Literal["renormalize", "bucket"]
 # bias, entropy.
 Form = Literal["full", "top_k", "cross_term"]
 
+# The probability of a teacher's bucket, unless every id was kept.
+LEAST_REST = 2.0**-24
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherLogits:
@@ -45,6 +48,7 @@ class TeacherTopK:
     - "renormalize": nothing. p_t is softmax(logprobs / T) over the kept entries and 0 elsewhere.
     - "bucket": one category. On both sides all other ids become one entry, at temperature 1, with what is left of
       the probability; both distributions over K + 1 categories are then brought to temperature T (p^(1/T), normalised).
+      The teacher's is 2^-24 at least: less cannot be told from 0 in float32, and 0 would make reverse KL infinite.
     """
 
     logprobs: Tensor

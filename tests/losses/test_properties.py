@@ -76,6 +76,13 @@ def size(divergence: Any) -> float:
     return 1.0 / ((divergence.alpha or divergence.beta) * (divergence.beta or divergence.alpha))
 
 
+def apart(student: Tensor, teacher: Any) -> float:
+    """How far the logits of the two sides may be apart."""
+    numbers = teacher.logprobs if isinstance(teacher, TeacherTopK) else teacher
+    sides = [side[side.isfinite()].abs().double() for side in (student, numbers)]
+    return sum(float(side.max()) for side in sides if side.numel())
+
+
 def assert_right(impl: Impl, student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> None:
     """Rows and gradient are as near to fp64 as four times the float32 specification, and finite where it is.
 
@@ -96,9 +103,14 @@ def assert_right(impl: Impl, student: Tensor, teacher: Any, labels: Tensor | Non
         finite = truth.isfinite()
         step = torch.finfo(ours.dtype).eps
         error = (ours.double() - truth)[finite].abs()
-        # Rows are taken as they are while logits / T are below 30 in size, where half a step of float32 is 1e-6. And
+        # Rows are taken as they are while logits / T are below 30 in size, where half a step of float32 is 1e-6; a difference
+        # of the two sides is rounded by half of its own step, and its product with a probability by as much again. And
         # float16 gradients below its smallest normal number are rounded to a multiple of 6e-8.
-        floor = 2e-6 * scale * size(options["divergence"]) + (6e-8 if ours.dtype == torch.float16 else 0.0)
+        distance = apart(student, teacher) / options["temperature"]
+        rounding = max(2e-6, 2.0**-23 * distance if distance < 60.0 else 0.0)
+        floor = rounding * scale * size(options["divergence"]) + (
+            6e-8 if ours.dtype == torch.float16 else 0.0
+        )
         bound = 4.0 * (plain.double() - truth)[finite].abs().max().item() if bool(finite.any()) else 0.0
         assert (error <= bound + 2.0 * step * truth[finite].abs() + floor).all(), f"{name}: {error.max():.3e}"
 

@@ -22,7 +22,7 @@ from kdkernels import (
     linear_kd_loss,
 )
 from kdkernels.options import Impl
-from kdkernels.teachers import Tail
+from kdkernels.teachers import LEAST_REST, Tail
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, IMPLS, eager_divergence, make_case
 
@@ -163,6 +163,26 @@ def test_nothing_is_left_where_every_id_was_kept(temperature: float, impl: Impl)
     assert (teacher.logprobs.double().exp().sum(1) < 1.0).any()
     loss = kd_loss(student, teacher, temperature=temperature, impl=impl)
     expected = kd_loss(student, logits, temperature=temperature, impl=impl)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(value, student)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", BUCKETED)
+def test_a_certain_teacher_leaves_a_bucket(divergence: Divergence, impl: Impl) -> None:
+    """Sums of float32 log-probabilities round to 1 in some rows and not in others: reverse KL would be infinite there."""
+    torch.manual_seed(0)
+    student = torch.randn(64, 40, device=DEVICE, requires_grad=True)
+    teacher = top_k(12.0 * torch.randn(64, 40, device=DEVICE), "bucket")
+    rest = 1.0 - teacher.logprobs.double().exp().sum(1)
+    assert (rest <= 0.0).any() and ((rest > 0.0) & (rest < LEAST_REST)).any()
+    kept = student.log_softmax(-1)
+    log_s = kept.gather(1, teacher.indices)
+    log_s = torch.cat((log_s, kept.scatter(1, teacher.indices, -math.inf).logsumexp(1, keepdim=True)), 1)
+    log_t = torch.cat((teacher.logprobs, rest.clamp_min(2.0**-24).log().float().unsqueeze(1)), 1)
+    expected = eager_divergence(log_s, log_t.log_softmax(1), divergence).mean()
+    loss = kd_loss(student, teacher, divergence=divergence, impl=impl)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value, student)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
