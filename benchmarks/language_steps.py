@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.operation import Operation, Step, training_step
 
 if TYPE_CHECKING:
-    from kdtrain.language.objective import LanguageObjective
-    from kdtrain.language.packing import PackedRows
-    from kdtrain.language.rows import CachedRows
-    from kdtrain.language.teacher import LanguageTeacher
+    from kdtrain.models.language_teacher import LanguageTeacher
+    from kdtrain.tasks.code_lm.objective import LanguageObjective
+    from kdtrain.tasks.code_lm.packing import PackedRows
+    from kdtrain.teacher_cache.token_rows import CachedRows
 
 BATCHES = 4  # different batches that the steps take turns with
 
@@ -80,7 +80,7 @@ def make_inputs(case: Case) -> Inputs:
 
 def _rows(case: Case, count: int) -> "PackedRows":
     """Rows of random tokens, each one document."""
-    from kdtrain.language.packing import PackedRows
+    from kdtrain.tasks.code_lm.packing import PackedRows
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(case.vocabulary, (count, case.length), generator=generator, dtype=torch.int32)
@@ -118,7 +118,7 @@ def _model(case: Case, width: int, layers: int) -> Any:
 
 
 def _teacher(case: Case) -> "LanguageTeacher":
-    from kdtrain.language.teacher import LanguageTeacher
+    from kdtrain.models.language_teacher import LanguageTeacher
 
     model = _model(case, case.teacher_width, case.teacher_layers)
     model.eval().requires_grad_(False).to(case.device, getattr(torch, case.precision))
@@ -126,8 +126,8 @@ def _teacher(case: Case) -> "LanguageTeacher":
 
 
 def _objective(case: Case, method: str, teacher: "LanguageTeacher | None", stored: Any = None) -> Any:
-    from kdtrain.language.objective import LanguageObjective
-    from kdtrain.language.recipe import LanguageMethodRecipe
+    from kdtrain.tasks.code_lm.objective import LanguageObjective
+    from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
 
     student = _model(case, case.width, case.layers).train()
     recipe = LanguageMethodRecipe(name=method)  # type: ignore[arg-type]
@@ -171,10 +171,10 @@ def kd_features(case: Case, inputs: Inputs) -> Step:
 
 
 def _stored(case: Case, inputs: Inputs, kind: Literal["hidden", "topk"]) -> Step:
-    from kdtrain.language.cache import Signal
-    from kdtrain.language.cache_build import build_language_cache
-    from kdtrain.language.recipe import LanguageTeacherRecipe
-    from kdtrain.language.rows import CachedRows
+    from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+    from kdtrain.teacher_cache.token_build import build_language_cache
+    from kdtrain.teacher_cache.token_cache import Signal
+    from kdtrain.teacher_cache.token_rows import CachedRows
 
     teacher, recipe = _teacher(case), LanguageTeacherRecipe(path="random weights", signal=kind)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-cache-"))
@@ -204,9 +204,9 @@ def stored_top_k(case: Case, inputs: Inputs) -> Step:
 
 def store(case: Case, inputs: Inputs) -> Step:
     """What the cache costs once for every batch: the teacher's pass, and its hidden states written to disk."""
-    from kdtrain.language.cache import Signal
-    from kdtrain.language.cache_build import build_language_cache
-    from kdtrain.language.recipe import LanguageTeacherRecipe
+    from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+    from kdtrain.teacher_cache.token_build import build_language_cache
+    from kdtrain.teacher_cache.token_cache import Signal
 
     teacher, rows = _teacher(case), _rows(case, case.rows)
     signal = Signal.of("hidden", teacher, LanguageTeacherRecipe(path="random weights", signal="hidden"))
@@ -221,7 +221,7 @@ def store(case: Case, inputs: Inputs) -> Step:
 
 
 def _eager_logits(objective: "LanguageObjective", batch: Any) -> Tensor:
-    from kdtrain.language.heads import head_of, hidden_states
+    from kdtrain.models.heads import head_of, hidden_states
 
     hidden, _ = hidden_states(objective.student, batch.input_ids, batch.position_ids, ())
     return F.linear(hidden, head_of(objective.student).weight).flatten(0, 1).float()

@@ -50,10 +50,10 @@ SMOKE = (Case(2, 16, "roberta-0.6M", 16, 4),)
 def _contender(name: str) -> Any:
     def contender(case: Case, inputs: torch.Generator) -> Step:
         from kdtrain.methods import method_class
-        from kdtrain.models import Shape
-        from kdtrain.objective import Batch, DistillationModel
-        from kdtrain.presets import STUDENTS, STUDY
+        from kdtrain.models.loading import Shape
         from kdtrain.recipe import MethodRecipe
+        from kdtrain.recipe.presets import STUDENTS, STUDY
+        from kdtrain.tasks.classification.objective import Batch, DistillationModel
 
         shape = STUDENTS[case.student]
         recipe = MethodRecipe(name=name, **STUDY.get(name, {}).get("method", {}))

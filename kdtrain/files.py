@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from kdtrain.console import say
 from kdtrain.errors import KdtrainError
-from kdtrain.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor

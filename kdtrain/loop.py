@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from kdtrain.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
+from kdtrain.console import progress, say
 from kdtrain.data.tokens import length_grouped_batches
+from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
+from kdtrain.engine.failures import tells_failures
+from kdtrain.engine.full_state import joined, load_state, whole_state
+from kdtrain.engine.zero import piece_of_batch, prepared
 from kdtrain.errors import KdtrainError
-from kdtrain.failures import tells_failures
+from kdtrain.evaluation.metrics import keep_lines
 from kdtrain.files import append_line
-from kdtrain.metrics import keep_lines
-from kdtrain.progress import progress, say
 from kdtrain.recipe import TrainingRecipe
-from kdtrain.sharding import joined, load_state, whole_state
-from kdtrain.task import Evaluate, Objective, RunRecipe, TrainingData
-from kdtrain.zero import piece_of_batch, prepared
+from kdtrain.tasks.base import Evaluate, Objective, RunRecipe, TrainingData
 
 SMALLER_IS_BETTER = ("loss", "divergence")
 

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import write_atomic
-from kdtrain.metrics import read_metrics
 
 
 def legend_beside(figure: Figure, axes: Axes) -> None:

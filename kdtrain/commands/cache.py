@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
+from kdtrain.console import say
 from kdtrain.errors import KdtrainError
-from kdtrain.language.recipe import TASK, LanguageRecipe, language_recipe_from_dict
-from kdtrain.progress import say
 from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict, task_of
+from kdtrain.tasks.code_lm.recipe import TASK, LanguageRecipe, language_recipe_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +36,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = recipe_from_dict(content)
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
-    from kdtrain.cache_build import verify_cache
-    from kdtrain.data.classification import load_classification
-    from kdtrain.prepare import (
+    from kdtrain.tasks.classification.prepare import (
         build_method,
         cache_identity,
         cached_rows,
@@ -46,6 +44,8 @@ def main(arguments: argparse.Namespace) -> int:
         prepare_cache,
         start_accelerator,
     )
+    from kdtrain.tasks.classification.splits import load_classification
+    from kdtrain.teacher_cache.row_build import verify_cache
 
     data = load_classification(recipe.data)
     teacher = open_teacher(recipe, data)
@@ -77,9 +77,9 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
             f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden, topk, "
             "cross_term or shards"
         )
-    from kdtrain.language.cache_build import verify_language_cache
-    from kdtrain.language.run import prepare, stored_signals
-    from kdtrain.prepare import start_accelerator
+    from kdtrain.tasks.classification.prepare import start_accelerator
+    from kdtrain.tasks.code_lm.run import prepare, stored_signals
+    from kdtrain.teacher_cache.token_build import verify_language_cache
 
     device = start_accelerator(recipe).device
     parts = prepare(recipe)

@@ -50,11 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.site_packages and not arguments.train_teacher:
         raise KdtrainError("--site-packages is what a new teacher learns from; add --train-teacher")
     if arguments.task == "code-lm":
-        from kdtrain.language.demo import language_demo
+        from kdtrain.demo.code_lm import language_demo
 
         print(language_demo(Path(arguments.output or "runs/demo-code-lm")))
         return 0
-    from kdtrain.demo import demo
+    from kdtrain.demo.classification import demo
 
     print(
         demo(

@@ -12,7 +12,7 @@ from kdtrain.recipe import read_recipe, task_of
 EXAMINERS = {
     "classification": "kdtrain.commands.doctor:examine_classification",
     "study": "kdtrain.commands.doctor:examine_study",
-    "code_lm": "kdtrain.language.doctor:examine_language",
+    "code_lm": "kdtrain.doctor.code_lm:examine_language",
 }
 """By a recipe's `task`: the function from its content to its findings."""
 
@@ -51,8 +51,8 @@ def print_plan(task: str, content: dict[str, Any]) -> int:
     """Where the memory of one device goes, without opening data or weights."""
     if task != "code_lm":
         raise KdtrainError(f"--plan is for recipes of task code_lm, got task: {task}")
-    from kdtrain.language.plan import plan_table
-    from kdtrain.language.recipe import language_recipe_from_dict
+    from kdtrain.doctor.memory_plan import plan_table
+    from kdtrain.tasks.code_lm.recipe import language_recipe_from_dict
 
     print(plan_table(language_recipe_from_dict(content)))
     return 0
@@ -63,7 +63,7 @@ def examine_classification(content: dict[str, Any]) -> list[Finding]:
     from kdtrain.recipe import recipe_from_dict
 
     recipe = recipe_from_dict(content)
-    from kdtrain.doctor.classification import examine_recipe
+    from kdtrain.tasks.classification.checks import examine_recipe
 
     return examine_recipe(recipe)
 
@@ -73,9 +73,9 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
     from kdtrain.study.plan import study_from_dict, unfold
 
     study = study_from_dict(content)
-    from kdtrain.doctor.classification import examine_recipe
-    from kdtrain.materials import Materials
     from kdtrain.study.shared import make_data, shared_cache
+    from kdtrain.tasks.classification.checks import examine_recipe
+    from kdtrain.tasks.classification.materials import Materials
 
     findings: dict[Finding, str] = {}
     materials = Materials()

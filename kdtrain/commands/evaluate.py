@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def evaluate_classifier(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of a run of task classification."""
-    from kdtrain.evaluate import compare_runs, evaluate_run
+    from kdtrain.evaluation.classification import compare_runs, evaluate_run
 
     split = arguments.split or "test"
     compared = None  # told first: measuring takes its time
@@ -65,7 +65,7 @@ def evaluate_language_model(arguments: argparse.Namespace) -> dict[str, Any]:
         raise KdtrainError(
             "a language model has no test split, it is measured on its held-out rows; leave --split out"
         )
-    from kdtrain.language.evaluate_run import compare_language_runs, evaluate_language_run, measured_file
+    from kdtrain.evaluation.code_lm import compare_language_runs, evaluate_language_run, measured_file
 
     if arguments.against not in (None, arguments.run):
         measured_file(arguments.against)  # told first: measuring takes its time

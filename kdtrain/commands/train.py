@@ -5,14 +5,14 @@ import importlib
 from typing import Any
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.recipe import LanguageRecipe
-from kdtrain.masked.recipe import MaskedRecipe
 from kdtrain.recipe import Recipe, describe_fields, read_recipe, task_of
+from kdtrain.tasks.code_lm.recipe import LanguageRecipe
+from kdtrain.tasks.masked_lm.recipe import MaskedRecipe
 
 TASKS = {
-    "classification": (Recipe, "kdtrain.recipe:recipe_from_dict", "kdtrain.run:run"),
-    "masked_lm": (MaskedRecipe, "kdtrain.masked.recipe:masked_recipe_from_dict", "kdtrain.masked.run:run_masked"),
-    "code_lm": (LanguageRecipe, "kdtrain.language.recipe:language_recipe_from_dict", "kdtrain.language.run:run_language"),
+    "classification": (Recipe, "kdtrain.recipe:recipe_from_dict", "kdtrain.tasks.classification.run:run"),
+    "masked_lm": (MaskedRecipe, "kdtrain.tasks.masked_lm.recipe:masked_recipe_from_dict", "kdtrain.tasks.masked_lm.run:run_masked"),
+    "code_lm": (LanguageRecipe, "kdtrain.tasks.code_lm.recipe:language_recipe_from_dict", "kdtrain.tasks.code_lm.run:run_language"),
 }  # fmt: skip
 """By a recipe's `task`: what it holds, the function that reads it, and the one that runs it (which loads torch)."""
 

@@ -28,6 +28,7 @@ from typing import cast
 
 from joblib import Parallel, delayed
 
+from kdtrain.console import progress, say
 from kdtrain.data.handlers import (
     CLASSES,
     HOLE,
@@ -47,7 +48,6 @@ from kdtrain.data.sources import (
 )
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic, write_json
-from kdtrain.progress import progress, say
 
 
 def build_exceptions(

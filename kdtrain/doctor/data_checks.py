@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from kdtrain.data.pairs import PairRows
-from kdtrain.data.rows import UNLABELLED, TextRows
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import Subject
+from kdtrain.tasks.classification.pairs import PairRows
+from kdtrain.tasks.classification.rows import UNLABELLED, TextRows
 
 
 def classes_are_there(subject: Subject) -> Iterator[Finding]:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.cache_build import teacher_outputs
-from kdtrain.data.pairs import PairRows
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
-from kdtrain.models import parameter_count, shape_of
-from kdtrain.objective import Batch, DistillationModel, Method
-from kdtrain.prepare import student_insert, training_rows
-from kdtrain.students import build_student
+from kdtrain.models.loading import parameter_count, shape_of
+from kdtrain.models.students import build_student
+from kdtrain.tasks.classification.objective import Batch, DistillationModel, Method
+from kdtrain.tasks.classification.pairs import PairRows
+from kdtrain.tasks.classification.prepare import student_insert, training_rows
+from kdtrain.teacher_cache.row_build import teacher_outputs
 
 
 def what_is_trained(subject: Subject) -> Iterator[Finding]:

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kdtrain.cache_build import teacher_outputs
-from kdtrain.data.classification import ClassificationData
-from kdtrain.data.pairs import Rows, tokenize_split
-from kdtrain.data.rows import TextRows
-from kdtrain.materials import Materials
-from kdtrain.models import load_tokenizer
-from kdtrain.objective import Method
-from kdtrain.prepare import build_method, student_insert
+from kdtrain.models.loading import load_tokenizer
+from kdtrain.models.teachers import Teacher
+from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import Recipe
-from kdtrain.teachers import Teacher
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.classification.objective import Method
+from kdtrain.tasks.classification.pairs import Rows, tokenize_split
+from kdtrain.tasks.classification.prepare import build_method, student_insert
+from kdtrain.tasks.classification.rows import TextRows
+from kdtrain.tasks.classification.splits import ClassificationData
+from kdtrain.teacher_cache.row_build import teacher_outputs
 
 SAMPLE = 200
 """Rows that a check looks at where looking costs a model's time."""

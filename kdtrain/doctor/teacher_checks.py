@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import torch
 
-from kdtrain.cache_build import teacher_outputs
-from kdtrain.data.pairs import PairRows
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
-from kdtrain.models import shape_of
-from kdtrain.prepare import cache_folder, cached_rows
+from kdtrain.models.loading import shape_of
+from kdtrain.tasks.classification.pairs import PairRows
+from kdtrain.tasks.classification.prepare import cache_folder, cached_rows
+from kdtrain.teacher_cache.row_build import teacher_outputs
 
 
 def teacher_knows_the_task(subject: Subject) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from kdtrain.methods.ft import FineTuning
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.kd_features import FeatureDistillation
 from kdtrain.methods.pkd import PatientDistillation
-from kdtrain.objective import Method
+from kdtrain.tasks.classification.objective import Method
 
 METHODS: dict[str, type[Method]] = {
     "ft": FineTuning,

@@ -9,9 +9,9 @@ from kdkernels import contextual_relation_loss
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.layers import layer_pairs
-from kdtrain.models import Shape
-from kdtrain.objective import Batch
+from kdtrain.models.loading import Shape
 from kdtrain.recipe import MethodRecipe
+from kdtrain.tasks.classification.objective import Batch
 
 
 class ContextualDistillation(LogitDistillation):

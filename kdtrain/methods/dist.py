@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kdtrain.models import Shape
-from kdtrain.objective import Batch, Method, label_cross_entropy
+from kdtrain.models.loading import Shape
 from kdtrain.recipe import MethodRecipe
+from kdtrain.tasks.classification.objective import Batch, Method, label_cross_entropy
 
 TINY = 1e-8
 """Keeps the correlation of a constant vector finite (it is 0)."""

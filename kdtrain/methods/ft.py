@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdtrain.objective import Batch, Method, label_cross_entropy
+from kdtrain.tasks.classification.objective import Batch, Method, label_cross_entropy
 
 
 class FineTuning(Method):

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from kdkernels import kd_loss
-from kdtrain.models import Shape
-from kdtrain.objective import Batch, Method, label_cross_entropy
+from kdtrain.models.loading import Shape
 from kdtrain.recipe import MethodRecipe
+from kdtrain.tasks.classification.objective import Batch, Method, label_cross_entropy
 
 
 class LogitDistillation(Method):

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from kdkernels import projection_mse
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.layers import Pairs, layer_pairs
-from kdtrain.models import Shape
-from kdtrain.objective import Batch
+from kdtrain.models.loading import Shape
 from kdtrain.recipe import MethodRecipe
+from kdtrain.tasks.classification.objective import Batch
 
 Side = Literal["student", "teacher"]
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from kdtrain.methods.kd_features import FeatureDistillation, Side
 from kdtrain.methods.layers import Pairs, all_but_the_last, layer_pairs
-from kdtrain.models import Shape
+from kdtrain.models.loading import Shape
 from kdtrain.recipe import MethodRecipe
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic
-from kdtrain.presets import with_presets
+from kdtrain.recipe.presets import with_presets
 from kdtrain.recipe.sections import Recipe
 
 Value = TypeVar("Value")

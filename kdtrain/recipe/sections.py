@@ -60,7 +60,8 @@ class StudentRecipe:
     """The model that is trained: its shape, or where to start from."""
 
     preset: str | None = option(
-        None, "shape by name, such as roberta-7M or bigru-1.5M (kdtrain/presets.py); fields given here win"
+        None,
+        "shape by name, such as roberta-7M or bigru-1.5M (kdtrain/recipe/presets.py); fields given here win",
     )
     architecture: Literal["roberta", "bigru"] = option("roberta", "encoder of a new student")
     path: str | None = option(
@@ -155,7 +156,8 @@ class MethodRecipe:
         "ft (labels only), kd (teacher's soft labels), kd_features (and its hidden states), dist, pkd or ckd",
     )
     preset: str | None = option(
-        None, "study: the values of arXiv 2508.15423 for this method (kdtrain/presets.py); fields given win"
+        None,
+        "study: the values of arXiv 2508.15423 for this method (kdtrain/recipe/presets.py); fields given win",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
         "forward_kl", "between the softened probabilities of teacher and student"

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from kdtrain.console import progress
 from kdtrain.files import write_json
-from kdtrain.progress import progress
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
@@ -54,7 +54,9 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     costs: list[Cost] = []
     # A fresh fork for each model, from a server that has loaded the libraries and nothing else.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdtrain.evaluate", "kdtrain.materials"])
+    context.set_forkserver_preload(
+        ["kdtrain.evaluation.classification", "kdtrain.tasks.classification.materials"]
+    )
     with progress(len(jobs), "costs", unit="models") as bar:
         for job in jobs:
             with ProcessPoolExecutor(
@@ -76,9 +78,9 @@ def _start(path: list[str], threads: int, parent: int) -> None:
 
 
 def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) -> list[Cost]:
-    from kdtrain.evaluate import latency_ms
-    from kdtrain.materials import Materials
-    from kdtrain.models import load_classifier, load_tokenizer
+    from kdtrain.evaluation.classification import latency_ms
+    from kdtrain.models.loading import load_classifier, load_tokenizer
+    from kdtrain.tasks.classification.materials import Materials
 
     recipe, materials = recipe_from_dict(content), Materials()
     data = materials.data(recipe)
@@ -88,7 +90,7 @@ def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) ->
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         before = _reset_peak(device)
         if teacher:
-            from kdtrain.data.pairs import tokenize_split
+            from kdtrain.tasks.classification.pairs import tokenize_split
 
             loaded = materials.teacher(recipe)
             assert loaded is not None

@@ -4,17 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtrain.cache import Identity
-from kdtrain.cache_build import build_cache
-from kdtrain.data.classification import ClassificationData
+from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder
-from kdtrain.materials import Materials
 from kdtrain.methods import method_class
-from kdtrain.prepare import build_method, cache_folder, start_accelerator, training_rows
-from kdtrain.progress import say
+from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.study.plan import Cell, StudyRecipe
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.classification.prepare import build_method, cache_folder, start_accelerator, training_rows
+from kdtrain.tasks.classification.splits import ClassificationData
+from kdtrain.teacher_cache.row_build import build_cache
+from kdtrain.teacher_cache.row_cache import Identity
 
 
 def prepare(study: StudyRecipe, cells: list[Cell]) -> list[Cell]:

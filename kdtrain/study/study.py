@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from kdtrain.materials import Materials
 from kdtrain.study.costs import measure_costs
 from kdtrain.study.plan import StudyRecipe, unfold
 from kdtrain.study.report import write_report
 from kdtrain.study.results import collect
 from kdtrain.study.shared import prepare
 from kdtrain.study.work import run_cells
+from kdtrain.tasks.classification.materials import Materials
 
 
 def run_study(study: StudyRecipe) -> str:

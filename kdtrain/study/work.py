@@ -14,17 +14,17 @@ from typing import Any
 import torch
 import yaml
 
-from kdtrain.claim import IDENTITY
-from kdtrain.data.classification import ClassificationData
+from kdtrain.console import progress, say
+from kdtrain.engine.run_folder import IDENTITY
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import method_class
-from kdtrain.prepare import cache_folder
-from kdtrain.progress import progress, say
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
-from kdtrain.shards import read_manifest
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 from kdtrain.summary import FILE, Summary
+from kdtrain.tasks.classification.prepare import cache_folder
+from kdtrain.tasks.classification.splits import ClassificationData
+from kdtrain.teacher_cache.shards import read_manifest
 
 
 def run_cells(
@@ -125,8 +125,8 @@ _materials: Any = None
 def _run_cell(content: dict[str, Any]) -> str:
     """One run in a worker; what it made serves the next ones of the same task."""
     global _materials
-    from kdtrain.materials import Materials
-    from kdtrain.run import run
+    from kdtrain.tasks.classification.materials import Materials
+    from kdtrain.tasks.classification.run import run
 
     recipe = recipe_from_dict(content)
     _materials = _materials or Materials()

@@ -25,7 +25,8 @@ from transformers import (
     Starcoder2Config,
 )
 
-from kdtrain.language.recipe import (
+from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
     LanguageRecipe,
@@ -33,8 +34,7 @@ from kdtrain.language.recipe import (
     LanguageTeacherRecipe,
     LanguageTrainingRecipe,
 )
-from kdtrain.language.run import run_language
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.code_lm.run import run_language
 
 VOCABULARY = 300
 SHAPE: dict[str, Any] = {

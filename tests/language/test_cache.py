@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
+from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
-from kdtrain.language.heads import head_of
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
-from kdtrain.language.run import prepare, run_language, stored_signals
-from kdtrain.metrics import read_metrics
+from kdtrain.models.heads import head_of
 from kdtrain.recipe import save_recipe
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
+from kdtrain.tasks.code_lm.run import prepare, run_language, stored_signals
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from kdtrain.demo.code_lm import LanguageDemoPlan, language_demo
 from kdtrain.errors import KdtrainError
-from kdtrain.language.demo import LanguageDemoPlan, language_demo
-from kdtrain.language.recipe import LanguageStudentRecipe
+from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe
 
 
 def plan(tree: Path) -> LanguageDemoPlan:

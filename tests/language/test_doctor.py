@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from kdtrain.cli import main
-from kdtrain.language.doctor import LanguageSubject, examine_language
-from kdtrain.language.heads import head_of
-from kdtrain.language.objective import LanguageObjective
-from kdtrain.language.packing import LanguageBatch
-from kdtrain.language.plan import ModelShape, plan_step
-from kdtrain.language.recipe import (
+from kdtrain.doctor.code_lm import LanguageSubject, examine_language
+from kdtrain.doctor.memory_plan import ModelShape, plan_step
+from kdtrain.models.heads import head_of
+from kdtrain.models.language_student import recompute_layers
+from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.recipe import recipe_to_dict, save_recipe
+from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.tasks.code_lm.packing import LanguageBatch
+from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
     LanguageRecipe,
@@ -27,9 +30,6 @@ from kdtrain.language.recipe import (
     LanguageTrainingRecipe,
     load_language_recipe,
 )
-from kdtrain.language.student import recompute_layers
-from kdtrain.language.teacher import LanguageTeacher
-from kdtrain.recipe import recipe_to_dict, save_recipe
 
 
 def findings(recipe: LanguageRecipe) -> dict[str, str]:

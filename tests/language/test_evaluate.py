@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.language.evaluate_run import interval_per_token
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
-from kdtrain.language.run import LanguageSummary, run_language
+from kdtrain.evaluation.code_lm import interval_per_token
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.run import LanguageSummary, run_language
 
 
 def test_runs_are_measured_and_compared(

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.heads import check_model, decoder_layers, head_of, hidden_states
+from kdtrain.models.heads import check_model, decoder_layers, head_of, hidden_states
 from tests.language.conftest import FAMILIES, VOCABULARY, tiny
 
 PLACES = torch.cat([torch.arange(5), torch.arange(8), torch.arange(4)])[None]

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.heads import hidden_states
-from kdtrain.language.packing import IGNORED, padded_batch
-from kdtrain.language.trainer import KDConfig, KDTrainer, collate_counted
+from kdtrain.hf_trainer import KDConfig, KDTrainer, collate_counted
+from kdtrain.models.heads import hidden_states
+from kdtrain.tasks.code_lm.packing import IGNORED, padded_batch
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps, tokens
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.evaluate_run import evaluate_language_run
-from kdtrain.language.heads import check_model
-from kdtrain.language.lora import adapted_layers
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
-from kdtrain.language.run import LanguageSummary, prepare, run_language
-from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.evaluation.code_lm import evaluate_language_run
+from kdtrain.hf_trainer import KDConfig, KDTrainer
+from kdtrain.models.heads import check_model
+from kdtrain.models.lora import adapted_layers
 from kdtrain.recipe import save_recipe
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
+from kdtrain.tasks.code_lm.run import LanguageSummary, prepare, run_language
 from tests.language.conftest import tiny
 from tests.language.test_cache import losses, stored
 from tests.language.test_processes import FSDP2, finish, launch

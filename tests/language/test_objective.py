@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.documents import Documents
-from kdtrain.language.heads import head_of
-from kdtrain.language.objective import LanguageObjective, Weights
-from kdtrain.language.packing import IGNORED, LanguageBatch, PackedRows, pack
-from kdtrain.language.recipe import LanguageMethodRecipe
-from kdtrain.language.teacher import LanguageTeacher
+from kdtrain.models.heads import head_of
+from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.tasks.code_lm.documents import Documents
+from kdtrain.tasks.code_lm.objective import LanguageObjective, Weights
+from kdtrain.tasks.code_lm.packing import IGNORED, LanguageBatch, PackedRows, pack
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
 from tests.language.conftest import VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_loss_is_what_the_recipe_says() -> None:
         ce = torch.nn.functional.cross_entropy(ours, batch.labels[counted], reduction="sum")
         log_p, log_q = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
         divergence = 4 * (log_q.exp() * (log_q - log_p)).sum()
-        from kdtrain.language.heads import hidden_states
+        from kdtrain.models.heads import hidden_states
 
         _, layers = hidden_states(model.student, batch.input_ids, batch.position_ids, (1, 2))
         _, known = hidden_states(model.teacher.model, batch.input_ids, batch.position_ids, (2, 2))

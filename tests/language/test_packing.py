@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.documents import Documents, load_documents, read_rows, tokenize_documents
-from kdtrain.language.packing import IGNORED, best_fit, pack, padded_batch, shifted_labels
-from kdtrain.language.recipe import LanguageDataRecipe
+from kdtrain.tasks.code_lm.documents import Documents, load_documents, read_rows, tokenize_documents
+from kdtrain.tasks.code_lm.packing import IGNORED, best_fit, pack, padded_batch, shifted_labels
+from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
 
 CPU = torch.device("cpu")
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

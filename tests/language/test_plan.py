@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kdkernels import teacher_cross_term
 from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
 from kdkernels._triton.configs import chunk_rows as triton_chunk_rows
-from kdtrain.language.heads import head_of
-from kdtrain.language.lora import add_adapters
-from kdtrain.language.objective import LanguageObjective
-from kdtrain.language.packing import LanguageBatch
-from kdtrain.language.plan import ModelShape, chunk_rows, plan_step
-from kdtrain.language.recipe import (
+from kdtrain.doctor.memory_plan import ModelShape, chunk_rows, plan_step
+from kdtrain.models.heads import head_of
+from kdtrain.models.language_student import recompute_layers
+from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.models.lora import add_adapters
+from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.tasks.code_lm.packing import LanguageBatch
+from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
     LanguageRecipe,
@@ -23,8 +25,6 @@ from kdtrain.language.recipe import (
     LanguageTeacherRecipe,
     LanguageTrainingRecipe,
 )
-from kdtrain.language.student import recompute_layers
-from kdtrain.language.teacher import LanguageTeacher
 from tests.language.test_doctor import PeakMemory
 
 PLAIN = LanguageRecipe(

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.recipe import LanguageRecipe
-from kdtrain.language.run import run_language
-from kdtrain.metrics import read_metrics
+from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.recipe import save_recipe
+from kdtrain.tasks.code_lm.recipe import LanguageRecipe
+from kdtrain.tasks.code_lm.run import run_language
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps
 from tests.support import commands

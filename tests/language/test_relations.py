@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.heads import hidden_states
-from kdtrain.language.objective import LanguageObjective
-from kdtrain.language.packing import IGNORED
-from kdtrain.language.recipe import LanguageMethodRecipe
-from kdtrain.language.relations import RelationLoss, attention_inputs, split_documents
-from kdtrain.language.student import recompute_layers
-from kdtrain.language.teacher import LanguageTeacher
+from kdtrain.models.heads import hidden_states
+from kdtrain.models.language_student import recompute_layers
+from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.tasks.code_lm.packing import IGNORED
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
+from kdtrain.tasks.code_lm.relations import RelationLoss, attention_inputs, split_documents
 from tests.language.conftest import FAMILIES, VOCABULARY, tiny
 from tests.language.test_objective import CPU, objective, rows
 

@@ -10,18 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
-from kdtrain.language.objective import LanguageObjective
-from kdtrain.language.recipe import (
+from kdtrain.evaluation.metrics import read_metrics
+from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.recipe import load_recipe, save_recipe
+from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.tasks.code_lm.recipe import (
     LanguageMethodRecipe,
     LanguageRecipe,
     LanguageStudentRecipe,
     LanguageTeacherRecipe,
     load_language_recipe,
 )
-from kdtrain.language.run import LanguageSummary, prepare, run_language
-from kdtrain.metrics import read_metrics
-from kdtrain.recipe import load_recipe, save_recipe
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.code_lm.run import LanguageSummary, prepare, run_language
 from tests.language.conftest import tiny
 
 

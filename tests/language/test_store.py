@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.documents import document_windows, load_documents, load_held_out, read_rows
-from kdtrain.language.packing import PackedRows, pack
-from kdtrain.language.recipe import LanguageDataRecipe, LanguageRecipe
-from kdtrain.language.run import run_language
-from kdtrain.language.store import stored_rows
+from kdtrain.tasks.code_lm.documents import document_windows, load_documents, load_held_out, read_rows
+from kdtrain.tasks.code_lm.packing import PackedRows, pack
+from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.run import run_language
+from kdtrain.tasks.code_lm.store import stored_rows
 
 
 def contents(rows: PackedRows) -> list[bytes]:

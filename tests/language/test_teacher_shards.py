@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
+from kdtrain.doctor.code_lm import examine_language
 from kdtrain.errors import KdtrainError
-from kdtrain.language.doctor import examine_language
-from kdtrain.language.recipe import LanguageMethodRecipe, LanguageRecipe
-from kdtrain.language.run import prepare, run_language
-from kdtrain.language.teacher_shards import TeacherShards
 from kdtrain.recipe import recipe_to_dict, save_recipe
 from kdtrain.summary import Summary
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.run import prepare, run_language
+from kdtrain.teacher_cache.external import TeacherShards
 from tests.language.test_cache import losses
 
 KEPT = 24

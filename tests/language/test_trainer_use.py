@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.hf_trainer import KDConfig, KDTrainer
 from tests.language.conftest import tiny
 from tests.language.test_processes import finish, torchrun
 from tests.language.trainer_rows import measured

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.vocabulary import match_vocabularies
+from kdtrain.models.vocabulary import match_vocabularies
 
 
 def words(*names: str) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from torch import distributed
 from transformers import DataCollatorWithFlattening
 
 from kdtrain.errors import KdtrainError
-from kdtrain.language.trainer import KDConfig, KDTrainer
+from kdtrain.hf_trainer import KDConfig, KDTrainer
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import tokens
 

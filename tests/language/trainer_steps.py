@@ -20,11 +20,11 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from kdtrain.engine.full_state import whole_state
 from kdtrain.errors import KdtrainError
-from kdtrain.language.heads import decoder_layers
-from kdtrain.language.packing import IGNORED
-from kdtrain.language.trainer import KDConfig, KDTrainer, open_teacher
-from kdtrain.sharding import whole_state
+from kdtrain.hf_trainer import KDConfig, KDTrainer, open_teacher
+from kdtrain.models.heads import decoder_layers
+from kdtrain.tasks.code_lm.packing import IGNORED
 from tests.language.conftest import VOCABULARY, tiny
 
 ROWS_OF_A_STEP = 8

@@ -10,9 +10,3 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch.distributed.run  # noqa: E402, F401
-
-import kdtrain.commands.cache  # noqa: E402
-import kdtrain.language.run  # noqa: E402
-import kdtrain.masked.run  # noqa: E402
-import kdtrain.run  # noqa: E402
-import kdtrain.study.work  # noqa: E402, F401

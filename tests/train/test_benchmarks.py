@@ -10,10 +10,10 @@ import pytest
 
 from kdtrain.cli import main
 from kdtrain.data.benchmarks import convert_bigclonebench, convert_cubert, convert_devign
-from kdtrain.data.classification import load_classification
 from kdtrain.data.handlers import CLASSES
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe
+from kdtrain.tasks.classification.splits import load_classification
 
 FUNCTIONS = [{"idx": str(i), "func": f"int f{i}(int x)\n{{\n    return x + {i};\n}}"} for i in range(6)]
 

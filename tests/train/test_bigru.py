@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from kdtrain.bigru import BiGRUForSequenceClassification
-from kdtrain.bigru_config import BiGRUConfig
-from kdtrain.bigru_steps import PackedSteps, bigru_layer
-from kdtrain.models import parameter_count
+from kdtrain.models.bigru import BiGRUForSequenceClassification
+from kdtrain.models.bigru_config import BiGRUConfig
+from kdtrain.models.bigru_steps import PackedSteps, bigru_layer
+from kdtrain.models.loading import parameter_count
 
 
 @pytest.fixture
@@ -48,7 +48,9 @@ def test_save_and_load_in_a_fresh_process(tmp_path: Path, model: BiGRUForSequenc
 
 def test_our_models_can_be_the_first_import() -> None:
     """transformers registers them while it loads; none may wait for another of ours then."""
-    code = "import kdtrain.bigru, kdtrain.pair_model; print(kdtrain.bigru.BiGRUModel.__name__)"
+    code = (
+        "import kdtrain.models.bigru, kdtrain.models.pairs; print(kdtrain.models.bigru.BiGRUModel.__name__)"
+    )
     environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert found.stdout == "BiGRUModel\n", found.stderr

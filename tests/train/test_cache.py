@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdtrain.cache import Identity, TeacherCache, open_cache
-from kdtrain.cache_build import build_cache, teacher_outputs, verify_cache
-from kdtrain.data.classification import ClassificationData, load_classification
 from kdtrain.data.tokens import tokenize
 from kdtrain.errors import KdtrainError
+from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.recipe import DataRecipe, Recipe, TeacherRecipe
-from kdtrain.teachers import Teacher, load_teacher
+from kdtrain.tasks.classification.splits import ClassificationData, load_classification
+from kdtrain.teacher_cache.row_build import build_cache, teacher_outputs, verify_cache
+from kdtrain.teacher_cache.row_cache import Identity, TeacherCache, open_cache
 from tests.support.commands import Program
 from tests.train.conftest import CLASSES, FOCUS
 

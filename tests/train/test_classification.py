@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.data.classification import load_classification
-from kdtrain.data.rows import UNLABELLED
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe
+from kdtrain.tasks.classification.rows import UNLABELLED
+from kdtrain.tasks.classification.splits import load_classification
 from tests.train.conftest import CLASSES, FOCUS
 
 

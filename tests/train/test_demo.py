@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification
 
 from kdtrain.cli import main
 from kdtrain.data.handlers import CLASSES, HOLE
-from kdtrain.demo import DemoPlan, demo
-from kdtrain.floor import around, bag_of_tokens
-from kdtrain.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
+from kdtrain.demo.classification import DemoPlan, demo
+from kdtrain.demo.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
+from kdtrain.evaluation.linear_baseline import around, bag_of_tokens
 
 TINY = replace(SHAPE, vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48)
 KINDS = {

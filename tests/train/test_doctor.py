@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from kdtrain.cli import main
-from kdtrain.data.classification import ClassificationData
 from kdtrain.doctor import Finding, examine, note
 from kdtrain.doctor import data_checks as of_data
 from kdtrain.doctor import method_checks as of_method
 from kdtrain.doctor import teacher_checks as of_teacher
-from kdtrain.doctor.classification import CHECKS, examine_recipe
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
-from kdtrain.materials import Materials
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, save_recipe
+from kdtrain.tasks.classification.checks import CHECKS, examine_recipe
+from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.classification.splits import ClassificationData
 
 
 def told(findings: list[Finding], level: str, words: str) -> bool:
@@ -123,7 +123,7 @@ class Opened(Materials):
 
     def __init__(self, subject: Subject, teacher: Path) -> None:
         super().__init__()
-        from kdtrain.teachers import load_teacher
+        from kdtrain.models.teachers import load_teacher
         from tests.train.conftest import CLASSES
 
         self._data = Subject(subject.recipe).data

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluate import (
+from kdtrain.evaluation.classification import (
     bootstrap_interval,
     classification_metrics,
     compare_runs,
@@ -20,8 +20,8 @@ from kdtrain.evaluate import (
 )
 from kdtrain.files import write_tensors
 from kdtrain.recipe import Recipe
-from kdtrain.run import run
 from kdtrain.summary import Summary
+from kdtrain.tasks.classification.run import run
 
 
 def test_metrics_by_hand() -> None:

@@ -9,7 +9,7 @@ import torch
 
 PROGRAM = """
 import sys, torch
-from kdtrain.prepare import start_accelerator
+from kdtrain.tasks.classification.prepare import start_accelerator
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
 
 training = TrainingRecipe(precision=sys.argv[1])

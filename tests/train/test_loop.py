@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
+from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
-from kdtrain.metrics import read_metrics
-from kdtrain.models import positions_of
+from kdtrain.models.loading import positions_of
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
-from kdtrain.run import run
 from kdtrain.summary import Summary
+from kdtrain.tasks.classification.run import run
 from tests.support.commands import Program, torchrun
 
 

@@ -33,11 +33,16 @@ from transformers import (
 from kdtrain.cli import main
 from kdtrain.data.handlers import HOLE, functions_with_names
 from kdtrain.errors import KdtrainError
-from kdtrain.masked.corpus import Corpus, load_corpus
-from kdtrain.masked.heads import check_masked_head, masked_head
-from kdtrain.masked.objective import MaskedObjective
-from kdtrain.masked.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
-from kdtrain.masked.rows import (
+from kdtrain.models.masked_heads import check_masked_head, masked_head
+from kdtrain.models.students import roberta_config
+from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.recipe import save_recipe
+from kdtrain.recipe.sections import StudentRecipe
+from kdtrain.summary import Summary
+from kdtrain.tasks.masked_lm.corpus import Corpus, load_corpus
+from kdtrain.tasks.masked_lm.objective import MaskedObjective
+from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
+from kdtrain.tasks.masked_lm.rows import (
     IGNORED,
     Hiding,
     MaskedBatch,
@@ -46,12 +51,7 @@ from kdtrain.masked.rows import (
     hidden_name_rows,
     text_rows,
 )
-from kdtrain.masked.run import MaskedSummary, run_masked
-from kdtrain.recipe import save_recipe
-from kdtrain.recipe.sections import StudentRecipe
-from kdtrain.students import roberta_config
-from kdtrain.summary import Summary
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.masked_lm.run import MaskedSummary, run_masked
 from tests.support.commands import Program
 
 CODE = (

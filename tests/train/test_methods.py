@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kdtrain.data.rows import UNLABELLED
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.dist import CorrelationDistillation, correlation
 from kdtrain.methods.layers import all_but_the_last
-from kdtrain.models import Shape, parameter_count
-from kdtrain.objective import Batch, WholeBatch
-from kdtrain.presets import DEFAULTS, STUDENTS, STUDY
+from kdtrain.models.loading import Shape, parameter_count
+from kdtrain.models.students import build_student
+from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import MethodRecipe, StudentRecipe, recipe_from_dict
-from kdtrain.students import build_student
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.recipe.presets import DEFAULTS, STUDENTS, STUDY
+from kdtrain.tasks.classification.objective import Batch, WholeBatch
+from kdtrain.tasks.classification.rows import UNLABELLED
 from tests.train.test_objective import model_of, rows
 
 SHAPE = Shape(layers=2, width=8)

@@ -9,15 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from kdtrain.bigru import BiGRUForSequenceClassification
-from kdtrain.bigru_config import BiGRUConfig
-from kdtrain.data.rows import UNLABELLED
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import METHODS, method_class
 from kdtrain.methods.layers import layer_pairs
-from kdtrain.models import Shape, shape_of
-from kdtrain.objective import Batch, DistillationModel
+from kdtrain.models.bigru import BiGRUForSequenceClassification
+from kdtrain.models.bigru_config import BiGRUConfig
+from kdtrain.models.loading import Shape, shape_of
 from kdtrain.recipe import MethodRecipe
+from kdtrain.tasks.classification.objective import Batch, DistillationModel
+from kdtrain.tasks.classification.rows import UNLABELLED
 
 CLASSES, TEACHER = 5, Shape(layers=4, width=24)
 LENGTHS = [19, 3, 11, 7, 16, 4, 9]

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtrain.cache_build import teacher_outputs
 from kdtrain.data.benchmarks import convert_bigclonebench, convert_devign
-from kdtrain.data.classification import ClassificationData, load_classification
-from kdtrain.data.pairs import tokenize_split
 from kdtrain.data.tokens import token_budget_batches
-from kdtrain.evaluate import classification_metrics
+from kdtrain.evaluation.classification import classification_metrics
+from kdtrain.models.teachers import load_teacher
 from kdtrain.recipe import DataRecipe, TeacherRecipe
-from kdtrain.teachers import load_teacher
+from kdtrain.tasks.classification.pairs import tokenize_split
+from kdtrain.tasks.classification.splits import ClassificationData, load_classification
+from kdtrain.teacher_cache.row_build import teacher_outputs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = 120

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from kdtrain.errors import KdtrainError
-from kdtrain.masked.recipe import masked_recipe_from_dict
 from kdtrain.recipe import (
     DataRecipe,
     MethodRecipe,
@@ -24,6 +23,7 @@ from kdtrain.recipe import (
     task_of,
 )
 from kdtrain.study.plan import load_study, unfold
+from kdtrain.tasks.masked_lm.recipe import masked_recipe_from_dict
 
 SECTIONS = (DataRecipe, StudentRecipe, TeacherRecipe, MethodRecipe, TrainingRecipe)
 

@@ -21,18 +21,18 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from kdtrain.cache import Identity
-from kdtrain.cache_build import build_cache, teacher_outputs, verify_cache
-from kdtrain.data.pairs import tokenize_split
-from kdtrain.data.rows import TextRows
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluate import evaluate_run
-from kdtrain.pair_config import PairConfig
+from kdtrain.evaluation.classification import evaluate_run
+from kdtrain.models.pair_config import PairConfig
+from kdtrain.models.students import build_student
+from kdtrain.models.teachers import Teacher, load_teacher
+from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
-from kdtrain.run import run
-from kdtrain.students import build_student
-from kdtrain.teachers import Teacher, load_teacher
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.tasks.classification.pairs import tokenize_split
+from kdtrain.tasks.classification.rows import TextRows
+from kdtrain.tasks.classification.run import run
+from kdtrain.teacher_cache.row_build import build_cache, teacher_outputs, verify_cache
+from kdtrain.teacher_cache.row_cache import Identity
 
 CPU = torch.device("cpu")
 TEXTS = ["int f(int x) { return x; }", "int g() { return 0; }", "void h(char *p) { free(p); free(p); }"]

@@ -11,7 +11,7 @@ from kdtrain.data.tokens import (
     tokenize,
     window_start,
 )
-from kdtrain.tokenizers import train_tokenizer
+from kdtrain.models.tokenizers import train_tokenizer
 from tests.train.conftest import FOCUS
 
 TEXT = "def f(a):\n    return a + 1\n"

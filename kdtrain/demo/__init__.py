@@ -1,0 +1,1 @@
+"""`kdtrain demo`, and how the shipped teacher was made."""

@@ -1,0 +1,124 @@
+"""Make the demo's teacher: masked-language-model stage, then fine-tuning, on the training side of the split only.
+
+Run with `kdtrain demo --train-teacher`; recipes/code-mlm.yaml and recipes/teacher.yaml are the same two stages for larger
+models. The shipped one (kdtrain/teacher/) was made by an earlier form of the first stage (one loop of its own, no held-out
+measure); its teacher.json says from which distributions, and what it scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from kdtrain.data.exceptions import build_exceptions
+from kdtrain.files import atomic_folder, write_json
+from kdtrain.models.loading import parameter_count
+from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
+from kdtrain.summary import Summary, installed_versions
+from kdtrain.tasks.classification.run import run
+from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, MaskedTrainingRecipe
+from kdtrain.tasks.masked_lm.run import MaskedSummary, run_masked
+
+SHAPE = StudentRecipe(
+    vocab_size=8000,
+    hidden_size=192,
+    layers=4,
+    heads=4,
+    intermediate_size=768,
+    max_length=128,
+    dropout=0.1,
+)
+FINE_TUNING = TrainingRecipe(
+    epochs=2, batch_size=32, learning_rate=2.5e-4, evaluate_every=225, best_metric="accuracy", log_every=50
+)
+PRETRAINING = MaskedTrainingRecipe(
+    epochs=1000, max_steps=4500, batch_size=32, learning_rate=1e-3, warmup=0.06, evaluate_every=500
+)
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What is trained. The defaults have the shipped teacher's shape: 3.4 million parameters, 6.8 MB in half precision."""
+
+    shape: StudentRecipe = SHAPE
+    pretraining: MaskedTrainingRecipe = PRETRAINING
+    fine_tuning: TrainingRecipe = FINE_TUNING
+
+
+def make_teacher(
+    work: Path,
+    teacher: Path,
+    *,
+    plan: TeacherPlan | None = None,
+    trees: Sequence[Path] = (),
+    site_packages: Sequence[Path] = (),
+) -> Summary:
+    """Train a teacher from the code installed here (and in further `site_packages` folders) and save it to `teacher`.
+
+    With `trees` the code below those folders is used instead. `work` keeps the intermediate folders; a finished
+    stage is not repeated, an unfinished one goes on from its last checkpoint.
+    """
+    plan = plan or TeacherPlan()
+    if not (work / "data" / "dataset.json").exists():
+        build_exceptions(work / "data", trees, site_packages=site_packages)
+    run_masked(
+        MaskedRecipe(
+            data=MaskedDataRecipe(
+                kind="exceptions",
+                train=tuple(str(tree) for tree in trees),
+                site_packages=tuple(str(folder) for folder in site_packages),
+            ),
+            student=plan.shape,
+            training=plan.pretraining,
+            output=str(work / "pretrained"),
+        )
+    )
+    recipe = Recipe(
+        data=DataRecipe(path=str(work / "data")),
+        student=StudentRecipe(path=str(work / "pretrained" / "student"), max_length=plan.shape.max_length),
+        method=MethodRecipe(name="ft"),
+        training=plan.fine_tuning,
+        output=str(work / "fine-tuned"),
+    )
+    summary = run(recipe)
+    export(work, teacher, summary)
+    return summary
+
+
+def export(work: Path, teacher: Path, summary: Summary) -> None:
+    """Save the fine-tuned model in half precision with its tokenizer and what it was made from."""
+    student = work / "fine-tuned" / "student"
+    model = AutoModelForSequenceClassification.from_pretrained(student)
+    with atomic_folder(teacher) as folder:
+        model.to(torch.float16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(student).save_pretrained(folder)
+        write_json(folder / "teacher.json", describe(work, model, summary))
+
+
+def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, Any]:
+    """What the teacher is, what it was trained on and how well it does."""
+    pretraining = MaskedSummary.load(work / "pretrained")
+    data = json.loads((work / "data" / "dataset.json").read_text())
+    return {
+        "made": date.today().isoformat(),
+        "recipe": "kdtrain demo --train-teacher (kdtrain/demo/make_teacher.py)",
+        "parameters": parameter_count(model),
+        "vocabulary": model.config.vocab_size,
+        "stored_as": "float16",
+        "test": summary.test,
+        "valid": summary.valid,
+        "fine_tuning": {"rows": data["rows"], "labels": data["labels"]["train"], **summary.training},
+        "pretraining": {
+            **pretraining.test,
+            **pretraining.training,
+            **{name: pretraining.data[name] for name in ("rows", "functions", "sources")},
+        },
+        "versions": installed_versions(),
+    }

@@ -1,0 +1,223 @@
+"""What can be told of a language-model run before any training: one small function a check, each names the way out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtrain.doctor import Finding, examine, note, suspicious, wrong
+from kdtrain.doctor.memory_plan import ModelShape, plan_step
+from kdtrain.errors import KdtrainError
+from kdtrain.files import human_bytes
+from kdtrain.models.heads import head_of, hidden_states
+from kdtrain.tasks.code_lm.metrics import token_sums
+from kdtrain.tasks.code_lm.packing import IGNORED, LanguageBatch
+from kdtrain.tasks.code_lm.recipe import LanguageRecipe, language_recipe_from_dict
+from kdtrain.tasks.code_lm.run import Prepared, prepare
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class LanguageSubject:
+    """A recipe and all it names, opened when a check first asks for it."""
+
+    recipe: LanguageRecipe
+
+    @cached_property
+    def parts(self) -> Prepared:
+        """Data, tokenizer and models; refuses what a run would refuse."""
+        return prepare(self.recipe)
+
+    @cached_property
+    def sample(self) -> LanguageBatch:
+        """A few held-out rows."""
+        rows = self.parts.valid
+        return rows.batch(torch.arange(min(4, len(rows))), CPU)
+
+
+def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
+    """How the heads line up; that the tokens are equal was verified one by one."""
+    if subject.parts.teacher is None:
+        return
+    sizes = [head_of(model).weight.shape[0] for model in (subject.parts.student, subject.parts.teacher.model)]
+    vocab_map = subject.parts.objective.vocab_map
+    if vocab_map is None:
+        yield note(f"student and teacher have the same {sizes[0]} tokens, compared one by one")
+        return
+    shared = subject.parts.objective.shared
+    yield note(
+        f"the heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows; ids 0 to {shared - 1} are the same tokens, compared "
+        "one by one, and the divergence is taken over those; the cross entropy is over all of the student's"
+    )
+
+
+def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
+    """A padding token that is the end-of-text token."""
+    tokenizer = subject.parts.tokenizer
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield note(
+            f"padding and end of text are one token ({tokenizer.eos_token!r}); here labels never depend on it, elsewhere it "
+            "teaches a student not to stop"
+        )
+    labels = subject.parts.train.labels
+    if isinstance(tokenizer.eos_token_id, int) and not bool((labels == tokenizer.eos_token_id).any()):
+        yield wrong(
+            "no document ends in a counted end-of-text token, so the student would not learn to stop; look at the completions"
+        )
+
+
+def labels_are_shifted_once(subject: LanguageSubject) -> Iterator[Finding]:
+    """The teacher (or a started student) has to find the next token likelier than the one after it, or the same one."""
+    parts, batch = subject.parts, subject.sample
+    model = parts.teacher.model if parts.teacher is not None else parts.student
+    if parts.teacher is None and subject.recipe.student.path is None:
+        return  # a new student knows nothing yet
+    with torch.no_grad():
+        hidden, _ = hidden_states(model, batch.input_ids, batch.position_ids)
+    log_p = head_of(model).logits(hidden.float()).log_softmax(-1)
+    counted = batch.labels != IGNORED
+    losses = {}
+    last = log_p.shape[-1] - 1  # a label of a student with more rows than the teacher is left to other checks
+    for name, labels in (
+        ("the next token", batch.labels),
+        ("the same token", batch.input_ids),
+        ("the token after the next", torch.cat([batch.labels[:, 1:], batch.labels[:, -1:]], dim=1)),
+    ):
+        inside = counted & (labels != IGNORED)
+        chosen = log_p[inside].gather(1, labels[inside].clamp(0, last)[:, None])
+        losses[name] = -float(chosen.mean())
+    best = min(losses, key=lambda name: losses[name])
+    words = ", ".join(f"{name} {value:.2f}" for name, value in losses.items())
+    if best == "the next token":
+        yield note(f"labels are shifted once: the cross entropy is {words}")
+    else:
+        yield suspicious(
+            f"{best} is likelier than the next one (cross entropy: {words}); is this a causal model of such text?"
+        )
+
+
+def documents_fit(subject: LanguageSubject) -> Iterator[Finding]:
+    """How full the rows are, and how many documents go on in another row."""
+    rows = subject.parts.train
+    full = float(rows.lengths.sum()) / (len(rows) * subject.recipe.data.max_length)
+    share = float(rows.counted.sum()) / float(rows.lengths.sum())
+    yield note(f"{len(rows)} rows, {full:.0%} full; {share:.0%} of their tokens are learned from")
+    if full < 0.5 and not subject.recipe.data.packing:
+        yield suspicious(f"rows are {full:.0%} full, the rest is padding; set data.packing: true")
+    cut = int((rows.positions == 0).cumsum(0).max() if len(rows.positions) else 0)
+    if cut == len(rows) and full > 0.95 and subject.recipe.data.packing:
+        yield suspicious(
+            "almost every row is one cut piece of a longer document, which loses what stands before it; raise data.max_length"
+        )
+
+
+def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
+    """Shape and ties of both heads; that they give the models' own logits was verified."""
+    models = {"student": subject.parts.student}
+    if subject.parts.teacher is not None:
+        models["teacher"] = subject.parts.teacher.model
+    for side, model in models.items():
+        head = head_of(model)
+        tied = head.weight is model.get_input_embeddings().weight
+        extra = [f"softcap {head.softcap}"] if head.softcap is not None else []
+        extra += [f"scale {head.scale:g}"] if head.scale != 1.0 else []
+        words = ", ".join(["tied to the embeddings" if tied else "not tied", *extra])
+        yield note(
+            f"the {side}'s head is {head.weight.shape[0]} x {head.weight.shape[1]}, {words}; it gives the model's own logits"
+        )
+
+
+def first_loss_is_finite(subject: LanguageSubject) -> Iterator[Finding]:
+    """The untrained student's loss on held-out rows."""
+    objective, batch = subject.parts.objective, subject.sample
+    with torch.no_grad():
+        hidden, _ = hidden_states(subject.parts.student, batch.input_ids, batch.position_ids)
+        sums = token_sums(objective, hidden, objective.teacher_head(batch)[0], batch.labels)
+    loss, divergence = (float(value / sums[3]) for value in sums[:2])
+    if not torch.isfinite(sums).all():
+        yield wrong(
+            f"the first loss is not finite (cross entropy {loss}, divergence {divergence}); a checkpoint is damaged"
+        )
+    elif subject.parts.teacher is not None:
+        yield note(f"before training: cross entropy {loss:.2f}, divergence from the teacher {divergence:.2f}")
+
+
+def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
+    """What one device holds in a step."""
+    recipe, parts = subject.recipe, subject.parts
+    student = ModelShape.of(parts.student.config)
+    teacher = None if parts.teacher is None else ModelShape.of(parts.teacher.model.config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = plan_step(student, teacher, recipe, 1, sharded=False, device=device)
+    words = (
+        f"a step holds about {human_bytes(plan.total)} on one device: weights {human_bytes(plan.weights)}, gradients "
+        f"{human_bytes(plan.gradients)}, optimizer {human_bytes(plan.optimizer)}, activations {human_bytes(plan.activations)}, masks {human_bytes(plan.masks)}, loss "
+        f"{human_bytes(plan.loss)} (with logits it would be {human_bytes(plan.eager_loss)}), teacher {human_bytes(plan.teacher)}"
+    )
+    if plan.masks > plan.activations + plan.loss:
+        yield suspicious(
+            f"the masks that keep packed documents apart take {human_bytes(plan.masks)} of a step, since they grow with the square "
+            f"of data.max_length ({recipe.data.max_length}); set training.checkpointing: true, or data.packing: false, which "
+            "needs none"
+        )
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
+    if free is not None and plan.total > free:
+        more = "raise training.accumulation, set training.checkpointing: true, or use more devices (kdtrain doctor --plan)"
+        yield wrong(f"{words}; {human_bytes(free)} are free: {more}")
+    else:
+        yield note(words)
+
+
+def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
+    """What the stored signals of the teacher take."""
+    from kdtrain.teacher_cache.token_cache import Signal
+
+    parts, teacher = subject.parts, subject.recipe.teacher
+    if parts.shards is not None:
+        yield note(parts.shards.shards.words)
+    if parts.teacher is None or teacher.signal in ("online", "shards") or subject.recipe.method.name == "ft":
+        return
+    signal = Signal.for_run(teacher.signal, parts.objective, subject.recipe)
+    held_out = Signal.for_run("hidden", parts.objective, subject.recipe)
+    tokens, measured = (int(rows.lengths.sum()) for rows in (parts.train, parts.valid))
+    yield note(
+        f"the teacher cache takes {signal.bytes_per_token} bytes a token ({signal.words()}), "
+        f"{human_bytes(tokens * signal.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
+        f"for {measured} held-out tokens ({held_out.words()})"
+    )
+
+
+CHECKS = (
+    vocabularies_meet,
+    padding_is_told_from_the_end,
+    labels_are_shifted_once,
+    documents_fit,
+    heads_are_understood,
+    first_loss_is_finite,
+    memory_is_there,
+    cache_has_room,
+)
+"""In the order in which their findings are printed."""
+
+
+def examine_language(content: dict[str, Any]) -> list[Finding]:
+    """All findings of one run; where it could not start, only why."""
+    subject = LanguageSubject(language_recipe_from_dict(content))
+    try:
+        _ = subject.parts
+    except KdtrainError as error:
+        return [wrong(str(error))]
+    return list(examine(subject, CHECKS))
+
+
+def available_memory() -> int | None:
+    """Bytes that the system could still give, where it says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)

@@ -1,0 +1,1 @@
+"""Accelerator, checkpoints, full state dicts, interrupts."""

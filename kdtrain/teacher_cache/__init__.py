@@ -1,0 +1,1 @@
+"""What a teacher computed, stored once."""
