@@ -41,6 +41,7 @@ bench: .venv/.dev ## measure the losses beside eager and the bare matrix product
 	@echo "installing torch, the training packages and the test tools into .venv (once)"
 	$(PIP) torch
 	$(PIP) --editable '.[train,dev]'
+	$(PIP) --no-deps --ignore-requires-python ttsem
 	@touch $@ .venv/.train
 
 .venv/.python:

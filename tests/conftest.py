@@ -105,3 +105,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the kernels' cases that ran below Python, so that the log of a run shows that they did."""
+    for name, heading in (("executed_from_ir", "executed from Triton IR"),):
+        cases = [
+            value
+            for report in terminalreporter.getreports("passed")
+            for key, value in report.user_properties
+            if key == name
+        ]
+        if cases:
+            terminalreporter.section(f"{heading}: {len(cases)} cases")
+            for case in sorted(cases):
+                terminalreporter.line(str(case))
