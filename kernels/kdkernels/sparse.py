@@ -39,6 +39,20 @@ def transform_(
     return chain
 
 
+def _upcast(
+    logits: Tensor, bias: Tensor | None, transform: LogitTransform, grad: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and the memory for their gradient; half-precision logits with a bias or transform go to float32.
+
+    So the transform is computed in float32, and the gradient is rounded once, by the caller, when it is finished.
+    """
+    wide = wide_dtype(logits.dtype)
+    if logits.dtype == wide or (bias is None and transform.is_identity):
+        return logits, grad
+    logits = logits.to(wide)
+    return logits, None if grad is None else logits
+
+
 @dataclass
 class _Rows:
     """A chunk of student logits, transformed, and what the cross entropy needs of it before entries are lifted out."""
@@ -102,12 +116,14 @@ class _Rows:
         constant = None if smoothing == 0.0 else of_ce * (-smoothing / self.logits.shape[1])
         return scaled * terms.kd_scale, of_ce, constant
 
-    def finish(self, grad: Tensor, entries: Tensor | None) -> None:
-        """Put the label's entry (R, 1) into the gradient and go back through the softcap."""
+    def finish(self, grad: Tensor, entries: Tensor | None, rounded: Tensor | None) -> None:
+        """Put the label's entry (R, 1) into the gradient, go back through the softcap, and round it where that is due."""
         if entries is not None and self.labels is not None:
             grad.scatter_(1, self.labels, entries.to(grad.dtype))
         if self.chain is not None:
             grad.mul_(self.chain)
+        if rounded is not None and rounded is not grad:
+            rounded.copy_(grad)
 
 
 def _alive(tensor: Tensor, dead: Tensor | None) -> Tensor:
@@ -133,6 +149,8 @@ def top_k_rows(
     grad: Tensor | None = None,  # (R, V), may lie over the logits
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
+    rounded = grad
+    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
     wide = wide_dtype(logits.dtype)
     kept = logprobs > -math.inf
@@ -188,7 +206,7 @@ def top_k_rows(
         own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
         own = own if constant is None else own + constant.unsqueeze(1)
     grad.scatter_(1, indices, entries)
-    rows.finish(grad, own)
+    rows.finish(grad, own, rounded)
     return kd.to(wide), ce
 
 
@@ -239,6 +257,8 @@ def cross_term_rows(
     grad: Tensor | None = None,  # (R, V), may lie over the logits; without the part of the cross-term
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,); into `grad` what of their gradient goes through the logits' own softmax."""
+    rounded = grad
+    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
     temperature = terms.temperature
     statistics = backend.row_statistics(
@@ -262,7 +282,7 @@ def cross_term_rows(
             own = own + _softmax_entries(label_logit, statistics[2], of_ce)
             own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
             own = own if constant is None else own + constant.unsqueeze(1)
-        rows.finish(grad, own)
+        rows.finish(grad, own, rounded)
     return kd.to(wide_dtype(logits.dtype)), ce
 
 
@@ -283,8 +303,8 @@ def label_rows(
         if grad is not None:
             grad.zero_()
         return nothing, nothing
-    if bias is not None or not terms.student_transform.is_identity:
-        logits = logits.to(wide)  # half logits are transformed in float32
+    rounded = grad
+    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
     statistics = backend.row_statistics(logits, temperature=1.0, at_one=True, row_weight=row_weight)
     zero, log_sum = statistics[0], statistics[2]
@@ -294,5 +314,5 @@ def label_rows(
         backend.softmax_gradient(logits, statistics, of_ce, None, constant, temperature=1.0, grad=grad)
         own = _softmax_entries(rows.label_logit - zero.unsqueeze(1), log_sum, of_ce)
         own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
-        rows.finish(grad, own if constant is None else own + constant.unsqueeze(1))
+        rows.finish(grad, own if constant is None else own + constant.unsqueeze(1), rounded)
     return nothing, ce
