@@ -42,8 +42,8 @@ def milliseconds(step: Callable[[], object]) -> float:
 
 def measure() -> Iterator[dict[str, object]]:
     """One record a configuration, dtype of the logits and divergence; the gradient is bfloat16 in every one."""
-    from kdkernels._triton.configs import RowConfig
-    from kdkernels._triton.rows import kd_rows
+    from kdkernels._triton.kd.rows import kd_rows
+    from kdkernels._triton.launch import RowConfig
 
     generator = torch.Generator("cuda").manual_seed(0)
     teacher32 = torch.randn(ROWS, VOCABULARY, device="cuda", generator=generator) * 3.0

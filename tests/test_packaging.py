@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,83 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = {"kdkernels": ROOT / "kernels", "kdtrain": ROOT}
 OURS = {"kdkernels", "kdtrain", "kernels", "tests", "benchmarks"}
 
-# What each module of kdkernels may import of kdkernels. The public side (`logit_losses`, `linear_losses`,
-# `feature_losses`, `modules` and the package itself) is not named here: it may import all of these, but reaches a back end
-# only through `backends`, which loads the one that is asked for.
-FOUNDATIONS = {
-    "divergences": set[str](),
-    "matmul": set[str](),
-    "counting": set[str](),
-    "options": {"divergences"},
-    "teachers": {"options"},
-    "compiling": {"divergences", "stats", "teachers", "traced"},
-    "traced": {"autograd", "compiling", "matmul", "options"},
-    "checks": {"options", "divergences", "teachers", "compiling", "counting"},
-    "logit_checks": {"checks", "options", "teachers"},
-    "teacher_checks": {"checks", "compiling", "divergences", "logit_checks", "options", "teachers"},
-    "prepare": {
-        "backends",
-        "checks",
-        "counting",
-        "divergences",
-        "logit_checks",
-        "matmul",
-        "options",
-        "teacher_checks",
-        "teachers",
-    },
-    "stats": {"options"},
-    "finite": {"compiling", "prepare", "reference", "teachers"},
-    "reference": {"options", "divergences", "matmul"},
-    "reference_sparse": {"options", "reference", "teachers"},
-    "reference_rows": {"prepare", "reference", "reference_sparse", "teachers"},
-    "backends": {"options"},
-    "autograd": {"compiling", "options", "traced"},
-    "two_way": set[str](),
-    "tile_state": set[str](),
-    "tiles": {"divergences", "options", "tile_state", "two_way"},
-    "sharded": {
-        "autograd",
-        "backends",
-        "counting",
-        "matmul",
-        "options",
-        "teacher_rows",
-        "tile_state",
-        "tiles",
-    },
-    "low_memory": {
-        "autograd",
-        "backends",
-        "counting",
-        "matmul",
-        "options",
-        "teacher_rows",
-        "tile_state",
-        "tiles",
-    },
-    "sparse": {"backends", "matmul", "options", "teachers"},
-    "teacher_rows": {"autograd", "backends", "matmul", "options", "sparse", "teachers"},
-    "chunked": {"autograd", "backends", "counting", "matmul", "options", "teacher_rows", "teachers"},
-    "windows": set[str](),
-    "pairs": {"options"},
-    "reference_contextual": {"matmul", "reference_features", "windows"},
-    "pair_tiles": {"pairs"},
-    "angle_tiles": {"options", "pair_tiles", "pairs"},
-    "window_backend": {"pairs"},
-    "window_blocks": {
-        "angle_tiles",
-        "autograd",
-        "backends",
-        "matmul",
-        "options",
-        "pair_tiles",
-        "pairs",
-        "window_backend",
-        "windows",
-    },
-    "_torch": {"_torch", "matmul", "options", "divergences", "tile_state", "two_way", "pairs", "windows"},
-    "_triton": {"_triton", "options", "divergences", "pairs", "tile_state", "windows"},
+# What each folder of kdkernels may import of the others. The modules beside the folders are the specifications, except
+# `modules` and the package itself, which offer the losses. A back end is reached through `core.backend` only.
+MAY_IMPORT = {
+    "specifications": set[str](),
+    "core": {"specifications"},
+    "reference": {"specifications", "core"},
+    "logits": {"specifications", "core", "reference"},
+    "features": {"specifications", "core", "reference"},
+    "_torch": {"specifications", "core"},
+    "_triton": {"specifications", "core"},
+    "offered": {"specifications", "logits", "features"},
 }
 
 
@@ -173,21 +108,35 @@ def test_kdtrain_uses_public_names_of_kdkernels_only(name: str) -> None:
             assert imported is None or imported in public, f"{name} imports the private kdkernels.{imported}"
 
 
+def folder(module: str) -> str:
+    """The folder of a module of kdkernels, by its key in `MAY_IMPORT`."""
+    inner = module.removeprefix("kdkernels").removeprefix(".")
+    if inner in ("", "modules"):
+        return "offered"
+    first = inner.partition(".")[0]
+    return first if (ROOT / "kernels" / "kdkernels" / first).is_dir() else "specifications"
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_MODULES if is_inside(name, "kdkernels")])
 def test_kdkernels_imports_point_one_way(name: str) -> None:
-    part = name.removeprefix("kdkernels").removeprefix(".").partition(".")[0]
+    own = folder(name)
     for module, _ in imports(name, ALL_MODULES[name]):
-        top, _, inner = module.partition(".")
+        top = module.partition(".")[0]
         if top == "triton":
-            assert part == "_triton", f"{name} imports triton outside the triton back end"
+            assert own == "_triton", f"{name} imports triton outside the triton back end"
         elif top == "kdkernels":
-            imported = inner.partition(".")[0]
-            if part in FOUNDATIONS:
-                assert imported in FOUNDATIONS[part], f"{name} must not import {module}"
-            else:
-                assert imported not in ("_torch", "_triton"), f"{name} must not import {module}"
+            assert folder(module) in MAY_IMPORT[own] | {own}, f"{name} must not import {module}"
         else:
             assert top == "torch" or top in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_kdkernels_has_no_import_circle() -> None:
+    """Imports inside functions count too: a module can be read once all that it imports has been read."""
+    names = {name for name in ALL_MODULES if is_inside(name, "kdkernels")}
+    order = TopologicalSorter(
+        {name: {module for module, _ in imports(name, ALL_MODULES[name])} & names for name in names}
+    )
+    order.prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("name", list(ALL_MODULES))

@@ -1,17 +1,5 @@
 """Fused knowledge-distillation losses: exact, chunked, near the hardware limit."""
 
-from .attention_relations import relation_kl
-from .batch_relations import (
-    attention_transfer_loss,
-    fsp_loss,
-    linear_cka_loss,
-    pkt_loss,
-    rkd_angle_loss,
-    rkd_distance_loss,
-    similarity_preserving_loss,
-)
-from .contextual import contextual_relation_loss
-from .cross_term import teacher_cross_term
 from .divergences import (
     JSD,
     TVD,
@@ -23,9 +11,21 @@ from .divergences import (
     SkewKL,
     SkewReverseKL,
 )
-from .feature_losses import cosine_loss, projection_mse
-from .linear_losses import linear_kd_loss
-from .logit_losses import kd_loss
+from .features.batch_relations import (
+    attention_transfer_loss,
+    fsp_loss,
+    linear_cka_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_preserving_loss,
+)
+from .features.contextual.loss import contextual_relation_loss
+from .features.projection import cosine_loss, projection_mse
+from .features.relations import relation_kl
+from .logits.cross_term import teacher_cross_term
+from .logits.kd_loss import kd_loss
+from .logits.linear_kd_loss import linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .options import IGNORE_INDEX, Impl, Reduction
 from .stats import KDStats

@@ -6,10 +6,10 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from .linear_losses import linear_kd_loss
-from .logit_losses import kd_loss
+from .logits.kd_loss import kd_loss
+from .logits.linear_kd_loss import linear_kd_loss
+from .logits.problem import check_options
 from .options import KDOptions, LinearKDOptions
-from .prepare import check_options
 from .stats import KDStats
 from .teachers import Teacher
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdkernels import teacher_cross_term
 from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
-from kdkernels._triton.configs import chunk_rows as triton_chunk_rows
+from kdkernels._triton.launch import chunk_rows as triton_chunk_rows
 from kdtrain.doctor.memory_plan import ModelShape, chunk_rows, plan_step
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_student import recompute_layers

@@ -272,12 +272,12 @@ def test_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdkernels import backends
+    from kdkernels.core import backend
 
     def missing(name: str, package: str) -> None:
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
-    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    monkeypatch.setattr(backend.importlib, "import_module", missing)
     refused(
         linear,
         "impl='triton' needs the package triton, which is not installed; install it or use impl='torch'",

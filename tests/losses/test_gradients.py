@@ -157,17 +157,17 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(wanted, reduction, im
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_frozen_inputs_cost_no_product(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts the products of the schedule that would make the gradient of the frozen side."""
-    from kdkernels import chunked
+    from kdkernels.logits import by_rows
 
     calls = {"hidden": 0, "weight": 0}
     for name, function in (("hidden", "hidden_gradient"), ("weight", "add_weight_gradient")):
-        original = getattr(chunked, function)
+        original = getattr(by_rows, function)
 
         def counted(*args, name=name, original=original, **kwargs):
             calls[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(chunked, function, counted)
+        monkeypatch.setattr(by_rows, function, counted)
     case = make_case()
     hidden, weight, _ = case.leaves()
     (hidden if frozen == "hidden" else weight).requires_grad_(False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import Decoupled, TeacherHead, TeacherTopK, linear_kd_loss
-from kdkernels.low_memory import LEAST_COLUMNS, TILE_ROWS, tile_shape
+from kdkernels.logits.low_memory import LEAST_COLUMNS, TILE_ROWS, tile_shape
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
@@ -23,9 +23,9 @@ from tests.support.inputs import (
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 rows, tiles of 16 columns: the 67 columns of a case are four tiles and a ragged fifth."""
-    monkeypatch.setattr("kdkernels.low_memory.TILE_ROWS", 4)
-    monkeypatch.setattr("kdkernels.low_memory.LEAST_COLUMNS", 16)
-    monkeypatch.setattr("kdkernels.low_memory.TILE_BYTES", 8 * 4 * 16)
+    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_ROWS", 4)
+    monkeypatch.setattr("kdkernels.logits.low_memory.LEAST_COLUMNS", 16)
+    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_BYTES", 8 * 4 * 16)
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -142,8 +142,8 @@ def test_heads_of_two_dtypes(student_dtype: torch.dtype) -> None:
 
 
 def test_tile_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdkernels.low_memory.TILE_ROWS", TILE_ROWS)
-    monkeypatch.setattr("kdkernels.low_memory.LEAST_COLUMNS", LEAST_COLUMNS)
+    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_ROWS", TILE_ROWS)
+    monkeypatch.setattr("kdkernels.logits.low_memory.LEAST_COLUMNS", LEAST_COLUMNS)
     # At the reference shape two float32 buffers of 1024 x 8192: 67 MB.
     assert tile_shape(8192, 128256, 1 << 26) == (1024, 8192)
     assert tile_shape(100, 50, 1 << 26) == (100, 50)

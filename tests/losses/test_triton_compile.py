@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from kdkernels._triton.formulas import MIXTURES
+from kdkernels._triton.kd.divergence import MIXTURES
 from tests.support.compiled import (
     ARCHITECTURES,
     DIVERGENCES,

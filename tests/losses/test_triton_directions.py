@@ -8,10 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kdkernels._triton.configs import RowConfig
 from kdkernels._triton.directions import direction_rows
+from kdkernels._triton.launch import RowConfig
 from kdkernels._triton.projection import mse_rows
-from kdkernels.reference_features import unit_rows
+from kdkernels.reference.features import unit_rows
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE
 

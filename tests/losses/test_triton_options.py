@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels._triton.rows import kd_rows
+from kdkernels._triton.kd.rows import kd_rows
 from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL, SkewKL
 from kdkernels.options import LogitTransform, RowTerms
-from kdkernels.reference import kd_row_stats
+from kdkernels.reference.logits import kd_row_stats
 from tests.support.budget import assert_within_budget
 from tests.support.row_kernels import (
     DEVICE,

@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from kdkernels._triton.configs import CHUNK_BYTES, chunk_rows, launch_options, row_config
+from kdkernels._triton.kd.rows import kd_rows
+from kdkernels._triton.launch import CHUNK_BYTES, chunk_rows, launch_options, row_config
 from kdkernels._triton.projection import mse_rows
-from kdkernels._triton.rows import kd_rows
 from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
 from kdkernels.options import RowTerms
 from tests.support.budget import assert_within_budget

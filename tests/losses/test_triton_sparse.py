@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels._triton.sparse import row_statistics, softmax_gradient
+from kdkernels._triton.kd.softmax import row_statistics, softmax_gradient
 from tests.support.budget import assert_within_budget
 from tests.support.row_kernels import DEVICE, ROWS, SMALL
 

@@ -7,11 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels._triton.tile_rows import tile_gradient, tile_statistics, tile_sums
-from kdkernels.divergences import JSD, Decoupled, Divergence, ForwardKL, SkewKL
-from kdkernels.options import LogitTransform, RowTerms
-from kdkernels.reference import kd_row_terms
-from kdkernels.tile_state import (
+from kdkernels._triton.kd.tile_rows import tile_gradient, tile_statistics, tile_sums
+from kdkernels.core.row_state import (
     CE_MAX,
     CE_SUM,
     LABEL,
@@ -22,6 +19,9 @@ from kdkernels.tile_state import (
     VALUE,
     new_state,
 )
+from kdkernels.divergences import JSD, Decoupled, Divergence, ForwardKL, SkewKL
+from kdkernels.options import LogitTransform, RowTerms
+from kdkernels.reference.logits import kd_row_terms
 from tests.support.budget import assert_within_budget
 from tests.support.row_kernels import DEVICE, DIVERGENCES, ROWS, SMALL, inputs, name, options_for, reference
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdkernels._triton.flags import RowFlags
+    from kdkernels._triton.kd.flags import RowFlags
 
 DIVERGENCES = (
     "forward_kl",
@@ -66,8 +66,8 @@ class Counts:
 
 
 def _flags(divergence: str, **rest: Any) -> "RowFlags":
-    from kdkernels._triton.flags import RowFlags
-    from kdkernels._triton.formulas import MIXTURES
+    from kdkernels._triton.kd.divergence import MIXTURES
+    from kdkernels._triton.kd.flags import RowFlags
 
     plain: dict[str, Any] = {
         "mixture": divergence in MIXTURES,
@@ -181,14 +181,15 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels._triton import projection, rows, sparse, tiles
-    from kdkernels._triton.configs import launch_options, row_config
+    from kdkernels._triton import projection
+    from kdkernels._triton.kd import rows, softmax, tiles
+    from kdkernels._triton.launch import launch_options, row_config
 
     kernels: dict[str, Any] = {
         "kd_rows": rows._kd_rows_kernel,
         "tile": tiles._tile_kernel,
-        "row_statistics": sparse._row_statistics_kernel,
-        "softmax_gradient": sparse._softmax_gradient_kernel,
+        "row_statistics": softmax._row_statistics_kernel,
+        "softmax_gradient": softmax._softmax_gradient_kernel,
         "mse_rows": projection._mse_rows_kernel,
     }
     kernel = kernels[variant.kernel]
@@ -266,7 +267,7 @@ def _full_tiles(code: str) -> tuple[int, float]:
 def count(variant: Variant, architecture: str) -> Counts:
     """Compile and count."""
     compiled = compile_variant(variant, architecture)
-    from kdkernels._triton.configs import row_config
+    from kdkernels._triton.launch import row_config
 
     widths: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     per_column = (0.0, 0.0)

@@ -56,7 +56,7 @@ def _direction(name: str, **rest: Any) -> Variant:
 
 
 def _relation(name: str, kernel: str, dtype: str, widths: tuple[int, int], **rest: Any) -> Variant:
-    from kdkernels._triton.relation_configs import padded
+    from kdkernels._triton.relations.launch import padded
 
     flags: dict[str, Any] = {"HAS_MASK": True, "CAUSAL": False}
     if kernel == "relation_gradient":
@@ -124,29 +124,24 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels._triton import (
-        configs,
-        directions,
-        projection,
-        relation_configs,
-        relation_gradients,
-        relation_values,
-    )
+    from kdkernels._triton import directions, launch, projection
+    from kdkernels._triton.relations import gradients, values
+    from kdkernels._triton.relations.launch import relation_config
 
     kernels: dict[str, Any] = {
         "mse_rows": projection._mse_rows_kernel,
         "direction_rows": directions._direction_rows_kernel,
-        "relation_values": relation_values._relation_values_kernel,
-        "relation_gradient": relation_gradients._relation_gradients_kernel,
+        "relation_values": values._relation_values_kernel,
+        "relation_gradient": gradients._relation_gradients_kernel,
     }
     kernel = kernels[variant.kernel]
     if variant.kernel in ("mse_rows", "direction_rows"):
-        row = configs.row_config(architecture)
+        row = launch.row_config(architecture)
         constants = variant.flags | {"BLOCK": row.block, "WIDTH": row.width}
-        options: dict[str, Any] = configs.launch_options(row, 1 if variant.loose else 16)
+        options: dict[str, Any] = launch.launch_options(row, 1 if variant.loose else 16)
     else:
         width = max(variant.flags["BLOCK_D_S"], variant.flags["BLOCK_D_T"])
-        tile = relation_configs.relation_config(
+        tile = relation_config(
             width, variant.dtype != "fp32", variant.kernel == "relation_gradient", architecture
         )
         constants = variant.flags | {

@@ -20,33 +20,33 @@ KINDS = {"counted_ptr": "*i1", "chosen_ptr": "*i1", "valid_ptr": "*i1"}
 
 def variants() -> Iterator[tuple[str, Any, dict[str, int | bool], str]]:
     """Name, kernel, compile-time constants and dtype of the features of everything that is launched."""
-    from kdkernels._triton import window_angles, window_direct, window_rows
+    from kdkernels._triton.contextual import angles, direct, products
 
-    tile = {"BLOCK_D": window_rows.BLOCK_D}
-    products = tile | {
-        "BLOCK_ROWS": window_rows.BLOCK_ROWS,
-        "BLOCK_NEIGHBOURS": window_rows.BLOCK_NEIGHBOURS,
+    tile = {"BLOCK_D": products.BLOCK_D}
+    band = tile | {
+        "BLOCK_ROWS": products.BLOCK_ROWS,
+        "BLOCK_NEIGHBOURS": products.BLOCK_NEIGHBOURS,
         "CENTRED": True,
     }
-    direct = {
+    with_gradient = {
         "WRITE_GRAD": True,
-        "BLOCK_N": window_direct.BLOCK_NEIGHBOURS,
-        "BLOCK_D": window_direct.BLOCK_D,
+        "BLOCK_N": direct.BLOCK_NEIGHBOURS,
+        "BLOCK_D": direct.BLOCK_D,
     }
     for length in (64, 8):
-        constants = tile | {"BLOCK_M": length, "BLOCK_S": window_rows.BLOCK_ROWS // length}
-        yield f"means of {length}", window_rows._sequence_means_kernel, constants, "fp32"
+        constants = tile | {"BLOCK_M": length, "BLOCK_S": products.BLOCK_ROWS // length}
+        yield f"means of {length}", products._sequence_means_kernel, constants, "fp32"
     for name, dtype in (("", "fp32"), (" bf16", "bf16"), (" ragged", "fp32")):
-        yield f"products{name}", window_rows._band_products_kernel, products, dtype
-        yield f"apply{name}", window_rows._band_apply_kernel, products, dtype
-        yield f"direct{name}", window_direct._direct_angles_kernel, direct, dtype
-    plain, values = products | {"CENTRED": False}, direct | {"WRITE_GRAD": False}
-    yield "products, as they are", window_rows._band_products_kernel, plain, "fp32"
-    yield "apply, as they are", window_rows._band_apply_kernel, plain, "fp32"
-    yield "direct, values", window_direct._direct_angles_kernel, values, "fp32"
+        yield f"products{name}", products._band_products_kernel, band, dtype
+        yield f"apply{name}", products._band_apply_kernel, band, dtype
+        yield f"direct{name}", direct._direct_angles_kernel, with_gradient, dtype
+    plain, values = band | {"CENTRED": False}, with_gradient | {"WRITE_GRAD": False}
+    yield "products, as they are", products._band_products_kernel, plain, "fp32"
+    yield "apply, as they are", products._band_apply_kernel, plain, "fp32"
+    yield "direct, values", direct._direct_angles_kernel, values, "fp32"
     for kernel in ("values", "sides", "band"):
-        function = getattr(window_angles, f"_angle_{kernel}_kernel")
-        yield f"angle {kernel}", function, {"BLOCK": window_angles.BLOCK}, "fp32"
+        function = getattr(angles, f"_angle_{kernel}_kernel")
+        yield f"angle {kernel}", function, {"BLOCK": angles.BLOCK}, "fp32"
 
 
 def compile_kernel(
@@ -57,8 +57,8 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels._triton.window_direct import DIRECT_OPTIONS
-    from kdkernels._triton.window_rows import OPTIONS
+    from kdkernels._triton.contextual.direct import DIRECT_OPTIONS
+    from kdkernels._triton.contextual.products import OPTIONS
 
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._triton.configs import RowConfig
-from kdkernels._triton.rows import kd_rows
+from kdkernels._triton.kd.rows import kd_rows
+from kdkernels._triton.launch import RowConfig
 from kdkernels.divergences import (
     JSD,
     TVD,
@@ -22,7 +22,7 @@ from kdkernels.divergences import (
     SkewReverseKL,
 )
 from kdkernels.options import RowTerms
-from kdkernels.reference import kd_row_terms
+from kdkernels.reference.logits import kd_row_terms
 from tests.support.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

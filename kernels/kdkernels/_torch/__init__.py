@@ -1,6 +1,6 @@
 """The torch back end: the same design on any device, tuned for CPUs."""
 
-from . import windows
+from . import contextual
 from .features import direction_rows, mse_rows
 from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
 from .rows import kd_rows
@@ -11,6 +11,7 @@ from .tiles import tile_gradient, tile_statistics, tile_sums
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
     "chunk_rows",
+    "contextual",
     "direction_rows",
     "kd_rows",
     "mse_rows",
@@ -20,5 +21,4 @@ __all__ = [
     "tile_gradient",
     "tile_statistics",
     "tile_sums",
-    "windows",
 ]

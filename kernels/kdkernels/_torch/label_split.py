@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.two_way import TwoWay
 from ..divergences import Decoupled
-from ..two_way import TwoWay
 from .blocks import Block, Sums, shift, weighted_sum
 
 

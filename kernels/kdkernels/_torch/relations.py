@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..matmul import wide_dtype
+from ..core.matmul import wide_dtype
 from ..options import RowTerms
 from .rows import kd_rows
 

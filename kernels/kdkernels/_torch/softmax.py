@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..matmul import wide_dtype
+from ..core.matmul import wide_dtype
 from .rows import LEAST_SUM, MOST_SUM
 from .sizes import block_rows
 

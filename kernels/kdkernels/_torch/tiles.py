@@ -1,4 +1,4 @@
-"""Row work on tiles of the vocabulary; the slots are those of `kdkernels.tile_state`.
+"""Row work on tiles of the vocabulary; the slots are those of `core.row_state`.
 
 Tiles are worked on in blocks of rows like whole rows are, always with the maximum subtracted.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tile_state as slots
+from ..core import row_state
 from ..divergences import Decoupled
 from ..options import RowTerms
 from .arithmetic import Arithmetic
@@ -119,17 +119,19 @@ def tile_statistics(
     for tile in blocks:
         if tile.label is not None and tile.inside is not None:
             own = tile.student.gather(1, tile.label).masked_fill(~tile.inside, 0.0).squeeze(1)
-            tile.state[slots.LABEL] += own
+            tile.state[row_state.LABEL] += own
             if split:
                 its = (
                     torch.full_like(own, math.inf)
                     if tile.teacher is None
                     else tile.teacher.gather(1, tile.label)
                 )
-                tile.state[slots.TEACHER_LABEL] += its.reshape(-1).masked_fill(~tile.inside.squeeze(1), 0.0)
+                tile.state[row_state.TEACHER_LABEL] += its.reshape(-1).masked_fill(
+                    ~tile.inside.squeeze(1), 0.0
+                )
             if terms.ce_weight != 0.0:
-                _merge(tile.state, slots.CE_MAX, slots.CE_SUM, tile.student, 1.0, tile.room[0])
-                tile.state[slots.LOGIT_SUM] += tile.student.sum(1)
+                _merge(tile.state, row_state.CE_MAX, row_state.CE_SUM, tile.student, 1.0, tile.room[0])
+                tile.state[row_state.LOGIT_SUM] += tile.student.sum(1)
         if tile.teacher is not None:
             pair = (tile.student, tile.teacher)
             if split:
@@ -138,8 +140,8 @@ def tile_statistics(
                     _without_label(tile.teacher, tile, tile.room[2]),
                 )
             heat, room = terms.temperature, tile.room[0]
-            _merge(tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, pair[0], heat, room)
-            _merge(tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, pair[1], heat, room)
+            _merge(tile.state, row_state.STUDENT_MAX, row_state.STUDENT_SUM, pair[0], heat, room)
+            _merge(tile.state, row_state.TEACHER_MAX, row_state.TEACHER_SUM, pair[1], heat, room)
     _keep(state, row_weight, before)
 
 
@@ -161,10 +163,10 @@ def _block(tile: _Tile, terms: RowTerms) -> Block:
     else:
         log_s.copy_(tile.student)
         log_t.copy_(tile.teacher)
-    _normalise_(log_s, tile.state, slots.STUDENT_MAX, slots.STUDENT_SUM, terms.temperature)
-    _normalise_(log_t, tile.state, slots.TEACHER_MAX, slots.TEACHER_SUM, terms.temperature)
+    _normalise_(log_s, tile.state, row_state.STUDENT_MAX, row_state.STUDENT_SUM, terms.temperature)
+    _normalise_(log_t, tile.state, row_state.TEACHER_MAX, row_state.TEACHER_SUM, terms.temperature)
     sums = Sums(*log_s.new_ones((len(Sums._fields), log_s.shape[0], 1)).unbind())
-    mean = tile.state[slots.MEAN].unsqueeze(1)
+    mean = tile.state[row_state.MEAN].unsqueeze(1)
     return Block(log_s, log_t, exp_s, exp_t, ratio, spare, sums, careful=True, mean=mean)
 
 
@@ -201,8 +203,8 @@ def tile_sums(
         block.sums.target.zero_()
         _accumulate(arithmetic, block)
         value = arithmetic.values(Sums(*(number.double() for number in block.sums)), block.sums)
-        tile.state[slots.VALUE] += value.squeeze(1).to(state.dtype)
-        tile.state[slots.MEAN] += arithmetic.mean(block.sums).squeeze(1)
+        tile.state[row_state.VALUE] += value.squeeze(1).to(state.dtype)
+        tile.state[row_state.MEAN] += arithmetic.mean(block.sums).squeeze(1)
     _keep(state, row_weight, before)
 
 
@@ -244,8 +246,8 @@ def tile_gradient(
             arithmetic.write_gradient(block, factor, None, out)
         if terms.ce_weight != 0.0 and tile.label is not None and tile.inside is not None:
             of_ce, smoothing = weight * terms.ce_weight, terms.label_smoothing
-            p = torch.sub(tile.student, tile.state[slots.CE_MAX].unsqueeze(1), out=tile.room[0]).exp_()
-            out.addcmul_(p, of_ce / tile.state[slots.CE_SUM].unsqueeze(1))
+            p = torch.sub(tile.student, tile.state[row_state.CE_MAX].unsqueeze(1), out=tile.room[0]).exp_()
+            out.addcmul_(p, of_ce / tile.state[row_state.CE_SUM].unsqueeze(1))
             if smoothing != 0.0:
                 out.sub_(of_ce * (smoothing / vocabulary))
             own = (-of_ce * (1.0 - smoothing)).masked_fill(~tile.inside, 0.0)
@@ -257,7 +259,7 @@ def tile_gradient(
 
 def _set_labels(sums: Sums, state: Tensor, temperature: float) -> None:
     """The label's logs in the units of normalised logs, in which the others sum to 1, or to 0 where they have nothing."""
-    label_s, total_s, label_t, total_t = slots.label_against_others(state, temperature)
+    label_s, total_s, label_t, total_t = row_state.label_against_others(state, temperature)
     for field, others, label, total in (
         (sums.label_s, sums.exp_s, label_s, total_s),
         (sums.label_t, sums.exp_t, label_t, total_t),

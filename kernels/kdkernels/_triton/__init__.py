@@ -1,17 +1,18 @@
 """Triton back end: row kernels and their launchers. Imported only when a call runs on it."""
 
-from . import windows
-from .configs import chunk_rows
+from . import contextual
 from .directions import direction_rows
+from .kd.rows import kd_rows
+from .kd.softmax import row_statistics, softmax_gradient
+from .kd.tile_rows import tile_gradient, tile_statistics, tile_sums
+from .launch import chunk_rows
 from .projection import mse_rows
-from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
-from .rows import kd_rows
-from .sparse import row_statistics, softmax_gradient
-from .tile_rows import tile_gradient, tile_statistics, tile_sums
+from .relations.rows import RELATION_GRADIENT_IN_FORWARD, relation_rows
 
 __all__ = [
     "RELATION_GRADIENT_IN_FORWARD",
     "chunk_rows",
+    "contextual",
     "direction_rows",
     "kd_rows",
     "mse_rows",
@@ -21,5 +22,4 @@ __all__ = [
     "tile_gradient",
     "tile_statistics",
     "tile_sums",
-    "windows",
 ]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import LEAST_LENGTH
-from .configs import RowConfig, architecture_of, device_guard, launch_options, row_config
+from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile
 
 LEAST = tl.constexpr(LEAST_LENGTH)

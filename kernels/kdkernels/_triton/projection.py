@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import RowConfig, architecture_of, device_guard, launch_options, row_config
+from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile
 
 

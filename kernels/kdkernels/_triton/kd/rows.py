@@ -1,0 +1,297 @@
+"""Row kernel of the divergences: values of a row of student and teacher logits, and the gradient written in place.
+
+Passes over a row of V logits on both sides: statistics (`online.py`); for the mixtures their value and mean slope,
+which need both normalisers; last the gradient together with the value of the others (`passes.py`).
+Bytes moved per logit: 2 x (student + teacher) reads + 1 gradient write, 3 x for mixtures: 18 and 26 with fp32 logits and
+a half gradient, 10 and 14 with half logits. Cross entropy, label smoothing and statistics add none.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...options import RowTerms
+from ..aliasing import lies_over
+from ..launch import RowConfig, architecture_of, device_guard, launch_options, row_config
+from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes
+from .divergence import kernel_divergence
+from .flags import row_flags, transform_numbers
+from .labels import cross_entropy, label_divergence, student_label, teacher_label
+from .online import first_pass, join_statistics, own_join, teacher_pass, with_mean
+from .passes import Numbers, Slopes, last_pass, sums_pass, write_zeros
+from .row import Row, Side
+
+
+@triton.jit
+def _store_stats(
+    stats_ptr, stride_stats_row, row, state, label_logit, label_in_teacher, teacher_logit, tile,
+    FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Entropies, probabilities of the label, and whether both models' best columns are the same token."""
+    student_reference, student_total, student_entropy, student_best = own_join(state.student_own)
+    teacher_own = state.teacher_own
+    if FLAGS.vocab_map == "index":
+        teacher_own = teacher_pass(row, tile, FLAGS, BLOCK, LANES)
+        student_best = tl.load(row.map_ptr + student_best, mask=student_best < row.V, other=-1)
+    teacher_reference, teacher_total, teacher_entropy, teacher_best = own_join(teacher_own)
+    student_probability = float("nan")
+    teacher_probability = float("nan")
+    if FLAGS.has_labels:
+        student_probability = tl.exp2((label_logit - student_reference) * LOG2_E) / student_total
+        teacher_probability = tl.exp2((teacher_logit - teacher_reference) * LOG2_E) / teacher_total
+        teacher_probability = tl.where(label_in_teacher, teacher_probability, float("nan"))
+    tl.store(stats_ptr, student_entropy)
+    tl.store(stats_ptr + stride_stats_row, teacher_entropy)
+    tl.store(stats_ptr + 2 * stride_stats_row, teacher_probability)
+    tl.store(stats_ptr + 3 * stride_stats_row, student_probability)
+    tl.store(stats_ptr + 4 * stride_stats_row, tl.where(student_best == teacher_best, 1.0, 0.0))
+
+
+# A chunk of another number of rows compiles nothing anew.
+@triton.jit(do_not_specialize=["stride_stats_row"])
+def _kd_rows_kernel(
+    student_ptr,  # (R, V)
+    teacher_ptr,  # (R, V_teacher)
+    labels_ptr,  # (R,) int64, read when has_labels and the row's weight is not 0
+    student_bias_ptr,  # (V,)
+    teacher_bias_ptr,  # (V_teacher,)
+    map_ptr,  # (V,) int32
+    target_ptr,  # (R,) fp32, weights of the decoupled divergence
+    non_target_ptr,  # (R,) fp32
+    row_weight_ptr,  # (R,) fp32
+    grad_ptr,  # (R, V), may share memory with student_ptr
+    kd_ptr,  # (R,) fp32, written
+    ce_ptr,  # (R,) fp32, written
+    stats_ptr,  # (5, R) fp32, written when has_stats
+    stride_student_row,
+    stride_teacher_row,
+    stride_grad_row,
+    stride_stats_row,
+    V,
+    V_teacher,
+    shared,  # columns that both sides have: V without a map or with an index map
+    inverse_temperature,
+    first,
+    second,
+    kd_scale,
+    ce_weight,
+    label_smoothing,
+    student_slope,
+    student_softcap,
+    teacher_slope,
+    teacher_softcap,
+    FLAGS: tl.constexpr,  # RowFlags
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a row."""
+    row_index = tl.program_id(0).to(tl.int64)  # rows x stride leaves int32
+    LANES: tl.constexpr = BLOCK // WIDTH
+    tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    grad_row = grad_ptr + row_index * stride_grad_row
+    stats_ptr += row_index
+
+    weight = 1.0
+    if FLAGS.has_row_weight:
+        weight = tl.load(row_weight_ptr + row_index)
+        if weight == 0.0:  # nothing of the row is read: neither its logits nor its label need be valid
+            tl.store(kd_ptr + row_index, 0.0)
+            tl.store(ce_ptr + row_index, 0.0)
+            if FLAGS.has_stats:
+                for statistic in range(5):
+                    tl.store(stats_ptr + statistic * stride_stats_row, 0.0)
+            if FLAGS.write_grad:
+                write_zeros(grad_row, V, tile, BLOCK)
+            return
+
+    label = tl.full((), -1, tl.int64)
+    valid = label >= 0
+    if FLAGS.has_labels:
+        label = tl.load(labels_ptr + row_index)
+        valid = (label >= 0) & (label < V)
+    student = Side(
+        student_ptr + row_index * stride_student_row, student_bias_ptr, student_slope, student_softcap
+    )
+    teacher = Side(
+        teacher_ptr + row_index * stride_teacher_row, teacher_bias_ptr, teacher_slope, teacher_softcap
+    )
+    row = Row(student, teacher, map_ptr, V, V_teacher, shared, label.to(tl.int32))
+    label_logit = 0.0
+    teacher_logit = 0.0
+    label_shared = valid
+    if FLAGS.has_labels:
+        label_logit = student_label(row, label, valid, FLAGS)
+        ce_weight = tl.where(valid, ce_weight, float("nan"))
+    if FLAGS.has_labels and (FLAGS.has_stats or FLAGS.divergence == "decoupled"):
+        teacher_logit, label_shared = teacher_label(row, label, valid, FLAGS)
+
+    numbers = Numbers(inverse_temperature * LOG2_E, inverse_temperature, first, second)
+    pivot = finite_or_zero(label_logit)
+    state = first_pass(row, numbers, pivot, tile, FLAGS, BLOCK, LANES)
+    totals = join_statistics(state, numbers, FLAGS)
+    if FLAGS.has_stats:
+        _store_stats(
+            stats_ptr, stride_stats_row, row, state, label_logit, label_shared, teacher_logit, tile,
+            FLAGS, BLOCK, LANES,
+        )  # fmt: skip
+
+    ce = 0.0
+    ce_reference = totals.student_reference
+    ce_inverse = totals.student_inverse
+    uniform = label_smoothing / V
+    if FLAGS.has_ce:
+        if FLAGS.ce_sum == "shared":
+            log_total = totals.student_log * LN_2
+        else:
+            if FLAGS.ce_sum == "own":
+                ce_reference, total = join_lanes(state.student_own.maximum, state.student_own.total, LOG2_E)
+            else:
+                _, total = join_lanes(state.student_max, state.total_at_one, LOG2_E)
+            log_total = tl.log2(total) * LN_2
+            ce_inverse = 1.0 / total
+        logit_sum = tl.sum(state.logit_sum, axis=0)
+        ce = cross_entropy(label_logit, ce_reference, log_total, logit_sum, uniform, FLAGS.has_smoothing)
+
+    target_kd = 0.0
+    label_difference = 0.0
+    rest = 1.0
+    if FLAGS.divergence == "decoupled":
+        shared_logit = tl.where(label_shared | (label_logit != label_logit), label_logit, float("-inf"))
+        label_kd, difference = label_divergence(
+            (shared_logit - totals.student_reference) * numbers.scale,
+            totals.student_log,
+            (teacher_logit - totals.teacher_reference) * numbers.scale,
+            totals.teacher_log,
+        )
+        target = tl.load(target_ptr + row_index)
+        target_kd = target * label_kd
+        label_difference = -target * difference
+        # A teacher that is certain of the label has no other distribution to be near to.
+        rest = tl.where(totals.teacher_inverse == 0.0, 0.0, tl.load(non_target_ptr + row_index))
+
+    if FLAGS.mixture:
+        value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
+        tl.store(kd_ptr + row_index, value)
+        totals = with_mean(totals, mean, far_mean, first, tl.constexpr(FLAGS.divergence))
+    if FLAGS.write_grad or not FLAGS.mixture:
+        slopes = Slopes(
+            weight * kd_scale * inverse_temperature,
+            weight * ce_weight,
+            label_smoothing,
+            uniform,
+            ce_reference,
+            ce_inverse,
+            label_difference,
+            rest,
+        )
+        value = last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
+        if FLAGS.divergence == "decoupled":
+            value = target_kd + rest * value
+        if not FLAGS.mixture:
+            tl.store(kd_ptr + row_index, value)
+    tl.store(ce_ptr + row_index, ce)
+
+
+def kd_rows(
+    student_logits: Tensor,  # (R, V)
+    teacher_logits: Tensor,  # (R, V_t)
+    labels: Tensor | None,  # (R,) int64
+    terms: RowTerms,
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V_t,)
+    row_weight: Tensor | None = None,  # (R,)
+    grad: Tensor | None = None,  # (R, V)
+    vocab_map: int | Tensor | None = None,
+    decoupled: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,  # (5, R) fp32, last axis contiguous
+    config: RowConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # (R,) fp32, (R,) fp32
+    """Divergence and cross entropy of every row, and row_weight * d(row loss)/d(student_logits) written into `grad`.
+
+    The contract is `kdkernels.backends.Backend.kd_rows`. Logits are fp16, bf16 or fp32 on either side, the last axis
+    contiguous; everything is computed in fp32 and rounded once to the dtype of `grad`. `grad` may be `student_logits`
+    itself or a narrower view of the same rows, such as the (R, 2V) half view of an fp32 buffer cut to V columns: the row
+    is overwritten behind what has been read. Rows of weight 0 are not read; their values are 0 and their gradient is
+    exactly 0. `config` replaces the table's configuration.
+    """
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits.dtype == torch.float64:
+            raise ValueError(
+                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
+            )
+    rows, vocabulary = student_logits.shape
+    kd = torch.empty(rows, dtype=torch.float32, device=student_logits.device)
+    ce = torch.empty_like(kd)
+    if rows == 0:
+        return kd, ce
+    written = student_logits if grad is None else grad
+    flags = row_flags(
+        terms,
+        labels=labels,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        row_weight=row_weight,
+        vocab_map=vocab_map,
+        stats=stats,
+        write_grad=grad is not None,
+        aliased=lies_over(written, student_logits),
+    )
+    if config is None:
+        config = row_config(architecture_of(student_logits.device))
+    divergence = kernel_divergence(terms.divergence)
+    student_slope, student_softcap = transform_numbers(terms.student_transform)
+    teacher_slope, teacher_softcap = transform_numbers(terms.teacher_transform)
+    index_map = vocab_map.to(torch.int32).contiguous() if isinstance(vocab_map, Tensor) else None
+    target, non_target = (None, None) if decoupled is None else decoupled
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        """A pointer that its flag leaves unread is given the logits, so that one signature serves all."""
+        return student_logits if tensor is None else tensor.contiguous()
+
+    with device_guard(student_logits.device):
+        _kd_rows_kernel[(rows,)](
+            student_ptr=student_logits,
+            teacher_ptr=teacher_logits,
+            labels_ptr=pointer(labels),
+            student_bias_ptr=pointer(student_bias),
+            teacher_bias_ptr=pointer(teacher_bias),
+            map_ptr=pointer(index_map),
+            target_ptr=pointer(target),
+            non_target_ptr=pointer(non_target),
+            row_weight_ptr=pointer(row_weight),
+            grad_ptr=written,
+            kd_ptr=kd,
+            ce_ptr=ce,
+            stats_ptr=kd if stats is None else stats,
+            stride_student_row=student_logits.stride(0),
+            stride_teacher_row=teacher_logits.stride(0),
+            stride_grad_row=written.stride(0),
+            stride_stats_row=0 if stats is None else stats.stride(0),
+            V=vocabulary,
+            V_teacher=teacher_logits.shape[1],
+            shared=vocab_map if isinstance(vocab_map, int) else vocabulary,
+            inverse_temperature=1.0 / terms.temperature,
+            first=float(divergence.first),
+            second=float(divergence.second),
+            kd_scale=float(terms.kd_scale),
+            ce_weight=float(terms.ce_weight),
+            label_smoothing=float(terms.label_smoothing),
+            student_slope=float(student_slope),
+            student_softcap=float(student_softcap),
+            teacher_slope=float(teacher_slope),
+            teacher_softcap=float(teacher_softcap),
+            FLAGS=flags,
+            BLOCK=config.block,
+            WIDTH=config.width,
+            **launch_options(
+                config,
+                vocabulary,
+                student_logits.stride(0),
+                teacher_logits.stride(0),
+                written.stride(0),
+                lean=flags.is_lean,
+            ),
+        )
+    return kd, ce

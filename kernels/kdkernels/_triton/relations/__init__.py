@@ -1,0 +1,1 @@
+"""Triton kernels of `relation_kl`: rows launches values and gradients."""

@@ -1,0 +1,237 @@
+"""From row values and gradients to a loss that autograd can use.
+
+A solver computes, for a tuple of tensors and a weight per row, the unweighted value of every row and
+the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
+
+- `GradientInForward` for `mean` and `sum` of losses whose products or exponentials are dear: the gradient is
+  computed together with the value, backward only multiplies it by the upstream gradient. It is handed out
+  without a copy; a second backward over a retained graph computes it anew;
+- `RecomputeInBackward` where the upstream gradient is needed first (`reduction="none"`) or where the
+  gradient is as large as an input and bytes are what it costs (`kd_loss` on GPUs): only the inputs are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..options import Reduction
+
+Tensors = tuple[Tensor | None, ...]
+
+DOUBLE_BACKWARD = (
+    "kdkernels losses have no second derivative; they were differentiated twice (create_graph=True). "
+    "Use impl='reference', which is plain autograd, where a second derivative is needed"
+)
+
+# float16 gradients of single logits would underflow, so they are written larger and divided again in
+# float32. 2**16 is the end of float16: an entry may be 128 times its usual bound before it overflows.
+HALF_HEADROOM = 512.0
+
+
+class Solver(Protocol):
+    """A loss as rows. The first of its tensors has the rows as its first axis."""
+
+    @property
+    def half_bound(self) -> float | None:
+        """For float16 inputs the usual size of a logit gradient of weight 1: gradients then come back in
+        float32 and stay so until backward knows the upstream factor. None for other dtypes."""
+        ...
+
+    def solve(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensors]:
+        """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one.
+
+        Values may be (1 + S, N): then S numbers per row follow that are only passed on, without a gradient. Such a
+        solver says S as its attribute `passed_on`.
+        """
+        ...
+
+
+class _NoSecondDerivative(Function):
+    """The identity on gradients; differentiating it raises the sentence above."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def _without_second_derivative(gradients: Tensors, upstream: Tensor, inputs: Tensors) -> Tensors:
+    """The gradients; under create_graph they hang on `upstream` and `inputs` by a node that raises."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return _NoSecondDerivative.apply(len(gradients), *gradients, upstream, *inputs)
+
+
+def _boost(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | None]:
+    """For float16, row weights brought to HALF_HEADROOM, and the factor that undoes it."""
+    if bound is None or row_weight.numel() == 0:
+        return row_weight, None
+    peak = row_weight.abs().amax() * bound
+    factor = peak.masked_fill(peak == 0, 1.0) / HALF_HEADROOM
+    return row_weight / factor, factor
+
+
+def _finish(gradients: Tensors, factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]) -> Tensors:
+    """Gradients, which are nobody else's, times `factor`, each in the dtype of its input."""
+    if factor is not None and factor.device.type == "cpu" and factor.item() == 1.0:
+        factor = None  # on a CPU looking is free, and a pass over the gradient of a head is not
+    return tuple(
+        None
+        if gradient is None or dtype is None
+        else (gradient if factor is None else gradient.mul_(factor)).to(dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    )
+
+
+def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction) -> Tensor:
+    """Row values (N,), 0 where a row does not count, to the loss."""
+    if weight is not None:
+        values = values * weight
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total / denominator if reduction == "mean" else total
+
+
+def loss_and_rest(
+    values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the rows of (1 + S, N) values that are only passed on."""
+    rest = None
+    if values.dim() == 2:
+        values, rest = values[0], values[1:].clone()
+    return reduce_rows(values, weight, denominator, reduction), rest
+
+
+def loss_and_gradients(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensors, Tensor | None]:
+    """The loss, what is passed on, the gradients for an upstream gradient of 1, and a factor that they still lack, if any."""
+    if not any(needs):
+        values, gradients = solver.solve(tensors, weight, needs)
+        return *loss_and_rest(values, weight, denominator, reduction), gradients, None
+    row_weight = _row_weight(tensors, weight, denominator.new_ones(()), denominator, reduction)
+    row_weight, factor = _boost(row_weight, solver.half_bound)
+    values, gradients = solver.solve(tensors, row_weight, needs)
+    return *loss_and_rest(values, weight, denominator, reduction), gradients, factor
+
+
+def gradients_for(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    upstream: Tensor,
+    needs: tuple[bool, ...],
+) -> Tensors:
+    """The gradients for any upstream gradient, 0-D or one per row, each in the dtype of its tensor."""
+    row_weight = _row_weight(tensors, weight, upstream, denominator, reduction)
+    row_weight, factor = _boost(row_weight, solver.half_bound)
+    _, gradients = solver.solve(tensors, row_weight, needs)
+    return _finish(gradients, factor, _dtypes(tensors))
+
+
+def _row_weight(
+    tensors: Tensors, weight: Tensor | None, upstream: Tensor, denominator: Tensor, reduction: Reduction
+) -> Tensor:
+    """(N,) what multiplies the gradient of each row."""
+    first = tensors[0]
+    assert first is not None
+    factor = upstream / denominator if reduction == "mean" else upstream
+    row_weight = factor.expand(first.shape[0]).contiguous()
+    if weight is None:
+        return row_weight
+    # An upstream gradient may be infinite or NaN in rows that do not count.
+    return (row_weight * weight).masked_fill_(weight == 0, 0.0)
+
+
+class GradientInForward(Function):
+    """A mean or sum whose gradient is computed together with its value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solver: Solver,
+        weight: Tensor | None,
+        denominator: Tensor,
+        reduction: Reduction,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        needs = tuple(ctx.needs_input_grad[4:])
+        loss, rest, ctx.gradients, ctx.factor = loss_and_gradients(
+            solver, tensors, weight, denominator, reduction, needs
+        )
+        ctx.solver, ctx.reduction, ctx.dtypes = solver, reduction, _dtypes(tensors)
+        # Read again only by a second backward and by a second derivative.
+        ctx.save_for_backward(weight, denominator, *tensors)
+        if rest is not None:
+            ctx.mark_non_differentiable(rest)
+        return loss, rest
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        gradients, inputs = ctx.gradients, ()
+        if gradients is None or torch.is_grad_enabled():
+            inputs = tuple(ctx.saved_tensors[2:])
+        with torch.no_grad():
+            if gradients is None:
+                weight, denominator, *_ = ctx.saved_tensors
+                needs = tuple(ctx.needs_input_grad[4:])
+                _, _, gradients, _ = loss_and_gradients(
+                    ctx.solver, inputs, weight, denominator, ctx.reduction, needs
+                )
+            # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
+            ctx.gradients = None
+            factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
+            scaled = _finish(gradients, factor, ctx.dtypes)
+        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+
+
+class RecomputeInBackward(Function):
+    """Any reduction; forward computes values only and keeps its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solver: Solver,
+        weight: Tensor | None,
+        denominator: Tensor,
+        reduction: Reduction,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        ctx.solver, ctx.reduction = solver, reduction
+        ctx.save_for_backward(weight, denominator, *tensors)
+        loss, rest = loss_and_rest(values, weight, denominator, reduction)
+        if rest is not None:
+            ctx.mark_non_differentiable(rest)
+        return loss, rest
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        weight, denominator, *tensors = ctx.saved_tensors
+        inputs, needs = tuple(tensors), tuple(ctx.needs_input_grad[4:])
+        with torch.no_grad():
+            gradients = gradients_for(
+                ctx.solver, inputs, weight, denominator, ctx.reduction, upstream[0], needs
+            )
+        return None, None, None, None, *_without_second_derivative(gradients, upstream[0], inputs)

@@ -1,0 +1,79 @@
+"""The two doors of a loss, eager or compiled: its public function, and its rows.
+
+A loss reads numbers back on the way (how many rows count, whether sums are in range), which a graph cannot do. So
+`torch.compile` sees a public function's tensors and plain numbers only (`traceable`); its checks run while the graph is
+made, on tensors without values; and what does the work is one operator (`graph.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ..options import Reduction
+from ..stats import KDStats
+from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_rest
+from .compiling import making_a_graph
+from .packing import FUNCTIONS, pack
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def traceable(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, and under `torch.compile` one node that calls it."""
+    name = function.__name__
+    FUNCTIONS[name] = function
+
+    @wraps(function)
+    def entry(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        from .graph import call  # imports the compiler, which eager users do not wait for
+
+        found = call(name, pack(args), {key: pack(value) for key, value in kwargs.items()})
+        # The compiler knows tuples, but not named ones.
+        return cast(R, (found[0], KDStats(*found[1])) if isinstance(found, tuple) else found)
+
+    return entry
+
+
+def row_loss_and_rest(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    *,
+    gradient_in_forward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
+    if making_a_graph():
+        # Imports the compiler, which eager users do not wait for.
+        from .graph import row_loss as traced_row_loss
+
+        return traced_row_loss(solver, tensors, weight, denominator, reduction, gradient_in_forward)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        return loss_and_rest(values, weight, denominator, reduction)
+    function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
+    return function.apply(solver, weight, denominator, reduction, *tensors)
+
+
+def row_loss(
+    solver: Solver,
+    tensors: Tensors,
+    weight: Tensor | None,
+    denominator: Tensor,
+    reduction: Reduction,
+    *,
+    gradient_in_forward: bool,
+) -> Tensor:
+    """The loss of a solver that passes nothing on."""
+    return row_loss_and_rest(
+        solver, tensors, weight, denominator, reduction, gradient_in_forward=gradient_in_forward
+    )[0]

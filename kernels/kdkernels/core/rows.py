@@ -1,0 +1,105 @@
+"""Which rows count, how much each, and what a mean divides by. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """`weight` (N,) is 0 for rows that do not count; None means that every row counts once.
+
+    `denominator` is what a mean divides by, 1 where there is nothing to divide, so that a loss in
+    which no row counts is a finite 0.
+    """
+
+    weight: Tensor | None
+    denominator: Tensor
+
+
+def count_rows(
+    rows: int,
+    counted: Tensor | None,  # (N,) bool; None counts every row
+    token_weight: Tensor | None,  # (N,)
+    num_items: int | Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Counted:
+    """Weights and denominator: `num_items` if given, else the sum of token weights, else the number of rows."""
+    weight = None
+    if token_weight is not None:
+        weight = token_weight.to(dtype)
+        if counted is not None:
+            weight = weight.masked_fill(~counted, 0.0)
+    elif counted is not None:
+        weight = counted.to(dtype)
+
+    if isinstance(num_items, Tensor) and num_items.device == device:
+        total = num_items.to(dtype)
+    elif num_items is not None:
+        # `full` is a kernel launch; copying a number from the host would wait for the device.
+        total = torch.full((), float(num_items), dtype=dtype, device=device)
+    elif weight is not None:
+        total = weight.sum()
+    else:
+        total = torch.full((), rows, dtype=dtype, device=device)
+    return Counted(weight, total.masked_fill(total == 0, 1.0))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., D) as (N, D)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def compact_rows(
+    weight: Tensor | None,  # (N,)
+    labels: Tensor | None,  # (N,)
+    vocabulary: int,
+) -> Tensor | None:
+    """The indices (M,) of the rows that count, or None when all do; this is the one host sync of a loss.
+
+    The same transfer that brings the number of counted rows brings the number of labels out of range.
+    """
+    if weight is None:
+        return None
+    alive = weight != 0
+    numbers = [alive.sum()]
+    if labels is not None:
+        numbers.append(labels_out_of_range(labels, alive, vocabulary).sum())
+    alive_count, *bad = torch.stack(numbers).tolist()
+    if bad and bad[0] and labels is not None:
+        refuse_labels(labels, alive, vocabulary)
+    if alive_count == weight.shape[0]:
+        return None
+    return torch.nonzero_static(alive, size=alive_count).squeeze(1)
+
+
+def put_back(tensor: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    """(rows, ...) the rows that `compact_rows` named back at their places, zeros elsewhere."""
+    if index is None:
+        return tensor
+    return tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
+
+
+def zero_where_dead(tensor: Tensor, weight: Tensor | None) -> Tensor:
+    """(R, D) with zeros in rows of weight 0: they may hold NaN, which a gradient of 0 would not stop."""
+    return tensor if weight is None else tensor.masked_fill((weight == 0).unsqueeze(1), 0.0)
+
+
+def labels_out_of_range(labels: Tensor, alive: Tensor, vocabulary: int) -> Tensor:
+    """(N,) bool: labels of counted rows that are no index into the vocabulary."""
+    return alive & ((labels < 0) | (labels >= vocabulary))
+
+
+def refuse_labels(labels: Tensor, alive: Tensor, vocabulary: int) -> None:
+    """Raise the sentence about labels out of range, with the first offending value."""
+    out_of_range = labels_out_of_range(labels, alive, vocabulary)
+    if bool(out_of_range.any()):
+        bad = labels[out_of_range]
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or equal to ignore_index, got {int(bad[0])} "
+            f"in {bad.numel()} place(s), the first of them; check the vocabulary and the padding of the labels"
+        )

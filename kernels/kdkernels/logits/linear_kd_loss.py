@@ -1,0 +1,236 @@
+"""`linear_kd_loss`: check, choose the back end and the schedule, hand over."""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.autograd import reduce_rows
+from ..core.backend import load_backend
+from ..core.dispatch import row_loss_and_rest, traceable
+from ..core.matmul import autocast_dtype, autocast_off
+from ..core.rows import flat, zero_where_dead
+from ..divergences import Divergence
+from ..options import IGNORE_INDEX, Impl, LinearLossOptions, Mode, Reduction, RowTerms
+from ..reference.logits import linear
+from ..stats import KDStats, in_shape
+from ..teachers import Teacher
+from .by_rows import LinearKD
+from .diagnose import refuse_bad_rows
+from .low_memory import LowMemoryKD
+from .option_checks import check_logit_dtype
+from .problem import check_options, prepare
+from .reference_rows import cast_to, reference_rows
+from .sharded import ShardedKD, shard_of
+from .teacher_checks import check_cross_term_head
+
+
+def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
+    """The usual size of one logit's gradient where it is kept in float16, see `autograd.Solver`."""
+    return (
+        max(abs(terms.kd_scale) / terms.temperature, abs(terms.ce_weight)) if dtype == torch.float16 else None
+    )
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Tensor, KDStats]: ...
+@traceable
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    t_squared: bool = True,
+    ignore_index: int = IGNORE_INDEX,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_map: str | Tensor | None = None,
+    impl: Impl | None = None,
+    return_stats: bool = False,
+    check_finite: bool = False,
+    static_shapes: bool = False,
+    mode: Mode = "fast",
+    chunk_bytes: int | None = None,
+    vocab_group: object | None = None,
+    logit_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, KDStats]:
+    """`kd_loss` straight from hidden states and heads: the (N, V) logits never exist as a whole.
+
+    Replaces:
+
+        student_logits = F.linear(student_hidden, student_weight, student_bias)
+        teacher_logits = F.linear(teacher.hidden, teacher.weight, teacher.bias)
+        loss = kd_loss(student_logits, teacher_logits, labels, ...)
+
+    Args, where they are not those of `kd_loss`:
+        student_hidden: (..., D_s), float16, bfloat16, float32 or float64: what enters the student's head.
+        student_weight: (V_s, D_s), the student's head; no work is spent on its gradient when it is frozen.
+        teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), any form of `kd_loss`, or
+            TeacherCrossTerm where the student's head is frozen. Frozen; D_t and the dtype may differ from the student's.
+        labels: as `kd_loss`; on a GPU, too, labels out of range are refused, except with static_shapes.
+        student_bias: (V_s,), the bias of the student's head. Scale and softcap come after it.
+        kd_weight: with 0 (and without return_stats) the teacher is not read and its logits are not made: plain training
+            with chunked logits. Only a vocab_group still reads it.
+        static_shapes: keep rows that do not count in the products instead of gathering the others first.
+            Reading their number is the only time the host waits for the device. Default False.
+        mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and multiplies four times;
+            "low_memory" holds a tile of the vocabulary at a time and makes its logits twice or three times. It takes
+            teachers with all their logits, and neither an index map nor return_stats.
+        chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
+            mode how many columns, are worked on at a time. Default: chosen by the back end; 64 MiB for low memory.
+        vocab_group: a process group of torch.distributed whose ranks hold the vocabulary's slices in the order of
+            their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
+            hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
+            vocabulary, the whole gradient of the hidden states, and that of its own slice. Two heads whose slices are
+            equally long on some ranks and not on others need groups of their own. Default None: no sharding.
+        logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the memory
+            and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
+
+    Returns:
+        float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
+        finite 0 that still has a graph. With return_stats=True (loss, KDStats).
+
+    Logits are float32 out of the product for every input dtype. Gradients have the dtypes of their inputs; for
+    "mean" and "sum" they are computed together with the value. The loss has no second derivative
+    (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
+
+    Raises:
+        As `kd_loss`.
+
+    Source: as `kd_loss`; the gradient during the forward pass over token chunks is that of Liger-Kernel
+    (Hsu et al., 2024).
+    """
+    terms = check_options(
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        label_smoothing=label_smoothing,
+        t_squared=t_squared,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_map=vocab_map,
+        impl=impl,
+        return_stats=return_stats,
+        check_finite=check_finite,
+        static_shapes=static_shapes,
+        mode=mode,
+        chunk_bytes=chunk_bytes,
+        vocab_group=vocab_group,
+        logit_dtype=logit_dtype,
+    )
+    cast = autocast_dtype(student_hidden) if isinstance(student_hidden, Tensor) else None
+    student_hidden, student_weight, student_bias = checks.check_head(
+        "student",
+        student_hidden,
+        student_weight,
+        student_bias,
+        hidden_name="student_hidden",
+        weight_name="student_weight",
+        bias_name="student_bias",
+        same_dtype=cast is None,
+    )
+    vocabulary = student_weight.shape[0]
+    shard = None if vocab_group is None else shard_of(vocab_group, vocabulary, student_weight.device)
+    problem = prepare(
+        "student_hidden",
+        student_hidden,
+        vocabulary,
+        student_weight.dtype,
+        teacher,
+        labels,
+        terms,
+        token_weight=token_weight,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        vocab_map=vocab_map,
+        impl=impl,
+        return_stats=return_stats,
+        mode=mode,
+        sharded_vocabulary=None if shard is None else shard.total,
+    )
+    check_cross_term_head(problem.teacher, problem.terms, student_weight, student_bias)
+    if logit_dtype is not None:
+        check_logit_dtype(
+            logit_dtype, cast or student_weight.dtype, problem.teacher, cast, problem.impl, mode, vocab_group
+        )
+    hidden, counted = flat(student_hidden), problem.counted
+    with autocast_off(hidden):
+        if problem.impl == "reference":
+            kept = zero_where_dead(hidden, counted.weight)
+            student = linear(cast_to(kept, cast), cast_to(student_weight, cast), student_bias)
+            values, statistics = reference_rows(problem, kept, student)
+            loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
+        else:
+            shared = problem.vocab_map if isinstance(problem.vocab_map, int) else None
+            half_bound = _half_bound(problem.terms, cast or student_weight.dtype)
+            compact = not static_shapes and counted.weight is not None
+            backend = load_backend(problem.impl)
+            if shard is not None:
+                solver = ShardedKD(problem.terms, backend, chunk_bytes, cast, half_bound, shard, compact)
+            elif mode == "low_memory":
+                solver = LowMemoryKD(
+                    problem.terms, backend, chunk_bytes, cast, half_bound, shared=shared, compact=compact
+                )
+            else:
+                solver = LinearKD(
+                    problem.terms,
+                    backend,
+                    chunk_bytes,
+                    cast,
+                    half_bound,
+                    *problem.form,
+                    shared=shared,
+                    stats=return_stats,
+                    compact=compact,
+                    logit_dtype=logit_dtype,
+                )
+            tensors = (
+                hidden, student_weight, student_bias, *problem.teacher_tensors, *problem.row_tensors
+            )  # fmt: skip
+            loss, statistics = row_loss_and_rest(
+                solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
+            )
+        if check_finite:
+            refuse_bad_rows(problem, loss, hidden, student_weight, student_bias)
+    return in_shape(loss, statistics, student_hidden.shape[:-1], reduction)

@@ -1,0 +1,1 @@
+"""The specification: every loss in plain eager PyTorch."""
