@@ -1,0 +1,56 @@
+"""What a recipe may hold, for people (`--help`) and for editors (JSON schema)."""
+
+import typing
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from kdtrain.recipe.base import Section, literal_values
+
+
+def describe(kind: type[Section], prefix: str = "") -> str:
+    """Every field of a recipe class with its default, allowed values and help, one field a paragraph."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        inner = _section(field)
+        if inner is None:
+            lines.append(_line(name, field, prefix))
+        else:
+            lines += ["", f"{prefix}{name}: {first_line(inner)}", describe(inner, f"{prefix}{name}.")]
+    return "\n".join(lines)
+
+
+def first_line(kind: type[Section]) -> str:
+    """The first line of a section's docstring."""
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def json_schema(kind: type[Section]) -> dict[str, Any]:
+    """The JSON schema of a recipe class, for completion and checks in an editor."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _line(name: str, field: FieldInfo, prefix: str) -> str:
+    choices = literal_values(field.annotation) or _item_choices(field.annotation)
+    allowed = f" [{', '.join(map(str, choices))}]" if len(choices) > 1 else ""
+    return f"  --{prefix}{name} ({_default(field)}){allowed}\n        {field.description or ''}"
+
+
+def _item_choices(annotation: Any) -> tuple[Any, ...]:
+    """The allowed entries of a list."""
+    return tuple(value for inner in typing.get_args(annotation) for value in literal_values(inner))
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined:
+        return "needed"
+    if default in (None, (), "", {}):
+        return "none"
+    return str(list(default) if isinstance(default, tuple) else default)
