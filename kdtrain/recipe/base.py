@@ -86,10 +86,10 @@ SHARE: Any = Field(ge=0, lt=1)
 """A share of a whole, or a probability: in [0, 1)."""
 
 
-class Section(BaseModel):
+class Section(BaseModel, frozen=True):
     """A section of a recipe. Unknown fields are refused; nothing can be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
     @classmethod
     def parse(cls, content: Any, prefix: str = "") -> Self:

@@ -13,53 +13,64 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 class TrainingSection(Section):
     """Steps, optimizer, and how often to evaluate, save and log."""
 
-    num_train_epochs: Annotated[Number, POSITIVE] = Field(3.0, description="passes over the training rows")
+    num_train_epochs: Annotated[Number, POSITIVE] = Field(
+        default=3.0, description="passes over the training rows"
+    )
     max_steps: Annotated[Whole, POSITIVE] | None = Field(
-        None, description="optimizer steps of the whole run; set, it wins over num_train_epochs"
+        default=None, description="optimizer steps of the whole run; set, it wins over num_train_epochs"
     )
     batch_size: Annotated[Whole, POSITIVE] = Field(
-        32, description="rows of one optimizer step, over all micro-batches and processes"
+        default=32, description="rows of one optimizer step, over all micro-batches and processes"
     )
     gradient_accumulation_steps: Annotated[Whole, POSITIVE] = Field(
-        1, description="micro-batches per process and optimizer step; changes memory, never the result"
+        default=1,
+        description="micro-batches per process and optimizer step; changes memory, never the result",
     )
     gradient_checkpointing: Flag = Field(
-        False, description="recompute the student's layers in backward: less memory, a third more time"
+        default=False,
+        description="recompute the student's layers in backward: less memory, a third more time",
     )
-    learning_rate: Annotated[Number, POSITIVE] = Field(5e-4, description="peak learning rate of AdamW")
+    learning_rate: Annotated[Number, POSITIVE] = Field(
+        default=5e-4, description="peak learning rate of AdamW"
+    )
     weight_decay: Annotated[Number, NOT_NEGATIVE] = Field(
-        0.01, description="decay of matrices; biases and norms do not decay"
+        default=0.01, description="decay of matrices; biases and norms do not decay"
     )
-    warmup_ratio: Annotated[Number, SHARE] = Field(0.1, description="share of the steps of linear warm-up")
+    warmup_ratio: Annotated[Number, SHARE] = Field(
+        default=0.1, description="share of the steps of linear warm-up"
+    )
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
-    ] = Field("linear", description="schedule of the learning rate after warm-up")
+    ] = Field(default="linear", description="schedule of the learning rate after warm-up")
     lr_scheduler_kwargs: dict[str, Any] = Field(
-        {}, description="further arguments of the schedule, as in transformers: min_lr, num_decay_steps, ..."
+        default={},
+        description="further arguments of the schedule, as in transformers: min_lr, num_decay_steps, ...",
     )
     max_grad_norm: Annotated[Number, POSITIVE] = Field(
-        1.0, description="the gradient is clipped to this norm; .inf does not clip"
+        default=1.0, description="the gradient is clipped to this norm; .inf does not clip"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="precision of the student's matmuls"
+        default="fp32", description="precision of the student's matmuls"
     )
-    torch_compile: Flag = Field(False, description="compile the student with torch.compile")
-    group_by_length: Flag = Field(True, description="put rows of similar length into one batch")
+    torch_compile: Flag = Field(default=False, description="compile the student with torch.compile")
+    group_by_length: Flag = Field(default=True, description="put rows of similar length into one batch")
     eval_steps: Annotated[Whole, POSITIVE] | None = Field(
-        None, description="steps between evaluations; by default once per epoch"
+        default=None, description="steps between evaluations; by default once per epoch"
     )
     save_steps: Annotated[Whole, POSITIVE] | None = Field(
-        None, description="steps between checkpoints; by default at every evaluation"
+        default=None, description="steps between checkpoints; by default at every evaluation"
     )
     save_total_limit: Annotated[Whole, Field(ge=2)] = Field(
-        2, description="checkpoints kept; the newest that is undamaged is resumed"
+        default=2, description="checkpoints kept; the newest that is undamaged is resumed"
     )
-    logging_steps: Annotated[Whole, POSITIVE] = Field(10, description="steps between lines of metrics.jsonl")
-    metric_for_best_model: Text = Field("loss", description="metric that selects the best checkpoint")
+    logging_steps: Annotated[Whole, POSITIVE] = Field(
+        default=10, description="steps between lines of metrics.jsonl"
+    )
+    metric_for_best_model: Text = Field(default="loss", description="metric that selects the best checkpoint")
     early_stopping_patience: Annotated[Whole, POSITIVE] | None = Field(
-        None, description="stop after this many evaluations without a better metric"
+        default=None, description="stop after this many evaluations without a better metric"
     )
-    report_to: tuple[Tracker, ...] = Field((), description="trackers, through accelerate")
+    report_to: tuple[Tracker, ...] = Field(default=(), description="trackers, through accelerate")
 
     @model_validator(mode="after")
     def _micro_batches_have_rows(self) -> Self:

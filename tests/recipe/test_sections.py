@@ -26,15 +26,15 @@ from kdtrain.recipe.training import TrainingSection
 class Sharpened(MethodOptions):
     """Soft labels."""
 
-    name: Literal["sharpened"] = Field("sharpened", description="the method")
-    temperature: Annotated[Number, POSITIVE, FINITE] = Field(2.0, description="T of both sides")
-    layer_map: tuple[tuple[Whole, Whole], ...] = Field((), description="pairs of layers")
+    name: Literal["sharpened"] = Field(default="sharpened", description="the method")
+    temperature: Annotated[Number, POSITIVE, FINITE] = Field(default=2.0, description="T of both sides")
+    layer_map: tuple[tuple[Whole, Whole], ...] = Field(default=(), description="pairs of layers")
 
 
 class Whole_(Section):
     """One run."""
 
-    training: TrainingSection = Field(TrainingSection(), description="how long")
+    training: TrainingSection = Field(default=TrainingSection(), description="how long")
     output: Text = Field(description="folder of the run")
 
 
