@@ -86,10 +86,10 @@ SHARE: Any = Field(ge=0, lt=1)
 """A share of a whole, or a probability: in [0, 1)."""
 
 
-class Section(BaseModel, frozen=True):
+class Section(BaseModel):
     """A section of a recipe. Unknown fields are refused; nothing can be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
     def parse(cls, content: Any, prefix: str = "") -> Self:
@@ -237,7 +237,7 @@ class MethodOptions(Section):
     A subclass narrows `name` to `Literal["..."]` with that default; fields that the method does not read are refused.
     """
 
-    name: str = Field(description="which method the student learns by; kdtrain methods lists them")
+    name: Any = Field(description="which method the student learns by; kdtrain methods lists them")
 
 
 def parse_method(
