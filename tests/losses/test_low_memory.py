@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import Decoupled, TeacherHead, TeacherTopK, linear_kd_loss
-from kdkernels.logits.low_memory import LEAST_COLUMNS, TILE_ROWS, tile_shape
+from kdkernels.logits.low_memory import tile_shape
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
@@ -25,7 +25,8 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 rows, tiles of 16 columns: the 67 columns of a case are four tiles and a ragged fifth."""
     monkeypatch.setattr("kdkernels.logits.low_memory.TILE_ROWS", 4)
     monkeypatch.setattr("kdkernels.logits.low_memory.LEAST_COLUMNS", 16)
-    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_BYTES", 8 * 4 * 16)
+    for name in ("TILE_BYTES", "GPU_TILE_BYTES"):
+        monkeypatch.setattr(f"kdkernels.logits.low_memory.{name}", 8 * 4 * 16)
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -142,13 +143,17 @@ def test_heads_of_two_dtypes(student_dtype: torch.dtype) -> None:
 
 
 def test_tile_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_ROWS", TILE_ROWS)
-    monkeypatch.setattr("kdkernels.logits.low_memory.LEAST_COLUMNS", LEAST_COLUMNS)
-    # At the reference shape two float32 buffers of 1024 x 8192: 67 MB.
-    assert tile_shape(8192, 128256, 1 << 26) == (1024, 8192)
-    assert tile_shape(100, 50, 1 << 26) == (100, 50)
-    assert tile_shape(8192, 128256, 1 << 20) == (128, 1024)
-    assert tile_shape(8192, 128256, 1) == (1, 1)
+    monkeypatch.undo()  # the sizes of the module itself
+    host, device = torch.device("cpu"), torch.device("cuda")
+    # At the reference shape two float32 buffers of 1024 x 8192 on a CPU: 67 MB; eight times as many columns on a GPU, in
+    # tiles of equal size.
+    assert tile_shape(8192, 128256, None, host) == (1024, 8016)
+    assert tile_shape(8192, 128256, None, device) == (1024, 64128)
+    assert tile_shape(8192, 128256, 1 << 26, device) == (1024, 8016)
+    assert tile_shape(1030, 128256, 1 << 26, device) == (640, 12832)
+    assert tile_shape(100, 50, 1 << 26, host) == (100, 50)
+    assert tile_shape(8192, 128256, 1 << 20, host) == (128, 1024)
+    assert tile_shape(8192, 128256, 1, host) == (1, 1)
 
 
 def test_refusals() -> None:

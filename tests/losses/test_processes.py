@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kdkernels import Decoupled, LinearKDLoss, TeacherHead, linear_kd_loss
+from tests.support.host_copies import CountHostCopies
 from tests.support.inputs import DIVERGENCES
 from tests.support.interpreter import patch_language_once
 from tests.support.processes import run_processes
@@ -164,6 +165,56 @@ def test_a_sharded_vocabulary_equals_one_process(world: int, tmp_path: Path) -> 
                 torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12, msg=f"{name} of {options}")
 
 
+def host_copies(rank: int) -> dict[int, list[str]]:
+    """What makes the host wait in a call of one chunk, and of three."""
+    inputs, group, found = sharded_inputs(), torch.distributed.group.WORLD, {}
+    for chunk_bytes in (8 * 41 * ROWS, 8 * 41 * 2):
+        with CountHostCopies() as counter:
+            solve(inputs, group, slices(2)[rank], impl="torch", chunk_bytes=chunk_bytes, static_shapes=True)
+        found[chunk_bytes] = counter.found
+    return found
+
+
+def test_no_chunk_of_a_shard_copies_from_the_host(tmp_path: Path) -> None:
+    """Indices that are lists, and tensors of numbers, are copied to a device, for which the host waits."""
+    for found in run_processes(host_copies, 2, tmp_path):
+        one, several = found.values()
+        assert one == several == ["aten::lift_fresh"]  # the sizes that the ranks exchange
+
+
+def two_heads(rank: int) -> list[float]:
+    """Losses with two heads in turn, whose slices are equally long on the first rank and not on the second."""
+    inputs, group = sharded_inputs(), torch.distributed.group.WORLD
+    smaller = {name: tensor[:30] if name != "labels" else tensor for name, tensor in inputs.items()}
+    smaller["labels"] = inputs["labels"] % 30
+    return [
+        float(solve(one, group, slice(0, 17) if rank == 0 else slice(17, None), impl="torch")[0])
+        for one in (inputs, smaller, inputs)
+    ]
+
+
+def test_heads_of_other_sizes_in_one_group(tmp_path: Path) -> None:
+    """A rank that remembered sizes would not enter the exchange that the others wait in."""
+    first, second = run_processes(two_heads, 2, tmp_path)
+    assert first == second and first[0] == first[2] != first[1]
+
+
+def unequal_rows(rank: int) -> str:
+    inputs = sharded_inputs()
+    for name in ("hidden", "teacher_hidden", "labels"):
+        inputs[name] = inputs[name][: ROWS - rank]
+    with pytest.raises(ValueError) as caught:
+        solve(inputs, torch.distributed.group.WORLD, slices(2)[rank], impl="torch")
+    return str(caught.value)
+
+
+def test_ranks_with_other_rows_are_told(tmp_path: Path) -> None:
+    for sentence in run_processes(unequal_rows, 2, tmp_path):
+        assert sentence.startswith(
+            "the ranks of vocab_group must have the same rows, got [6, 5] rows on ranks 0 to 1"
+        )
+
+
 def sharded_kernels(rank: int) -> list[list[Tensor]]:
     inputs = {
         name: tensor if name == "labels" else tensor.float() for name, tensor in sharded_inputs().items()
@@ -172,7 +223,7 @@ def sharded_kernels(rank: int) -> list[list[Tensor]]:
     patch_language_once()
     return [
         solve(inputs, group, slices(2)[rank], divergence=one, ce_weight=0.4, temperature=2.0, impl="triton")
-        for one in ("forward_kl", "jsd")
+        for one in ("forward_kl", "jsd", Decoupled(0.7, 1.3))
     ]
 
 
@@ -182,7 +233,7 @@ def sharded_kernels(rank: int) -> list[list[Tensor]]:
 def test_a_sharded_vocabulary_through_the_kernels(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     found = run_processes(sharded_kernels, 2, tmp_path)
-    for number, divergence in enumerate(("forward_kl", "jsd")):
+    for number, divergence in enumerate(("forward_kl", "jsd", Decoupled(0.7, 1.3))):
         options = {"divergence": divergence, "ce_weight": 0.4, "temperature": 2.0, "impl": "torch"}
         loss, d_hidden, d_weight, d_bias = solve(sharded_inputs(), None, slice(None), **options)
         for rank, columns in enumerate(slices(2)):

@@ -153,7 +153,7 @@ def _tile(work: str, divergence: str, HAS_TEACHER: bool = True, **rest: Any) -> 
     write = {"write_grad": True, "aliased": True} if work == "gradient" else {"write_grad": False}
     flags = _flags(divergence, ce_sum="own", **write, **rest)
     dtypes = {"student": "fp32", "teacher": "fp32", "grad": "bf16" if work == "gradient" else "fp32"}
-    constants = {"PASS": work, "HAS_TEACHER": HAS_TEACHER, "FLAGS": flags}
+    constants = {"PASS": work, "HAS_TEACHER": HAS_TEACHER, "ADD_VALUE": False, "FLAGS": flags}
     return Variant(f"{divergence} {words}", "tile", dtypes, constants, aligned=HAS_TEACHER, wide=HAS_TEACHER)
 
 

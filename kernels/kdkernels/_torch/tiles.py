@@ -199,13 +199,18 @@ def tile_sums(
     arithmetic = arithmetic_of(terms.divergence, state.dtype)
     for tile in _blocks(student, teacher, labels, terms, state, offset, student_bias, teacher_bias):
         block = _block(tile, terms)
-        # Of Decoupled only what the others add: the label's part is known from the normalisers.
-        block.sums.target.zero_()
         _accumulate(arithmetic, block)
-        value = arithmetic.values(Sums(*(number.double() for number in block.sums)), block.sums)
-        tile.state[row_state.VALUE] += value.squeeze(1).to(state.dtype)
+        _add_value(arithmetic, block, tile.state)
         tile.state[row_state.MEAN] += arithmetic.mean(block.sums).squeeze(1)
     _keep(state, row_weight, before)
+
+
+def _add_value(arithmetic: Arithmetic, block: Block, state: Tensor) -> None:
+    """A tile's part of the value from its sums; of Decoupled without the label's, which is known from the normalisers."""
+    sums = Sums(*(number.double() for number in block.sums))
+    one = torch.ones_like(sums.first)
+    sums = sums._replace(exp_s=one, exp_t=one, label_s=one, label_t=one, target=one - one, non_target=one)
+    state[row_state.VALUE] += arithmetic.values(sums, block.sums).squeeze(1).to(state.dtype)
 
 
 def tile_gradient(
@@ -222,8 +227,10 @@ def tile_gradient(
     row_weight: Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
     grad: Tensor,
+    add_value: bool = False,
 ) -> None:
     """The gradient of a tile; the contract is `kdkernels.backends.Backend.tile_gradient`."""
+    before = None if row_weight is None or not add_value else state.clone()
     arithmetic = arithmetic_of(terms.divergence, state.dtype)
     unit = torch.ones_like(state[0]) if row_weight is None else row_weight.to(state.dtype)
     unit = (unit * terms.student_transform.scale).unsqueeze(1)
@@ -240,6 +247,8 @@ def tile_gradient(
                 block.sums.target.copy_(decoupled[0][tile.rows].unsqueeze(1))
                 block.sums.non_target.copy_(decoupled[1][tile.rows].unsqueeze(1))
             _accumulate(arithmetic, block)
+            if add_value:
+                _add_value(arithmetic, block, tile.state)
             if decoupled is not None:
                 # Only now, as the logs are without the label's column already.
                 block.labels, block.absent = tile.label, None if tile.inside is None else ~tile.inside
@@ -255,6 +264,7 @@ def tile_gradient(
         if tile.chain is not None:
             out.mul_(tile.chain)
         grad[tile.rows] = out.masked_fill_(weight == 0, 0.0)
+    _keep(state, row_weight, before)
 
 
 def _set_labels(sums: Sums, state: Tensor, temperature: float) -> None:

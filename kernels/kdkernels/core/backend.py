@@ -119,6 +119,7 @@ class Backend(Protocol):
         row_weight: Tensor | None = None,  # multiplies the gradient; rows with 0 give exact zeros
         decoupled: tuple[Tensor, Tensor] | None = None,
         grad: Tensor,  # (R, C), may lie over the logits as in `kd_rows`
+        add_value: bool = False,  # also what `tile_sums` adds to VALUE, where the gradient needs no sums
     ) -> None:
         """The gradient of a tile's logits."""
         ...

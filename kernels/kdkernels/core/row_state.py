@@ -1,6 +1,6 @@
 """What is known of a row of logits between two tiles of its vocabulary: one (SLOTS, R) tensor that both back ends read.
 
-Logits z are after bias and transform. A tile without a teacher has no part in the first four slots.
+Logits z are after bias and transform. A tile without a teacher changes neither the student's nor the teacher's maximum and sum.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-# Online maximum of z and sum of exp((z - maximum) / T) over the shared columns; for Decoupled without the label's.
-STUDENT_MAX, STUDENT_SUM = 0, 1
-TEACHER_MAX, TEACHER_SUM = 2, 3
-# Online maximum and sum of exp(z - maximum) over all of the student's columns: the cross entropy's.
-CE_MAX, CE_SUM = 4, 5
+# Online maxima of z and sums of exp((z - maximum) / T) over the shared columns, for Decoupled without the label's; last
+# the cross entropy's, at temperature 1 over all of the student's columns. Slots that ranks reduce together are neighbours.
+STUDENT_MAX, TEACHER_MAX, CE_MAX = 0, 1, 2
+STUDENT_SUM, TEACHER_SUM, CE_SUM = 3, 4, 5
 # z of the label, 0 until its tile was seen; the teacher's for Decoupled, +inf where the label's tile has no teacher.
 LABEL, TEACHER_LABEL = 6, 7
 # Sum of z over all of the student's columns, for label smoothing.
@@ -29,8 +28,7 @@ SLOTS = 12
 def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(SLOTS, R) of rows of which nothing was seen."""
     state = torch.zeros((SLOTS, rows), dtype=dtype, device=device)
-    for largest in (STUDENT_MAX, TEACHER_MAX, CE_MAX):  # a list as an index would be copied from the host
-        state[largest].fill_(-math.inf)
+    state[STUDENT_MAX : CE_MAX + 1].fill_(-math.inf)  # a list as an index would be copied from the host
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,17 @@ def compact_rows(
     if alive_count == weight.shape[0]:
         return None
     return torch.nonzero_static(alive, size=alive_count).squeeze(1)
+
+
+def equal_chunk(total: int, most: int, step: int = 1) -> int:
+    """Size of equal chunks of `total`, at most `most`: a small last one costs a matrix product as much as a large one.
+
+    Sizes are multiples of `step`, to which products are cut on a device, where `most` is not below it.
+    """
+    if most < step:
+        return max(1, min(total, most))
+    most -= most % step
+    return max(1, min(total, most, -(-math.ceil(total / math.ceil(max(total, 1) / most)) // step) * step))
 
 
 def put_back(tensor: Tensor, index: Tensor | None, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.autograd import reduce_rows
-from ..core.backend import load_backend
+from ..core.backend import load_backend, resolve_impl
 from ..core.dispatch import row_loss_and_rest, traceable
 from ..core.matmul import autocast_dtype, autocast_off
 from ..core.rows import flat, zero_where_dead
@@ -114,12 +114,13 @@ def linear_kd_loss(
             "low_memory" holds a tile of the vocabulary at a time and makes its logits twice or three times. It takes
             teachers with all their logits, and neither an index map nor return_stats.
         chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
-            mode how many columns, are worked on at a time. Default: chosen by the back end; 64 MiB for low memory.
+            mode how many columns, are worked on at a time. Default: chosen by the back end; for low memory
+            64 MiB, on GPUs 512 MiB.
         vocab_group: a process group of torch.distributed whose ranks hold the vocabulary's slices in the order of
             their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
             hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
-            vocabulary, the whole gradient of the hidden states, and that of its own slice. Two heads whose slices are
-            equally long on some ranks and not on others need groups of their own. Default None: no sharding.
+            vocabulary, the whole gradient of the hidden states, and that of its own slice. The ranks exchange the
+            sizes of their slices in every call, which makes the host wait once. Default None: no sharding.
         logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the memory
             and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
 
@@ -171,7 +172,12 @@ def linear_kd_loss(
         same_dtype=cast is None,
     )
     vocabulary = student_weight.shape[0]
-    shard = None if vocab_group is None else shard_of(vocab_group, vocabulary, student_weight.device)
+    shard = None
+    if vocab_group is not None:
+        backend = load_backend(resolve_impl(impl, student_weight.device, student_weight.dtype))
+        rows = student_hidden.numel() // max(student_hidden.shape[-1], 1)
+        chunk_rows = backend.chunk_rows(max(rows, 1), vocabulary, chunk_bytes, student_weight.device)
+        shard = shard_of(vocab_group, rows, vocabulary, chunk_rows, student_weight.device)
     problem = prepare(
         "student_hidden",
         student_hidden,
@@ -207,7 +213,7 @@ def linear_kd_loss(
             compact = not static_shapes and counted.weight is not None
             backend = load_backend(problem.impl)
             if shard is not None:
-                solver = ShardedKD(problem.terms, backend, chunk_bytes, cast, half_bound, shard, compact)
+                solver = ShardedKD(problem.terms, backend, cast, half_bound, shard, compact)
             elif mode == "low_memory":
                 solver = LowMemoryKD(
                     problem.terms, backend, chunk_bytes, cast, half_bound, shared=shared, compact=compact

@@ -1,7 +1,7 @@
 """`linear_kd_loss(vocab_group=...)`: every rank holds a slice of the vocabulary, of both heads, and of no other rank's.
 
 Hidden states and labels are the same on all ranks. A rank makes the logits of its own slice, the row work runs in the
-three steps of `tile_state` with the slice as the only tile, and between the steps the ranks bring their states together:
+three steps of `row_state` with the slice as the only tile, and between the steps the ranks bring their states together:
 one maximum and two sums of a few numbers per row. What goes back to the hidden states is summed over the ranks, so
 every rank has the loss and the gradient that one process with the whole vocabulary would have.
 """
@@ -25,29 +25,15 @@ from ..core.matmul import (
     logit_buffer,
     wide_dtype,
 )
-from ..core.row_state import (
-    CE_MAX,
-    CE_SUM,
-    FAR_MEAN,
-    LABEL,
-    LOGIT_SUM,
-    MEAN,
-    STUDENT_MAX,
-    STUDENT_SUM,
-    TEACHER_LABEL,
-    TEACHER_MAX,
-    TEACHER_SUM,
-    VALUE,
-    new_state,
-)
-from ..core.rows import compact_rows, put_back, zero_where_dead
+from ..core.row_state import CE_SUM, LOGIT_SUM, STUDENT_MAX, STUDENT_SUM, VALUE, new_state
+from ..core.rows import compact_rows, equal_chunk, put_back, zero_where_dead
 from ..options import RowTerms
 from . import tiles
 from .teacher_rows import TeacherLogitSource, part, take
 
-_MAXIMA, _THEIR_SUMS = [STUDENT_MAX, TEACHER_MAX, CE_MAX], [STUDENT_SUM, TEACHER_SUM, CE_SUM]
-_SUMS = [*_THEIR_SUMS, LABEL, TEACHER_LABEL, LOGIT_SUM]
-_SECOND_SUMS = [VALUE, MEAN, FAR_MEAN]
+# Slots by what the ranks do with them. Slices, as a list of slots would be copied from the host, which then waits.
+_MAXIMA, _THEIR_SUMS = slice(STUDENT_MAX, STUDENT_SUM), slice(STUDENT_SUM, CE_SUM + 1)
+_SUMS, _SECOND_SUMS = slice(STUDENT_SUM, LOGIT_SUM + 1), slice(VALUE, None)
 
 
 @dataclass(frozen=True)
@@ -57,46 +43,42 @@ class Shard:
     group: dist.ProcessGroup
     offset: int
     total: int
-    widest: int  # columns of the largest slice
+    chunk_rows: int  # rows of a chunk, the same on every rank, since the ranks meet in each chunk
 
 
-# Sizes are exchanged once for a group and a size of ours: heads keep theirs, and a step should not wait for numbers.
-_SHARDS: dict[tuple[dist.ProcessGroup, int], Shard] = {}
+def shard_of(group: object, rows: int, columns: int, chunk_rows: int, device: torch.device) -> Shard:
+    """This rank's slice of `columns` columns; ranks hold their slices in the order of their numbers.
 
-
-def shard_of(group: object, columns: int, device: torch.device) -> Shard:
-    """This rank's slice of `columns` columns; ranks hold their slices in the order of their numbers."""
+    The ranks exchange their sizes in every call. A memory of earlier calls would save this one host sync, but a rank that
+    remembers a size beside one that does not would leave that one waiting for ever.
+    """
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"vocab_group must be a process group of torch.distributed, got {type(group).__name__}; "
             "pass torch.distributed.group.WORLD or what new_group returned"
         )
-    key = (group, columns)
-    if key not in _SHARDS:
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
-        dist.all_gather(sizes, torch.tensor([columns], device=device), group=group)
-        numbers = [int(size) for size in sizes]
-        _SHARDS[key] = Shard(group, sum(numbers[: group.rank()]), sum(numbers), max(numbers))
-    return _SHARDS[key]
+    mine = torch.tensor([rows, columns, chunk_rows], device=device)
+    sizes = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(sizes, mine, group)
+    every_rows, every_columns, every_chunk = torch.stack(sizes, 1).tolist()
+    if len(set(every_rows)) != 1:
+        raise ValueError(
+            f"the ranks of vocab_group must have the same rows, got {every_rows} rows on ranks 0 to "
+            f"{group.size() - 1}; pass the same student_hidden and labels on all of them"
+        )
+    return Shard(group, sum(every_columns[: group.rank()]), sum(every_columns), min(every_chunk))
 
 
 def _merge_statistics(state: Tensor, temperature: float, group: dist.ProcessGroup) -> None:
     """The first nine slots of the whole vocabulary from those of every slice."""
-    mine = state[_MAXIMA]
-    maxima = mine.clone()
+    maxima = state[_MAXIMA].clone()
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
     # A slice of nothing but -inf has the sum 0, whatever its maximum stands for.
-    reference = maxima.masked_fill(maxima == -torch.inf, 0.0)
-    scale = maxima.new_tensor([1.0 / temperature, 1.0 / temperature, 1.0]).unsqueeze(1)
-    state[_THEIR_SUMS] *= ((mine - reference) * scale).exp()
+    moved = state[_MAXIMA] - maxima.masked_fill(maxima == -torch.inf, 0.0)
+    moved[:-1].div_(temperature)  # all but the cross entropy's
+    state[_THEIR_SUMS] *= moved.exp_()
     state[_MAXIMA] = maxima
-    _sum_over_ranks(state, _SUMS, group)
-
-
-def _sum_over_ranks(state: Tensor, slots: list[int], group: dist.ProcessGroup) -> None:
-    sums = state[slots]
-    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    state[slots] = sums
+    dist.all_reduce(state[_SUMS], dist.ReduceOp.SUM, group)
 
 
 @dataclass(frozen=True)
@@ -106,7 +88,6 @@ class ShardedKD:
 
     terms: RowTerms
     backend: Backend
-    chunk_bytes: int | None
     autocast: torch.dtype | None
     half_bound: float | None
     shard: Shard
@@ -127,13 +108,14 @@ class ShardedKD:
         assert hidden is not None
         counted = hidden.shape[0]
         values = torch.zeros(counted, dtype=wide, device=hidden.device)
-        d_hidden, d_head, d_bias = (
-            torch.zeros(shape, dtype=wide, device=head.device) if need else None
-            for shape, need in zip((hidden.shape, head.shape, (columns,)), needs[:3], strict=True)
-        )
+        allocate = (
+            torch.empty if counted else torch.zeros
+        )  # the first chunk writes the head's, the others add
+        d_hidden = allocate(hidden.shape, dtype=wide, device=head.device) if needs[0] else None
+        d_head = allocate(head.shape, dtype=wide, device=head.device) if needs[1] else None
+        d_bias = torch.zeros(columns, dtype=wide, device=head.device) if needs[2] else None
         half = has_half_products(head)
-        # By the widest slice: the ranks meet in each chunk, so all of them have to have the same.
-        size = self.backend.chunk_rows(max(counted, 1), self.shard.widest, self.chunk_bytes, hidden.device)
+        size = equal_chunk(max(counted, 1), self.shard.chunk_rows)
         buffer = logit_buffer(min(size, counted), columns, head)
         teacher = TeacherLogitSource.prepare(source, teacher_head, self.autocast, index, buffer.shape[0])
         for start in range(0, counted, size):
@@ -155,8 +137,8 @@ class ShardedKD:
             if d_hidden is not None:
                 hidden_gradient(grad, head, d_hidden[here])
             if d_head is not None:
-                kept = zero_where_dead(hidden[here], part(weight, here))
-                add_weight_gradient(d_head, grad, kept, first=False)
+                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], part(weight, here))
+                add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias += grad.sum(0, dtype=wide)
         if d_hidden is not None:
@@ -187,12 +169,21 @@ class ShardedKD:
         }
         backend.tile_statistics(*arguments, **options)
         _merge_statistics(state, terms.temperature, group)
-        backend.tile_sums(*arguments, **options)
-        _sum_over_ranks(state, _SECOND_SUMS, group)
+        summed = grad is None or tiles.needs_sums_first(terms)
+        if summed:
+            backend.tile_sums(*arguments, **options)
+            dist.all_reduce(state[_SECOND_SUMS], dist.ReduceOp.SUM, group)
         if grad is not None:
             backend.tile_gradient(
-                *arguments, vocabulary=self.shard.total, decoupled=decoupled, grad=grad, **options
+                *arguments,
+                vocabulary=self.shard.total,
+                decoupled=decoupled,
+                grad=grad,
+                add_value=not summed,
+                **options,
             )
+        if not summed:
+            dist.all_reduce(state[VALUE], dist.ReduceOp.SUM, group)
         kd, ce = tiles.finish(
             state, labels, terms, vocabulary=self.shard.total, decoupled=decoupled, row_weight=row_weight
         )

@@ -79,6 +79,7 @@ def tile_gradient(
     teacher_bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
+    add_value: bool = False,
     config: RowConfig | None = None,
 ) -> None:
     """row_weight * d(row loss)/d(student) of a tile into `grad`, which may lie over the logits as in `kd_rows`.
@@ -94,6 +95,7 @@ def tile_gradient(
     _launch(
         "gradient", flags, student_logits, teacher_logits, labels, terms, state, offset, student_bias, teacher_bias,
         row_weight, config, grad=grad, decoupled=decoupled, uniform=terms.label_smoothing / vocabulary,
+        add_value=add_value and teacher_logits is not None,
     )  # fmt: skip
 
 
@@ -138,6 +140,7 @@ def _launch(
     grad: Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
     uniform: float = 0.0,
+    add_value: bool = False,
 ) -> None:
     """Launch one pass over one tile."""
     rows, columns = student.shape
@@ -192,6 +195,7 @@ def _launch(
             teacher_softcap=float(teacher_softcap),
             PASS=work,
             HAS_TEACHER=teacher is not None,
+            ADD_VALUE=add_value,
             FLAGS=flags,
             BLOCK=config.block,
             WIDTH=config.width,

@@ -127,6 +127,15 @@ def _totals(state_ptr, stride, FLAGS):
 
 
 @triton.jit
+def _add_value(state_ptr, stride, totals, value, FLAGS: tl.constexpr):
+    """Add a tile's part of the value."""
+    if FLAGS.divergence == "decoupled":
+        # A teacher that is certain of the label has no rest to be near to.
+        value = tl.where(totals.teacher_inverse == 0.0, 0.0, value)
+    _add(state_ptr, stride, VALUE, value)
+
+
+@triton.jit
 def _label_parts(state_ptr, stride, totals, target, non_target, numbers):
     """Of a decoupled row: the target weight times p_t - p_s of the label, and the weight of the rest."""
     label_logit = tl.load(state_ptr + LABEL * stride)
@@ -146,9 +155,9 @@ def _label_parts(state_ptr, stride, totals, target, non_target, numbers):
 @triton.jit
 def _gradient(
     row, grad_row, state_ptr, stride, numbers, weights, target_ptr, non_target_ptr, tile, FLAGS, BLOCK, LANES,
-    HAS_TEACHER: tl.constexpr,
+    HAS_TEACHER: tl.constexpr, ADD_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the tile."""
+    """Write the gradient of the tile, and add its part of the value where that is not known yet."""
     kd_weight, ce_weight, smoothing, uniform = weights
     ce_reference = 0.0
     ce_inverse = 0.0
@@ -173,7 +182,9 @@ def _gradient(
         slopes = Slopes(
             kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, label_difference, rest
         )
-        last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
+        value = last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
+        if ADD_VALUE:
+            _add_value(state_ptr, stride, totals, value, FLAGS)
     else:
         slopes = Slopes(kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, 0.0, 0.0)
         _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK)
@@ -211,6 +222,7 @@ def _tile_kernel(
     teacher_softcap,
     PASS: tl.constexpr,  # "statistics", "sums" or "gradient"
     HAS_TEACHER: tl.constexpr,
+    ADD_VALUE: tl.constexpr,  # the gradient pass adds the value too
     FLAGS: tl.constexpr,  # RowFlags
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -243,15 +255,12 @@ def _tile_kernel(
     elif PASS == "sums":
         totals = _totals(state_ptr, stride_state_row, FLAGS)
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
-        if FLAGS.divergence == "decoupled":
-            # A teacher that is certain of the label has no rest to be near to.
-            value = tl.where(totals.teacher_inverse == 0.0, 0.0, value)
-        _add(state_ptr, stride_state_row, VALUE, value)
+        _add_value(state_ptr, stride_state_row, totals, value, FLAGS)
         _add(state_ptr, stride_state_row, MEAN, mean)
         _add(state_ptr, stride_state_row, FAR_MEAN, far_mean)
     else:
         weights = (weight * kd_scale * inverse_temperature, weight * ce_weight, label_smoothing, uniform)
         _gradient(
             row, grad_row, state_ptr, stride_state_row, numbers, weights, target_ptr + row_index, non_target_ptr + row_index,
-            tile, FLAGS, BLOCK, LANES, HAS_TEACHER,
+            tile, FLAGS, BLOCK, LANES, HAS_TEACHER, ADD_VALUE,
         )  # fmt: skip
