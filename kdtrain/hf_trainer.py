@@ -131,7 +131,6 @@ class KDTrainer(Trainer):
         sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
         vocab_map = None
         if known.tokenizer is not None and self.processing_class is not None:
-            refuse_empty_tokenizer(known, len(self.processing_class))  # type: ignore[arg-type]
             vocab_map = match_vocabularies(self.processing_class, known.tokenizer, *sizes).vocab_map  # type: ignore[arg-type]
         elif sizes[0] != sizes[1]:
             raise KdtrainError(
@@ -281,16 +280,6 @@ def refuse_lower_precision(teacher: nn.Module, precision: str) -> None:
         raise KdtrainError(
             f"teacher_precision is {precision!r}, but the teacher is loaded already, in {dtype}; load it in that precision or "
             "give its folder or hub id"
-        )
-
-
-def refuse_empty_tokenizer(teacher: LanguageTeacher, tokens: int) -> None:
-    """transformers makes a tokenizer of a few special tokens where a folder has none; the shared ids would end behind them."""
-    own = len(teacher.tokenizer)
-    if 2 * own < tokens:
-        raise KdtrainError(
-            f"the tokenizer of the teacher in {teacher.path} has {own} tokens, that of the student {tokens}; save the teacher's "
-            "tokenizer into its folder, or give the loaded model"
         )
 
 

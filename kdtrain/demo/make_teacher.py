@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdtrain.data.exceptions import build_exceptions
 from kdtrain.files import atomic_folder, write_json
-from kdtrain.models.loading import parameter_count
+from kdtrain.models.loading import load_classifier, load_tokenizer, parameter_count
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
 from kdtrain.summary import Summary, installed_versions
 from kdtrain.tasks.classification.run import run
@@ -95,10 +95,10 @@ def make_teacher(
 def export(work: Path, teacher: Path, summary: Summary) -> None:
     """Save the fine-tuned model in half precision with its tokenizer and what it was made from."""
     student = work / "fine-tuned" / "student"
-    model = AutoModelForSequenceClassification.from_pretrained(student)
+    model = load_classifier(str(student), "student")
     with atomic_folder(teacher) as folder:
         model.to(torch.float16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(student).save_pretrained(folder)
+        load_tokenizer(str(student), "student").save_pretrained(folder)
         write_json(folder / "teacher.json", describe(work, model, summary))
 
 

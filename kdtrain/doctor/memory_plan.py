@@ -38,7 +38,7 @@ class ModelShape:
     def of(cls, config: PreTrainedConfig) -> "ModelShape":
         """Counted on a model without memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings().weight
         heads = {model.get_input_embeddings().weight, head}
         text = config.get_text_config()

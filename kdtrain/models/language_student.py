@@ -59,7 +59,7 @@ def build_language_student(
         if teacher is not None and given.tokenizer is None:
             rows = max(rows, teacher.head.weight.shape[0])
         model = AutoModelForCausalLM.from_config(
-            new_config(recipe, rows, special_ids(tokenizer)), dtype=torch.float32
+            new_config(recipe, rows, special_ids(tokenizer)), dtype=torch.float32, trust_remote_code=False
         )
     check_length(model, "student", recipe.data.max_length)
     if given.lora_rank:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kdkernels import TeacherHead
 from kdtrain.engine.zero import spreads_weights
 from kdtrain.models.heads import Head, check_model, decoder_layers, head_of, hidden_states
-from kdtrain.models.loading import blaming, load_tokenizer, parameter_count, weights_hash
+from kdtrain.models.loading import load_model, load_tokenizer, parameter_count, weights_hash
 from kdtrain.tasks.code_lm.packing import LanguageBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,7 +95,4 @@ def load_language_teacher(path: str, precision: str, *, packing: bool) -> Langua
 
 def load_causal(path: str, field: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a causal language model by folder or hub id; `field` is the recipe key that is blamed."""
-    with blaming(path, field, "model"):
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+    return load_model(AutoModelForCausalLM, path, field, dtype=dtype)

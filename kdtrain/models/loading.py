@@ -25,6 +25,7 @@ from transformers import (
 from kdtrain.errors import KdtrainError
 from kdtrain.models.bigru_config import BiGRUConfig
 from kdtrain.models.pair_config import PairConfig
+from kdtrain.models.strict_loading import check_tokenizer, check_tokenizer_files, load_strictly
 
 COUNTS_FROM_PADDING = ("roberta", "camembert", "xlm-roberta")
 """Encoders whose first position is pad_token_id + 1."""
@@ -46,13 +47,29 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
 
 
-def load_classifier(path: str, field: str, **options: Any) -> Any:
+def load_model(
+    kind: Any,
+    path: str,
+    field: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    new_head: bool = False,
+    what: str = "model",
+    **options: Any,
+) -> Any:
+    """Load a model of transformers, see `strict_loading.load_strictly`. This is the only way in which kdtrain loads one.
+
+    Args:
+        dtype: float32 whatever the file holds: small files may be in half precision, sums of logits should not be.
+        what: what the sentence calls it.
+    """
+    with blaming(path, field, what):
+        return load_strictly(kind, path, field, new_head=new_head, dtype=dtype, **options)
+
+
+def load_classifier(path: str, field: str, *, new_head: bool = False, **options: Any) -> Any:
     """Load a sequence classifier by folder or hub id; `field` is the recipe key that is blamed."""
-    with blaming(path, field, "model"):
-        # float32 whatever the file holds: small files may be stored in half precision, sums of logits should not be.
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-        )
+    return load_model(AutoModelForSequenceClassification, path, field, new_head=new_head, **options)
 
 
 def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
@@ -62,9 +79,13 @@ def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
     """
     folder = Path(path)
     with blaming(path, field, "tokenizer"):
+        check_tokenizer_files(path, field)
         if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").exists():
-            return _bare_tokenizer(folder / "tokenizer.json")
-        return AutoTokenizer.from_pretrained(path)
+            tokenizer: PreTrainedTokenizerBase = _bare_tokenizer(folder / "tokenizer.json")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_tokenizer(tokenizer, path, field)
+    return tokenizer
 
 
 def _bare_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -83,7 +104,7 @@ def _bare_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 def load_config(path: str, field: str) -> PreTrainedConfig:
     """Load a model's configuration; `field` is the recipe key that is blamed."""
     with blaming(path, field, "model configuration"):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -142,16 +163,16 @@ def blaming(path: str, field: str, what: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except KdtrainError:  # a ValueError that names everything already
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         place = path if folder else f"{path}, which is no folder here"
         raise KdtrainError(f"{field}: no {what} could be loaded from {place}: {reason}") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises a bare one for a damaged tokenizer.json
             raise
-        raise KdtrainError(
-            f"{field}: no {what} could be loaded from {path}: its weights have other shapes than its configuration says"
-        ) from None
+        raise KdtrainError(f"{field}: no {what} could be loaded from {path}: {error}") from None
 
 
 @contextmanager

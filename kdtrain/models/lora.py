@@ -74,7 +74,7 @@ def merged_student(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrain
             base.dtype
         )
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config)
+        plain = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
     missing, unexpected = plain.load_state_dict(merged, strict=False, assign=True)
     plain.tie_weights()
     left = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]

@@ -11,6 +11,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.models.loading import blaming
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.pairs import PairForSequenceClassification
+from kdtrain.models.strict_loading import check_finite_weights, check_names
 
 FILE = "model.safetensors"
 ENCODER_PREFIXES = ("encoder.roberta.", "roberta.", "bert.", "model.", "encoder.")
@@ -60,7 +61,9 @@ def load_pair_checkpoint(
     ]
     if missing:
         raise KdtrainError(f"the {role} {path} is no classifier of pairs: it has no {missing[0]}")
+    check_names(model, path, field, (), own.keys() - expected.keys(), {}, new_head=True)
     model.load_state_dict({name: own[name] for name in expected})
+    check_finite_weights(model, path, field)
     return model
 
 

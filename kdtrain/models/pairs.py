@@ -42,7 +42,7 @@ class PairForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         inner = config.encoder_config
         options = {"add_pooling_layer": False} if inner.model_type in WITH_POOLER else {}
-        self.encoder = AutoModel.from_config(inner, **options)
+        self.encoder = AutoModel.from_config(inner, trust_remote_code=False, **options)
         width = int(inner.hidden_size) * (2 if isinstance(inner, BiGRUConfig) else 1)
         self.num_labels = int(config.num_labels or 2)
         self.classifier = PairHead(width, self.num_labels, config.classifier_dropout)

@@ -13,7 +13,7 @@ from transformers import (
 
 from kdtrain.errors import KdtrainError
 from kdtrain.models.bigru_config import BiGRUConfig
-from kdtrain.models.loading import blaming, load_classifier, load_config, positions_of, special_ids
+from kdtrain.models.loading import load_classifier, load_config, load_model, positions_of, special_ids
 from kdtrain.models.pair_checkpoint import holds_a_pair_head, load_pair_checkpoint
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.pairs import WITH_POOLER, PairForSequenceClassification
@@ -83,7 +83,7 @@ def build_student(
     if pairs:
         return _pair_model(config, recipe.dropout, {**special_ids(tokenizer), **names})
     config.update(names)
-    return AutoModelForSequenceClassification.from_config(config)
+    return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 def check_positions(config: PreTrainedConfig, recipe: StudentRecipe) -> None:
@@ -102,7 +102,7 @@ def _load_single(
         raise KdtrainError(
             f"student.path: {path} classifies pairs of texts, and the rows of this task are single texts"
         )
-    model = load_classifier(path, "student.path", ignore_mismatched_sizes=True, **names)
+    model = load_classifier(path, "student.path", new_head=True, **names)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -114,18 +114,15 @@ def _load_pairs(
     """A classifier of pairs with its head, or a new head over the encoder of any other model."""
     config = load_config(path, "student.path")
     if isinstance(config, PairConfig):
-        model = load_classifier(path, "student.path", ignore_mismatched_sizes=True, **names)
+        model = load_classifier(path, "student.path", new_head=True, **names)
     elif holds_a_pair_head(path, int(getattr(config, "hidden_size", 0))):
         model = load_pair_checkpoint(path, config, "student.path", names)
     else:
         # The encoder's own, as in heads over single texts.
         dropout = getattr(config, "hidden_dropout_prob", recipe.dropout)
         model = _pair_model(config, dropout, {**special_ids(tokenizer), **names})
-        options = {"add_pooling_layer": False} if config.model_type in WITH_POOLER else {}
-        with blaming(path, "student.path", "encoder"):
-            encoder = AutoModel.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, **options
-            )
+        options: dict[str, Any] = {"add_pooling_layer": False} if config.model_type in WITH_POOLER else {}
+        encoder = load_model(AutoModel, path, "student.path", new_head=True, what="encoder", **options)
         model.encoder.load_state_dict(encoder.state_dict())
     known = int(model.config.encoder_config.vocab_size)
     if known < len(tokenizer):

@@ -119,13 +119,7 @@ def _load_single(path: str) -> PreTrainedModel:
         raise KdtrainError(
             f"the teacher {path} classifies pairs of texts, and the rows of this task are single texts"
         )
-    model, missing = load_classifier(path, "teacher.path", output_loading_info=True)
-    if missing["missing_keys"]:
-        raise KdtrainError(
-            f"the teacher {path} has no trained weights for {', '.join(sorted(missing['missing_keys']))}; "
-            "train it on the task first (kdtrain train with method ft and student.path)"
-        )
-    return model
+    return load_classifier(path, "teacher.path")
 
 
 def _max_length(teacher: Teacher, wanted: int | None) -> int:

@@ -13,7 +13,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import metrics_at
 from kdtrain.files import atomic_folder, folder_bytes
 from kdtrain.loop import describe_training, train
-from kdtrain.models.loading import blaming, load_tokenizer, parameter_count, quiet
+from kdtrain.models.loading import load_model, load_tokenizer, parameter_count, quiet
 from kdtrain.models.masked_heads import check_masked_head
 from kdtrain.models.students import check_positions, roberta_config
 from kdtrain.models.tokenizers import train_tokenizer
@@ -137,11 +137,9 @@ def corpus_tokenizer(recipe: MaskedRecipe, corpus: Corpus) -> PreTrainedTokenize
 def build_masked_student(recipe: MaskedRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new encoder with random weights, or the one at `student.path`, under a masked-language-model head."""
     if recipe.student.path is None:
-        return AutoModelForMaskedLM.from_config(roberta_config(recipe.student, tokenizer))
-    with blaming(recipe.student.path, "student.path", "model"):
-        model = AutoModelForMaskedLM.from_pretrained(
-            recipe.student.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        config = roberta_config(recipe.student, tokenizer)
+        return AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    model = load_model(AutoModelForMaskedLM, recipe.student.path, "student.path", new_head=True)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     check_positions(model.config, recipe.student)
