@@ -39,12 +39,17 @@ class _PlainBar:
     def __init__(self, total: int, description: str, unit: str, initial: int) -> None:
         self.total, self.description, self.unit, self.done = total, description, unit, initial
         self.remark, self.printed = "", time.monotonic()
+        self.begun, self.initial = self.printed, initial
 
     def update(self, count: int = 1) -> None:
         self.done += count
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            say(f"{self.description}: {self.done}/{self.total} {self.unit} {self.remark}".rstrip())
+            pace = (self.printed - self.begun) / max(1, self.done - self.initial)
+            left = human_seconds(pace * (self.total - self.done))
+            say(
+                f"{self.description}: {self.done}/{self.total} {self.unit}, {left} left {self.remark}".rstrip()
+            )
 
     def note(self, text: str) -> None:
         self.remark = text
@@ -70,6 +75,14 @@ def progress(
     else:
         with tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True) as bar:
             yield _TerminalBar(bar)
+
+
+def human_seconds(seconds: float) -> str:
+    """5025 as '1 h 24 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def say(text: str) -> None:
