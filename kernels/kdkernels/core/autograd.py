@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..options import Reduction
+from .matmul import full_float32
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -80,19 +81,27 @@ def _boost(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | No
     return row_weight / factor, factor
 
 
-def _finish(gradients: Tensors, factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]) -> Tensors:
+def finish(gradients: Tensors, factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]) -> Tensors:
     """Gradients, which are nobody else's, times `factor`, each in the dtype of its input."""
     if factor is not None and factor.device.type == "cpu" and factor.item() == 1.0:
         factor = None  # on a CPU looking is free, and a pass over the gradient of a head is not
     return tuple(
-        None
-        if gradient is None or dtype is None
-        else (gradient if factor is None else gradient.mul_(factor)).to(dtype)
+        None if gradient is None or dtype is None else _scaled(gradient, factor, dtype)
         for gradient, dtype in zip(gradients, dtypes, strict=True)
     )
 
 
-def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+def _scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient times `factor`, rounded once to `dtype`; a device does both in one pass over it."""
+    if factor is None:
+        return gradient.to(dtype)
+    if gradient.dtype == dtype or gradient.device.type == "cpu":  # a CPU would make a copy in float32 first
+        return gradient.mul_(factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def dtypes_of(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+    """The dtype of each tensor."""
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
@@ -116,6 +125,14 @@ def loss_and_rest(
     return reduce_rows(values, weight, denominator, reduction), rest
 
 
+def solve(
+    solver: Solver, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensors]:
+    """What the solver returns, its GEMMs in full float32."""
+    with full_float32():
+        return solver.solve(tensors, weight, needs)
+
+
 def loss_and_gradients(
     solver: Solver,
     tensors: Tensors,
@@ -126,11 +143,11 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensors, Tensor | None]:
     """The loss, what is passed on, the gradients for an upstream gradient of 1, and a factor that they still lack, if any."""
     if not any(needs):
-        values, gradients = solver.solve(tensors, weight, needs)
+        values, gradients = solve(solver, tensors, weight, needs)
         return *loss_and_rest(values, weight, denominator, reduction), gradients, None
     row_weight = _row_weight(tensors, weight, denominator.new_ones(()), denominator, reduction)
     row_weight, factor = _boost(row_weight, solver.half_bound)
-    values, gradients = solver.solve(tensors, row_weight, needs)
+    values, gradients = solve(solver, tensors, row_weight, needs)
     return *loss_and_rest(values, weight, denominator, reduction), gradients, factor
 
 
@@ -146,8 +163,8 @@ def gradients_for(
     """The gradients for any upstream gradient, 0-D or one per row, each in the dtype of its tensor."""
     row_weight = _row_weight(tensors, weight, upstream, denominator, reduction)
     row_weight, factor = _boost(row_weight, solver.half_bound)
-    _, gradients = solver.solve(tensors, row_weight, needs)
-    return _finish(gradients, factor, _dtypes(tensors))
+    _, gradients = solve(solver, tensors, row_weight, needs)
+    return finish(gradients, factor, dtypes_of(tensors))
 
 
 def _row_weight(
@@ -180,7 +197,7 @@ class GradientInForward(Function):
         loss, rest, ctx.gradients, ctx.factor = loss_and_gradients(
             solver, tensors, weight, denominator, reduction, needs
         )
-        ctx.solver, ctx.reduction, ctx.dtypes = solver, reduction, _dtypes(tensors)
+        ctx.solver, ctx.reduction, ctx.dtypes = solver, reduction, dtypes_of(tensors)
         # Read again only by a second backward and by a second derivative.
         ctx.save_for_backward(weight, denominator, *tensors)
         if rest is not None:
@@ -202,7 +219,7 @@ class GradientInForward(Function):
             # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
             ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
-            scaled = _finish(gradients, factor, ctx.dtypes)
+            scaled = finish(gradients, factor, ctx.dtypes)
         return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
 
 
@@ -218,7 +235,7 @@ class RecomputeInBackward(Function):
         reduction: Reduction,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        values, _ = solve(solver, tensors, weight, (False,) * len(tensors))
         ctx.solver, ctx.reduction = solver, reduction
         ctx.save_for_backward(weight, denominator, *tensors)
         loss, rest = loss_and_rest(values, weight, denominator, reduction)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..options import Reduction
 from ..stats import KDStats
-from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_rest
+from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_rest, solve
 from .compiling import making_a_graph
 from .packing import FUNCTIONS, pack
 
@@ -58,7 +58,7 @@ def row_loss_and_rest(
 
         return traced_row_loss(solver, tensors, weight, denominator, reduction, gradient_in_forward)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        values, _ = solver.solve(tensors, weight, (False,) * len(tensors))
+        values, _ = solve(solver, tensors, weight, (False,) * len(tensors))
         return loss_and_rest(values, weight, denominator, reduction)
     function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
     return function.apply(solver, weight, denominator, reduction, *tensors)

@@ -107,13 +107,9 @@ def _row_loss(
         loss,
         rest,
         factor,
-        *[g.to(_stored_dtype(t, solver)) for g, t in found if g is not None and t is not None],
+        # In float32 until backward knows the upstream factor, so that they are rounded once.
+        *[g.to(wide_dtype(t.dtype)) for g, t in found if g is not None and t is not None],
     ]
-
-
-def _stored_dtype(tensor: Tensor, solver: str) -> torch.dtype:
-    """How a graph keeps a gradient: as its tensor, but float16 waits in float32 for its factor."""
-    return tensor.dtype if _SOLVERS[solver].half_bound is None else wide_dtype(tensor.dtype)
 
 
 @torch.library.register_fake("kdkernels::row_loss", lib=_library)
@@ -128,7 +124,7 @@ def _(
 ) -> list[Tensor]:
     shape = tensors[0].shape[:1] if reduction == "none" else ()
     kept = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    gradients = [torch.empty(t.shape, dtype=_stored_dtype(t, solver), device=t.device) for t in kept]
+    gradients = [torch.empty(t.shape, dtype=wide_dtype(t.dtype), device=t.device) for t in kept]
     passed_on = _passed_on(solver)
     rest = denominator.new_empty((passed_on, *tensors[0].shape[:1]) if passed_on else (0,))
     return [denominator.new_empty(shape), rest, torch.empty_like(denominator), *gradients]

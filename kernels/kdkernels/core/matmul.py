@@ -6,7 +6,8 @@ such product, so there the inputs are cast to float32, the weight one tile of th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -41,6 +42,38 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _backends() -> tuple[Any, Any]:
+    backends: Any = torch.backends  # its stubs do not know all of it
+    return backends.cuda.matmul, backends.mkldnn.matmul
+
+
+def full_float32() -> AbstractContextManager[Any]:
+    """Within it float32 GEMMs multiply float32 numbers, also where the caller allows TF32 or bfloat16 for them.
+
+    Ten bits of a logit are not enough for the difference of two softmaxes that are near each other.
+    """
+    before = [backend.fp32_precision for backend in _backends()]
+    return nullcontext() if set(before) <= {"none", "ieee"} else _full_float32(before)
+
+
+@contextmanager
+def _full_float32(before: list[str]) -> Iterator[None]:
+    legacy = None
+    with suppress(
+        RuntimeError
+    ):  # what the caller set through the settings of single back ends has no common name
+        legacy = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(_backends(), before, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
 def logit_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(rows, V) for logits of the head `like`, in float32 unless told otherwise; on GPUs rows start at multiples of 16 elements.
 
@@ -71,12 +104,13 @@ def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (R, D) float32, float64 or the weight's dtype = grad (R, V) @ weight (V, D)."""
+    """out (R, D) float32 or float64 = grad (R, V) @ weight (V, D).
+
+    Never in the weight's half precision: a GEMM with as many terms as the vocabulary may be split among them, and its
+    parts, which cancel each other, be added after each was rounded.
+    """
     if has_half_products(weight):
-        if out.dtype == weight.dtype:
-            torch.mm(grad, weight, out=out)
-        else:
-            torch.mm(grad, weight, out_dtype=torch.float32, out=out)
+        torch.mm(grad, weight, out_dtype=torch.float32, out=out)
     elif weight.dtype in HALF:
         out.zero_()
         for start in range(0, weight.shape[0], TILE_ROWS):

@@ -102,10 +102,9 @@ class LinearKD:
         results = RowResults(counted, self.terms, self.stats, head)
         needs_hidden, needs_head, needs_bias = needs[:3]
 
-        # bfloat16 products are rounded once on their way out; float16 waits in float32 for its factor.
+        # In float32 until backward knows the upstream factor, so that every gradient is rounded once.
         half = has_half_products(head)
-        hidden_dtype = head.dtype if half and self.half_bound is None else wide
-        d_hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
+        d_hidden = torch.empty_like(hidden, dtype=wide) if needs_hidden else None
         allocate = torch.empty_like if counted else torch.zeros_like
         d_head = allocate(head, dtype=wide, memory_format=torch.contiguous_format) if needs_head else None
         d_bias = torch.zeros(vocabulary, dtype=wide, device=head.device) if needs_bias else None
@@ -140,7 +139,7 @@ class LinearKD:
                 if isinstance(work, CrossTermWork):
                     work.add_to_hidden(d_hidden[here], here)
             if d_head is not None:
-                kept = zero_where_dead(hidden[here], part(weight, here))
+                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], part(weight, here))
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))

@@ -31,12 +31,12 @@ def _gradient_with_value(logits: Tensor) -> bool:
     """True where `kd_loss` takes the gradient along in the forward pass instead of starting again in backward.
 
     On a CPU that saves the exponentials of half the work and costs no memory at the peak, which is when both exist. On
-    a GPU scaling a finished gradient moves as many bytes as it saves, and in half precision it would round twice; but
-    of a few classes the calls cost more than the bytes.
+    a GPU scaling a finished gradient moves as many bytes as it saves; but of a few classes the calls cost more than the
+    bytes. A gradient in half precision would be rounded twice.
     """
-    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
-        return True
-    return logits.numel() <= SMALL_LOGITS and logits.dtype != torch.float16
+    if logits.dtype not in (torch.float32, torch.float64):
+        return False
+    return logits.device.type == "cpu" or logits.numel() <= SMALL_LOGITS
 
 
 @overload

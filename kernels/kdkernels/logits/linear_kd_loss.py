@@ -128,7 +128,8 @@ def linear_kd_loss(
         float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
         finite 0 that still has a graph. With return_stats=True (loss, KDStats).
 
-    Logits are float32 out of the product for every input dtype. Gradients have the dtypes of their inputs; for
+    Logits are float32 out of the product for every input dtype; float32 heads are multiplied in float32 also where TF32 is
+    allowed. Gradients have the dtypes of their inputs; for
     "mean" and "sum" they are computed together with the value. The loss has no second derivative
     (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
 
