@@ -29,7 +29,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 
-from tests.support.interpreter import patch_language_once
+from tests.support.interpreter import patch_bfloat16_rounding, patch_language_once
+from tests.support.ratios import keep_ratios, print_ratios, pytest_addoption
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
@@ -37,6 +38,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton") is not None:
         patch_language_once()
+        patch_bfloat16_rounding()
 
 import pytest
 
@@ -58,6 +60,8 @@ def _poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     return make_poisoned
 
+
+__all__ = ["keep_ratios", "pytest_addoption"]  # found here by pytest
 
 # For the whole process and not by fixture: autograd runs backward in threads of its own, and modules that hold
 # `torch.empty` by reference are imported once.
@@ -120,3 +124,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.section(f"{heading}: {len(cases)} cases")
             for case in sorted(cases):
                 terminalreporter.line(str(case))
+    print_ratios(terminalreporter)

@@ -13,6 +13,7 @@ from kdkernels.options import Impl, Project
 from tests.losses.test_projection_mse import Inputs, make_inputs
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, FAST_IMPLS, IMPLS
+from tests.support.rounding import truths
 
 Loss = str  # "normalized" or "cosine"
 LOSSES: list[Loss] = ["normalized", "cosine"]
@@ -25,12 +26,10 @@ def ours(loss: Loss, *tensors: Any, **options: Any) -> Tensor:
     return projection_mse(*tensors, normalize=True, **options)
 
 
-def eager(
-    inputs: Inputs, loss: Loss, project: Project, mask: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """The eager lines of the docstrings in `dtype`, and their gradients for student, weight and bias."""
+def eager(inputs: Inputs, loss: Loss, project: Project, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """The eager lines of the docstrings in float64, and their gradients for student, weight and bias."""
     student, teacher, weight, bias = (
-        None if tensor is None else tensor.detach().to(dtype).requires_grad_(index != 1)
+        None if tensor is None else tensor.detach().double().requires_grad_(index != 1)
         for index, tensor in enumerate(inputs)
     )
     assert student is not None and teacher is not None
@@ -58,14 +57,14 @@ def test_equals_the_eager_lines(
     # Wide enough for root mean squares to mean something: a bias has one gradient per column.
     inputs = make_inputs(project, dtype, projected=projected, widths=(24, 40))
     mask = torch.arange(11, device=DEVICE) % 3 != 0 if masked else None
-    exact, low = (eager(inputs, loss, project, mask, kind) for kind in (torch.float64, dtype))
+    truth = truths(lambda: eager(inputs, loss, project, mask))
     leaves = [tensor.requires_grad_() for tensor in (inputs[0], *inputs[2:]) if tensor is not None]
     value = ours(loss, *inputs, project=project, mask=mask, impl=impl)
     assert value.dtype == torch.float32
-    assert_within_budget(value, low[0].float(), exact[0], "loss")
+    assert_within_budget(value, truth[0], "loss")
     for index, gradient in enumerate(torch.autograd.grad(value, leaves)):
         assert gradient.dtype == dtype
-        assert_within_budget(gradient, low[1 + index], exact[1 + index], f"gradient {index}")
+        assert_within_budget(gradient, truth[1 + index], f"gradient {index}")
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
@@ -75,12 +74,12 @@ def test_keeps_its_digits_where_the_sides_agree(loss: Loss, impl: Impl) -> None:
     teacher = torch.randn(16, 64, device=DEVICE)
     student = 3.0 * teacher + 1e-3 * torch.randn_like(teacher)
     inputs: Inputs = (student, teacher, None, None)
-    exact, low = (eager(inputs, loss, "student", None, kind) for kind in (torch.float64, torch.float32))
+    truth = truths(lambda: eager(inputs, loss, "student", None))
     leaf = student.requires_grad_()
     value = ours(loss, leaf, teacher, impl=impl)
-    assert abs(value.item() / exact[0].item() - 1.0) < 1e-4
+    assert abs(value.item() / truth[0].value.item() - 1.0) < 1e-4
     (gradient,) = torch.autograd.grad(value, leaf)
-    assert_within_budget(gradient, low[1], exact[1], "gradient")
+    assert_within_budget(gradient, truth[1], "gradient")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -9,6 +9,7 @@ from kdkernels import projection_mse
 from kdkernels.options import Impl, Project
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, FAST_IMPLS, IMPLS
+from tests.support.rounding import truths
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -30,10 +31,10 @@ def make_inputs(
     return (student, teacher, weight, bias) if projected else (student, teacher, None, None)
 
 
-def eager(inputs: Inputs, project: Project, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`F.mse_loss` of the counted rows in `dtype`, and its gradients for student, weight and bias."""
+def eager(inputs: Inputs, project: Project, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """`F.mse_loss` of the counted rows in float64, and its gradients for student, weight and bias."""
     student, teacher, weight, bias = (
-        None if tensor is None else tensor.detach().to(dtype).requires_grad_(index != 1)
+        None if tensor is None else tensor.detach().double().requires_grad_(index != 1)
         for index, tensor in enumerate(inputs)
     )
     assert student is not None and teacher is not None
@@ -53,14 +54,14 @@ def eager(inputs: Inputs, project: Project, mask: Tensor | None, dtype: torch.dt
 def test_equals_mse_of_the_counted_rows(project: Project, projected, masked, dtype, impl: Impl) -> None:
     inputs = make_inputs(project, dtype, projected=projected)
     mask = torch.arange(11, device=DEVICE) % 3 != 0 if masked else None
-    exact, low = eager(inputs, project, mask, torch.float64), eager(inputs, project, mask, dtype)
+    truth = truths(lambda: eager(inputs, project, mask))
     leaves = [tensor.requires_grad_() for tensor in (inputs[0], *inputs[2:]) if tensor is not None]
     loss = projection_mse(*inputs, project=project, mask=mask, impl=impl)
     assert loss.dtype == torch.float32
-    assert_within_budget(loss, low[0].float(), exact[0], "loss")
+    assert_within_budget(loss, truth[0], "loss")
     for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
         assert gradient.dtype == dtype
-        assert_within_budget(gradient, low[1 + index], exact[1 + index], f"gradient {index}")
+        assert_within_budget(gradient, truth[1 + index], f"gradient {index}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -25,6 +25,7 @@ from kdkernels.options import Impl
 from kdkernels.teachers import LEAST_REST, Tail
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, IMPLS, eager_divergence, make_case
+from tests.support.rounding import truths
 
 KEPT = 6
 RENORMALIZED: list[Divergence] = [
@@ -89,8 +90,8 @@ def test_values_and_gradients(divergence, tail, temperature, ce_weight, impl: Im
     teacher = top_k(case.teacher_logits, tail)
     terms = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
 
-    def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = case.to(dtype).leaves()
+    def eager() -> tuple[Tensor, ...]:
+        leaves = case.to(torch.float64).leaves()
         rows = by_hand(F.linear(*leaves), teacher, case.labels, **terms)
         loss = rows.sum() / int((case.labels != -100).sum())
         return rows.detach(), *torch.autograd.grad(loss, leaves)
@@ -100,11 +101,10 @@ def test_values_and_gradients(divergence, tail, temperature, ce_weight, impl: Im
     options = {**terms, "student_bias": bias, "label_smoothing": 0.1, "impl": impl}
     rows = linear_kd_loss(*arguments, reduction="none", **options)
     gradients = torch.autograd.grad(linear_kd_loss(*arguments, **options), (hidden, weight, bias))
-    low, exact = eager(torch.float32), eager(torch.float64)
-    for name, ours, eager_one, truth in zip(
-        ("rows", "hidden", "weight", "bias"), (rows, *gradients), low, exact, strict=True
+    for name, ours, truth in zip(
+        ("rows", "hidden", "weight", "bias"), (rows, *gradients), truths(eager), strict=True
     ):
-        assert_within_budget(ours, eager_one, truth, name)
+        assert_within_budget(ours, truth, name)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -127,8 +127,8 @@ def test_student_logits_are_not_touched(dtype, tail: Tail, impl: Impl) -> None:
     (gradient,) = torch.autograd.grad(loss, student)
     assert torch.equal(student, kept)
 
-    def eager(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaf = kept.to(dtype).requires_grad_()
+    def eager() -> tuple[Tensor, Tensor]:
+        leaf = kept.double().requires_grad_()
         capped = torch.tanh(leaf * 0.8 / 5.0) * 5.0
         log_s, log_t = distributions(capped, teacher, 2.0)
         rows = 4.0 * eager_divergence(log_s, log_t, JSD(0.4))
@@ -136,9 +136,9 @@ def test_student_logits_are_not_touched(dtype, tail: Tail, impl: Impl) -> None:
         loss = rows[labels != -100].mean()
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    low, exact = eager(dtype), eager(torch.float64)
-    assert_within_budget(loss, low[0].float(), exact[0], "mean")
-    assert_within_budget(gradient, low[1], exact[1], "gradient")
+    true_loss, true_gradient = truths(eager)
+    assert_within_budget(loss, true_loss, "mean")
+    assert_within_budget(gradient, true_gradient, "gradient")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from kdkernels._triton.kd.rows import kd_rows
 from kdkernels._triton.launch import CHUNK_BYTES, chunk_rows, launch_options, row_config
@@ -14,6 +15,7 @@ from kdkernels._triton.projection import mse_rows
 from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
 from kdkernels.options import RowTerms
 from tests.support.budget import assert_within_budget
+from tests.support.rounding import truths
 from tests.support.row_kernels import (
     DEVICE,
     DIVERGENCES,
@@ -23,7 +25,7 @@ from tests.support.row_kernels import (
     inputs,
     name,
     options_for,
-    reference,
+    true_rows,
 )
 
 
@@ -108,16 +110,14 @@ def test_weights_touch_the_gradient_only_and_dead_rows_are_not_read(divergence: 
     weight = torch.tensor([0.25, 0.0, -3.0], device=DEVICE)
     terms = RowTerms(divergence, 2.0, ce_weight=0.5)
     options = options_for(divergence)
-    exact = reference(student, teacher, labels, terms, None, torch.float64, **options)
-    eager = reference(student, teacher, labels, terms, None, torch.float32, **options)
+    exact = true_rows(student.clone(), teacher.clone(), labels.clone(), terms, weight, **options)
     student[1], teacher[1], labels[1] = float("nan"), float("inf"), -100
     grad = torch.full_like(student, float("nan"))
     kd, ce = kd_rows(student, teacher, labels, terms, row_weight=weight, grad=grad, config=SMALL, **options)
     assert kd[1] == 0.0 and ce[1] == 0.0 and torch.equal(grad[1], torch.zeros_like(grad[1]))
     live = [0, 2]
-    assert_within_budget((terms.kd_scale * kd + 0.5 * ce)[live], eager[0][live], exact[0][live], "row losses")
-    scaled = weight.unsqueeze(1)
-    assert_within_budget(grad[live], (eager[1] * scaled)[live], (exact[1] * scaled)[live], "gradient")
+    assert_within_budget((terms.kd_scale * kd + 0.5 * ce)[live], exact[0][live], "row losses")
+    assert_within_budget(grad[live], exact[1][live], "gradient")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name)
@@ -221,15 +221,15 @@ def test_small_divergences_keep_their_digits(divergence: Divergence):
     _, teacher, labels = inputs(130)
     student = teacher + 1e-3 * torch.randn_like(teacher) + 0.1
     terms, options = RowTerms(divergence), options_for(divergence)
-    exact, exact_grad = reference(student, teacher, labels, terms, None, torch.float64, **options)
-    _, eager_grad = reference(student, teacher, labels, terms, None, torch.float32, **options)
+    truth, true_grad = true_rows(student, teacher, labels, terms, None, **options)
+    exact = truth.value
     grad = torch.empty_like(student)
     kd, _ = kd_rows(student, teacher, labels, terms, grad=grad, config=SMALL, **options)
     assert 1e-8 < exact.max() < (1e-3 if isinstance(divergence, TVD) else 1e-5)
     # JSD measures from a mixture, which is rounded once: an error of a part of the rounding step, not of the value.
     bound = 5e-8 if isinstance(divergence, JSD) else 2e-4 * exact
     assert ((kd.double() - exact).abs() < bound).all()
-    assert_within_budget(grad, eager_grad, exact_grad, "gradient")
+    assert_within_budget(grad, true_grad, "gradient")
 
 
 def test_the_table_covers_real_rows():
@@ -269,16 +269,19 @@ def test_squared_differences(width: int, dtype: torch.dtype):
     prediction, target = torch.randn(2, ROWS, width, device=DEVICE).to(dtype)
     bias = torch.randn(width, device=DEVICE)
     weight = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
-    exact = prediction.double() + bias.double() - target.double()
-    eager = prediction.float() + bias - target.float()
+    wide = prediction.double(), bias.double(), target.double()
+    live, factor = [0, 2], (2 * weight).unsqueeze(1).double()
+
+    def eager() -> tuple[Tensor, Tensor]:
+        difference = wide[0] + wide[1] - wide[2]
+        return difference.square().sum(1), difference * factor
+
+    true_squares, true_gradient = truths(eager)
     prediction[1] = float("nan")
     squares = mse_rows(prediction, target, bias=bias, row_weight=weight, config=SMALL)
-    live, factor = [0, 2], (2 * weight).unsqueeze(1)
     assert squares[1] == 0.0 and torch.equal(prediction[1], torch.zeros_like(prediction[1]))
-    assert_within_budget(squares[live], eager.square().sum(1)[live], exact.square().sum(1)[live], "squares")
-    assert_within_budget(
-        prediction[live], (eager * factor)[live].to(dtype), (exact * factor)[live], "gradient"
-    )
+    assert_within_budget(squares[live], true_squares[live], "squares")
+    assert_within_budget(prediction[live], true_gradient[live], "gradient")
 
 
 def test_squared_differences_without_options():
@@ -287,7 +290,9 @@ def test_squared_differences_without_options():
     kept = prediction.clone()
     squares = mse_rows(prediction, target, write_grad=False, config=SMALL)
     assert torch.equal(prediction, kept)
-    assert_within_budget(squares, difference.square().sum(1), difference.double().square().sum(1), "squares")
+    wide = kept.double(), target.double()
+    (truth,) = truths(lambda: ((wide[0] - wide[1]).square().sum(1),))
+    assert_within_budget(squares, truth, "squares")
     mse_rows(prediction, target, config=SMALL)
     torch.testing.assert_close(prediction, 2.0 * difference, rtol=0, atol=0)
 

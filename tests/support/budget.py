@@ -1,30 +1,47 @@
-"""The error a result may have: twice that of plain eager PyTorch at the same dtype, plus one rounding step.
+"""The error a result may have, from the arithmetic of its formula: no other computation's luck enters.
 
-Root mean squares are compared, since the largest of a few roundings is a matter of luck on either side; a
-single wrong entry is caught by a looser bound on the largest error.
+`rounding.truths` tells for every entry the error that float32 has to expect. A result may have a few times that, since its
+order of operations is its own, and one rounding to its own dtype.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from tests.support.rounding import Truth
 
-def assert_within_budget(actual: Tensor, low_precision: Tensor, fp64: Tensor, name: str) -> None:
-    """Assert rms(actual - fp64) <= 2 rms(low_precision - fp64) + eps(actual.dtype) rms(fp64), and 5 for the maximum.
+# (error / bound, what) of every comparison since the list was last cleared.
+ratios: list[tuple[float, str]] = []
 
-    `low_precision` is the eager result for the same inputs in their own dtype, `fp64` the truth.
+
+def assert_within_budget(actual: Tensor, truth: Truth, name: str) -> None:
+    """Assert that the root mean square and the largest of the errors lie within their bounds.
+
+    rms:     (2 + 4 / sqrt(n)) rms(spread) + eps rms(truth) for n entries
+    largest: 6 max(spread) + eps max(truth)
+
+    with the eps of the result's dtype, and the smallest number that it has beside eps |truth|. A single entry may be six
+    standard deviations away; the mean over many is known better.
     """
-    actual, low_precision, fp64 = actual.detach(), low_precision.detach(), fp64.detach()
-    assert actual.shape == fp64.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(fp64.shape)}"
-    if fp64.numel() == 0:
+    actual, exact = actual.detach(), truth.value
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
         return
-    ours, eager = (actual.double() - fp64).abs(), (low_precision.double() - fp64).abs()
-    step = torch.finfo(actual.dtype).eps
-    for norm, factor, kind in ((_rms, 2.0, "rms"), (torch.max, 5.0, "largest")):
-        error, eager_error, one_step = (norm(part).item() for part in (ours, eager, step * fp64.abs()))
+    kind = torch.finfo(actual.dtype)
+    error = (actual.double() - exact).abs()
+    step = kind.eps * exact.abs() + kind.eps * kind.tiny
+    for norm, factor, what in (
+        (_rms, 2.0 + 4.0 / math.sqrt(exact.numel()), "rms"),
+        (torch.max, 6.0, "largest"),
+    ):
+        found, expected, one_step = (norm(part).item() for part in (error, truth.spread, step))
+        bound = factor * expected + one_step
+        ratios.append((found / bound, f"{name}, {what}"))
         # `not <=` also fails for NaN.
-        if not error <= factor * eager_error + one_step:
+        if not found <= bound:
             raise AssertionError(
-                f"{name}: {kind} error {error:.3e}, eager error {eager_error:.3e}, one step {one_step:.3e}"
+                f"{name}: {what} error {found:.3e}, expected of float32 {expected:.3e}, one step of {actual.dtype} {one_step:.3e}"
             )
 
 

@@ -22,6 +22,7 @@ from kdkernels import (
     linear_kd_loss,
 )
 from kdkernels.options import Impl
+from tests.support.rounding import Truth, truths
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -189,11 +190,17 @@ def eager_decoupled(log_p_s: Tensor, log_p_t: Tensor, labels: Tensor, divergence
 
 
 def eager_linear_kd(case: Case, labels: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    """Row losses and the gradients of their mean over counted rows for student hidden, weight and bias."""
+    """Row losses, their mean over counted rows, and its gradients for student hidden, weight and bias."""
     hidden, weight, bias = case.leaves()
     rows = eager_row_losses(F.linear(hidden, weight, bias), case.teacher_logits, labels, **options)
-    count = rows.numel() if labels is None else int((labels != -100).sum())
-    return rows.detach(), *torch.autograd.grad(rows.sum() / count, (hidden, weight, bias))
+    mean = rows.sum() / (rows.numel() if labels is None else int((labels != -100).sum()))
+    return rows.detach(), mean.detach(), *torch.autograd.grad(mean, (hidden, weight, bias))
+
+
+def true_linear_kd(case: Case, labels: Tensor | None, **options: Any) -> tuple[Truth, ...]:
+    """`eager_linear_kd` in float64, with the error that float32 has to expect."""
+    exact = case.to(torch.float64)
+    return truths(lambda: eager_linear_kd(exact, labels, **options))
 
 
 def loss_and_gradients(

@@ -1,6 +1,8 @@
-"""Triton's interpreter, without the work that it repeats."""
+"""Triton's interpreter, without the work that it repeats, and with the rounding of a device."""
 
 from typing import Any
+
+import numpy as np
 
 
 class _Kept:
@@ -33,3 +35,24 @@ def patch_language_once() -> None:
         return _Kept()
 
     interpreter._patch_lang = patch_once
+
+
+def patch_bfloat16_rounding() -> None:
+    """Round float32 to the nearest bfloat16, as every device does; the interpreter cuts the last 16 bits off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_rounding(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (
+            source != tl.float32
+            or target != tl.bfloat16
+            or rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+        ):
+            return convert(values, source, target, rounding_mode)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+
+    interpreter._convert_float = convert_rounding

@@ -1,7 +1,7 @@
 """Relations of tokens to tokens without their maps: tiles of scores on chip, as in flash attention.
 
 A map is N x N scores of one head of one sequence. The values (relation_values.py) need one pass over its tiles: running
-maxima and sums of both sides, and the running sum of p_t times the log ratio. Their gradients (relation_gradients.py), from
+maxima and sums of both sides, and the running divergence. Their gradients (relation_gradients.py), from
 the kept maxima and sums, one pass a side: the rows of q against all k, and the rows of k against all q. With q = k the
 scores of a tile serve both directions, so that one kernel does with three products a tile what two would do with six.
 

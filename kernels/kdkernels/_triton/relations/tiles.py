@@ -29,9 +29,14 @@ def load_rows(
 
 @triton.jit
 def product(left, right, INTERPRETED: tl.constexpr):
-    """left @ right in fp32, exact to fp32's digits for fp32. The interpreter would take bfloat16 for integers."""
+    """left @ right in fp32, exact to fp32's digits for fp32.
+
+    A device adds up the columns in one order, so that a score is the same number in a map and in its transpose: gradients
+    take its exponential from maxima that the values kept. numpy takes another order for a transposed product, and bfloat16
+    for integers; from float64 both products are rounded once.
+    """
     if INTERPRETED:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32))
+        return tl.dot(left.to(tl.float64), right.to(tl.float64)).to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
 
 

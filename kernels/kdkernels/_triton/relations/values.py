@@ -1,4 +1,8 @@
-"""The values of relations: one pass over the tiles of both maps, with running maxima and sums."""
+"""The values of relations: one pass over the tiles of both maps, with running maxima, sums and divergences.
+
+The divergence is a sum of terms that are not negative: within a tile those of `kl_terms`, and between the tiles so far and
+the next one the chain rule of KL. A difference of two log-sums would leave 1e-7 of a divergence of any size.
+"""
 
 from typing import Any
 
@@ -6,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kd.divergence import kl_terms
 from ..launch import device_guard
 from ..numeric import LN_2
 from .launch import RelationConfig
@@ -55,11 +60,12 @@ def _relation_values_kernel(
     q_s = load_rows(student_q_ptr + student_column, stride_student_q, first, rows, row_counts, D_S, BLOCK_D_S)
     q_t = load_rows(teacher_q_ptr + teacher_column, stride_teacher_q, first, rows, row_counts, D_T, BLOCK_D_T)
 
+    # Before the first tile: a mass of 1 far below any score, which the first one that counts replaces.
     maximum_s = tl.full((BLOCK_M,), NOT_COUNTED, tl.float32)
     maximum_t = tl.full((BLOCK_M,), NOT_COUNTED, tl.float32)
-    total_s = tl.zeros((BLOCK_M,), tl.float32)
-    total_t = tl.zeros((BLOCK_M,), tl.float32)
-    cross = tl.zeros((BLOCK_M,), tl.float32)  # sum of exp2(t - maximum_t) ((t - maximum_t) - (s - maximum_s))
+    total_s = tl.full((BLOCK_M,), 1.0, tl.float32)
+    total_t = tl.full((BLOCK_M,), 1.0, tl.float32)
+    divergence = tl.zeros((BLOCK_M,), tl.float32)  # KL of the distributions over the columns so far
     end = tl.minimum(N, (tile + 1) * BLOCK_M) if CAUSAL else N
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -76,23 +82,37 @@ def _relation_values_kernel(
         s = tl.where(allowed, product(q_s, k_s.T, INTERPRETED) * student_scale, NOT_COUNTED)
         t = tl.where(allowed, product(q_t, k_t.T, INTERPRETED) * teacher_scale, NOT_COUNTED)
 
-        next_s = tl.maximum(maximum_s, tl.max(s, axis=1))
-        next_t = tl.maximum(maximum_t, tl.max(t, axis=1))
-        s -= next_s[:, None]
-        t -= next_t[:, None]
-        p_t = tl.exp2(t)
-        rescale_t = tl.exp2(maximum_t - next_t)
-        # What was summed had log ratios from the old maxima.
-        moved = (maximum_t - next_t) - (maximum_s - next_s)
-        cross = rescale_t * (cross + total_t * moved) + tl.sum(p_t * (t - s), axis=1)
-        total_t = total_t * rescale_t + tl.sum(p_t, axis=1)
-        total_s = total_s * tl.exp2(maximum_s - next_s) + tl.sum(tl.exp2(s), axis=1)
+        tile_maximum_s, tile_maximum_t = tl.max(s, axis=1), tl.max(t, axis=1)
+        s -= tile_maximum_s[:, None]
+        t -= tile_maximum_t[:, None]
+        p_s, p_t = tl.exp2(s), tl.exp2(t)
+        tile_total_s, tile_total_t = tl.sum(p_s, axis=1), tl.sum(p_t, axis=1)
+        tile_log = tl.log2(tile_total_s / tile_total_t)
+        terms, _ = kl_terms(
+            p_t * (1.0 / tile_total_t)[:, None],
+            p_s * (1.0 / tile_total_s)[:, None],
+            ((s - t) - tile_log[:, None]) * LN_2,
+        )
+        tile_divergence = tl.sum(terms, axis=1)
+
+        # The chain rule: of both parts their own divergence, by the teacher's share, and that of the shares.
+        next_s, next_t = tl.maximum(maximum_s, tile_maximum_s), tl.maximum(maximum_t, tile_maximum_t)
+        old_log = (maximum_s - next_s) - (maximum_t - next_t) + tl.log2(total_s / total_t)
+        tile_log += (tile_maximum_s - next_s) - (tile_maximum_t - next_t)
+        old_s, old_t = total_s * tl.exp2(maximum_s - next_s), total_t * tl.exp2(maximum_t - next_t)
+        tile_total_s *= tl.exp2(tile_maximum_s - next_s)
+        tile_total_t *= tl.exp2(tile_maximum_t - next_t)
+        total_s, total_t = old_s + tile_total_s, old_t + tile_total_t
+        log_total = tl.log2(total_s / total_t)
+        old_share, tile_share = old_t / total_t, tile_total_t / total_t
+        old_term, _ = kl_terms(old_share, old_s / total_s, (old_log - log_total) * LN_2)
+        tile_term, _ = kl_terms(tile_share, tile_total_s / total_s, (tile_log - log_total) * LN_2)
+        divergence = old_share * divergence + tile_share * tile_divergence + (old_term + tile_term)
         maximum_s, maximum_t = next_s, next_t
 
     # Rows that do not count may have seen no key; their numbers are replaced.
     total_s = tl.where(row_counts, total_s, 1.0)
     total_t = tl.where(row_counts, total_t, 1.0)
-    divergence = (cross / total_t + tl.log2(total_s / total_t)) * LN_2
     out = statistics_ptr + map_index * N + rows
     inside = rows < N
     tl.store(out, maximum_s, mask=inside)
