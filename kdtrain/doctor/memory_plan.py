@@ -94,10 +94,10 @@ class Plan:
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows of logits that the losses hold at a time by default (tests/language/test_plan.py holds this to kdkernels)."""
+    """Rows of logits that the losses hold at a time by default, on a GPU where memory allows (tests/language/test_plan.py holds this to kdkernels)."""
     if device == "cpu":
         return max(min(352, max(176, 2**27 // (8 * vocabulary))), 2**18 // vocabulary)
-    return max(1024, 2**30 // (8 * vocabulary) // 256 * 256)
+    return max(1024, 2**32 // (8 * vocabulary) // 256 * 256)
 
 
 def plan_step(

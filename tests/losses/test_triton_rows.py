@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._triton.kd.rows import kd_rows
-from kdkernels._triton.launch import CHUNK_BYTES, chunk_rows, launch_options, row_config
+from kdkernels._triton.launch import CHUNK_BYTES, chunk_budget, chunk_rows, launch_options, row_config
 from kdkernels._triton.projection import mse_rows
 from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
 from kdkernels.options import RowTerms
@@ -299,13 +299,35 @@ def test_squared_differences_without_options():
 
 def test_chunk_rows():
     device = torch.device(DEVICE)
-    assert chunk_rows(8192, 32000, None, device) == 4096  # 2**30 / 256000 rows, down to a step of 256
-    assert chunk_rows(8192, 256000, None, device) == 1024  # the floor
+    assert chunk_rows(10**9, 128256, None, device) == 4096  # 2**32 bytes, down to a step of 256
+    assert chunk_rows(10**9, 2**21, None, device) == 1024  # the floor
     assert chunk_rows(100, 256000, None, device) == 100
-    assert chunk_rows(10**9, 1, None, device) == CHUNK_BYTES // 8
+    assert chunk_rows(10**9, 1, None, device) <= CHUNK_BYTES[0] // 8
     assert chunk_rows(8192, 32000, 8 * 32000 * 700, device) == 512
     assert chunk_rows(8192, 32000, 8 * 32000 * 3, device) == 3
     assert chunk_rows(8192, 32000, 1, device) == 1
+
+
+def test_chunks_are_equal():
+    """Eight rows more than two chunks are no third one that reads both heads again."""
+    device = torch.device(DEVICE)
+    for rows in (8200, 5000, 4097, 12_289):
+        size = chunk_rows(rows, 128256, None, device)
+        chunks = -(-rows // size)
+        assert chunks == -(-rows // 4096) and size <= 4096
+        assert rows - (chunks - 1) * size > size - 256 * chunks  # the last lacks what rounding up took
+
+
+def test_the_budget_follows_the_memory():
+    gigabyte = 2**30
+    assert chunk_budget(None) == 4 * gigabyte
+    assert chunk_budget((100 * gigabyte, 140 * gigabyte)) == 4 * gigabyte
+    assert chunk_budget((7 * gigabyte, 140 * gigabyte)) == 2 * gigabyte
+    assert chunk_budget((20 * gigabyte, 24 * gigabyte)) == gigabyte
+    assert chunk_budget((gigabyte, 140 * gigabyte)) == gigabyte
+    # A few steps, not a number of its own for every state of the allocator: gradients are to be the same bits.
+    sizes = {chunk_budget((free * gigabyte, 140 * gigabyte)) for free in range(1, 140)}
+    assert len(sizes) == 3
 
 
 def test_only_ragged_rows_and_rich_code_on_nvidia_are_given_registers():

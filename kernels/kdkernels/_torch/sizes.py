@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+
+from ..core.rows import equal_chunk
 
 # Elements of one scratch buffer on the CPU: 8 rows of 32,000. The two or three buffers that a pass touches are 1 MiB each at
 # a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. docs/log.md has figures.
@@ -30,8 +30,8 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     if device.type == "cpu":
         fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
         most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
-        return max(1, math.ceil(rows / math.ceil(rows / most)))  # equal chunks: a small last one is slow
-    return max(1, min(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary))))
+        return equal_chunk(rows, most)
+    return equal_chunk(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary)))
 
 
 def block_rows(rows: int, width: int, device: torch.device) -> list[int]:

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import torch
 
+from ..core.rows import equal_chunk
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -33,8 +35,9 @@ class RowConfig:
 _NVIDIA = RowConfig(block=2048, width=8, num_warps=8, registers=128)
 _AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
 
-# A chunk of two fp32 logit buffers: the default budget in bytes, and the rows below which the heads are read too often.
-CHUNK_BYTES = 2**30
+# Bytes of a chunk's two fp32 logit buffers, largest first, and the rows below which the heads are read too often. Each chunk
+# reads both heads again, and reads and writes the gradient of one in fp32: docs/log.md has the bytes by size of chunk.
+CHUNK_BYTES = (2**32, 2**31, 2**30)
 CHUNK_ROWS_AT_LEAST = 1024
 CHUNK_ROWS_STEP = 256
 
@@ -72,15 +75,34 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def chunk_budget(memory: tuple[int, int] | None) -> int:
+    """Bytes of a chunk's two buffers on a device of which (free, all) bytes are known.
+
+    The largest step that leaves fifteen sixteenths of the device, and half of what is free, to others. In steps, so that on
+    one kind of device a chunk is the same size, and gradients are the same bits, until memory runs out.
+    """
+    if memory is None:
+        return CHUNK_BYTES[0]
+    free, total = memory
+    fits = [size for size in CHUNK_BYTES if size <= total // 16 and size <= free // 2]
+    return fits[0] if fits else CHUNK_BYTES[-1]
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Free bytes, with those that the allocator holds unused, and all; None where the driver is not to be asked."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
 def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
-    """Rows of a token chunk: the byte budget over two fp32 buffers, in steps of 256 rows, at least 1024.
+    """Rows of a token chunk: the byte budget over two fp32 buffers, in equal chunks of whole steps of 256 rows.
 
     A budget that the caller gives is kept to the row, down to 1: the floor of 1024 guards the default only.
     """
-    budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    budget = chunk_budget(device_memory(device)) if chunk_bytes is None else chunk_bytes
     fit = budget // (8 * vocabulary)
-    if fit >= CHUNK_ROWS_STEP:
-        fit -= fit % CHUNK_ROWS_STEP
     if chunk_bytes is None:
         fit = max(fit, CHUNK_ROWS_AT_LEAST)
-    return max(1, min(fit, rows))
+    return equal_chunk(rows, max(fit, 1), CHUNK_ROWS_STEP)
