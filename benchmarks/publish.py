@@ -1,9 +1,9 @@
-"""Committed results into the README's tables and the plots: `python -m benchmarks.publish`.
+"""Committed results into the tables of docs/benchmarks.md and the plots: `python -m benchmarks.publish`.
 
-The README's lines between the two marks are written anew from the newest files of every device: `<date>.csv` (everybody,
+The lines of that page between the two marks are written again from the newest files of every device: `<date>.csv` (everybody,
 one table a shape), `<date>-family.csv` (ours in every form), `<date>-steps.csv` (whole training steps), and the rows in
 which somebody is faster or leaner than ours. The plots come from `<date>-sweep.csv` and show time and memory against the
-number of tokens. A test holds the README to the files.
+number of tokens. A test compares the page with the files.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from benchmarks.report import mebibytes
 from benchmarks.runner import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SHAPE = ("tokens", "width", "teacher_width", "vocabulary", "dtype", "rows", "classes")
 PAGES = 2**20  # what a process holds is counted in pages and arenas: less than this is no difference
@@ -209,7 +210,7 @@ def published() -> str:
         lines = [f"- {line}" for line in beaten] or ["- nobody, in no case"]
         found.append("\n".join(["Who is faster or leaner than kdkernels, and where:", "", *lines]))
         pictures = [
-            f"![{column} against tokens]({path.relative_to(ROOT)})"
+            f"![{column} against tokens]({path.relative_to(PAGE.parent)})"
             for column in SWEPT
             if (path := picture_path(folder.name, column)).exists()
         ]
@@ -223,15 +224,15 @@ def into(text: str, content: str) -> str:
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"README.md must hold the lines {BEGIN} and {END}; put them where the table belongs")
+        raise ValueError(f"docs/benchmarks.md must hold the lines {BEGIN} and {END}; put them where the table belongs")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the plots and the README's tables."""
+    """Write the plots and the tables of docs/benchmarks.md."""
     argparse.ArgumentParser(
         prog="python -m benchmarks.publish",
-        description="Makes the README's tables and the pictures from the newest results in benchmarks/results.",
+        description="Makes the tables of docs/benchmarks.md and the pictures from the newest results in benchmarks/results.",
     ).parse_args(words)
     written = []
     for folder in sorted(folder for folder in RESULTS.iterdir() if folder.is_dir()):
@@ -241,9 +242,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 path = picture_path(folder.name, column)
                 plot(read(sweep), column, path)
                 written.append(path)
-    readme = ROOT / "README.md"
-    readme.write_text(into(readme.read_text(encoding="utf-8"), published()), encoding="utf-8")
-    written.append(readme)
+    PAGE.write_text(into(PAGE.read_text(encoding="utf-8"), published()), encoding="utf-8")
+    written.append(PAGE)
     print("written:", ", ".join(str(path.relative_to(ROOT)) for path in written))
     return 0
 
