@@ -224,7 +224,9 @@ def into(text: str, content: str) -> str:
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"docs/benchmarks.md must hold the lines {BEGIN} and {END}; put them where the table belongs")
+        raise ValueError(
+            f"docs/benchmarks.md must hold the lines {BEGIN} and {END}; put them where the table belongs"
+        )
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
