@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import LEAST_LENGTH
+from .aliasing import lies_over
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile
 
@@ -85,7 +86,8 @@ def _inverse_length(totals):
     return tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length))), tl.where(short, 0.0, 1.0)
 
 
-@triton.jit
+# Slices of numbers per row start anywhere.
+@triton.jit(do_not_specialize_on_alignment=["row_weight_ptr", "values_ptr"])
 def _direction_rows_kernel(
     prediction_ptr,  # (R, D)
     target_ptr,  # (R, D)
@@ -246,7 +248,7 @@ def direction_rows(
             HAS_ROW_WEIGHT=row_weight is not None,
             WRITE_GRAD=write_grad,
             HAS_GRAD_TARGET=grad_target is not None,
-            ALIASED=grad.dtype != prediction.dtype,
+            ALIASED=lies_over(grad, prediction),
             BLOCK=config.block,
             WIDTH=config.width,
             **launch_options(

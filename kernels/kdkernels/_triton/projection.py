@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .aliasing import lies_over
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile
 
@@ -44,7 +45,8 @@ def _difference_step(
     return total + tl.sum(difference * difference, axis=1)
 
 
-@triton.jit
+# Slices of numbers per row start anywhere.
+@triton.jit(do_not_specialize_on_alignment=["row_weight_ptr", "squares_ptr"])
 def _mse_rows_kernel(
     prediction_ptr,  # (R, D)
     target_ptr,  # (R, D)
@@ -167,7 +169,7 @@ def mse_rows(
             HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHT=row_weight is not None,
             WRITE_GRAD=write_grad,
-            ALIASED=grad.dtype != prediction.dtype,
+            ALIASED=lies_over(grad, prediction),
             BLOCK=config.block,
             WIDTH=config.width,
             **launch_options(config, width, prediction.stride(0), target.stride(0), grad.stride(0)),

@@ -20,14 +20,18 @@ from .packing import FUNCTIONS, unpack
 
 _SOLVERS: dict[str, Solver] = {}
 _library = torch.library.Library("kdkernels", "DEF")
+# The host reads how many rows count, which no CUDA graph can hold: `mode="reduce-overhead"` cuts its graphs here.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 # A list that holds None is not seen by autograd, so absent tensors are left out and `present` says which.
 _library.define(
     "row_loss(Tensor[] tensors, bool[] present, bool[] needs, Tensor? weight, Tensor denominator, str solver, "
-    "str reduction) -> Tensor[]"
+    "str reduction) -> Tensor[]",
+    tags=_TAGS,
 )
 _library.define(
     "row_gradients(Tensor[] tensors, bool[] present, bool[] needs, Tensor? weight, Tensor denominator, str solver, "
-    "str reduction, Tensor upstream) -> Tensor[]"
+    "str reduction, Tensor upstream) -> Tensor[]",
+    tags=_TAGS,
 )
 _library.define("refuse(Tensor anchor, str sentence) -> Tensor")
 

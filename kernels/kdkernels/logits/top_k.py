@@ -85,7 +85,9 @@ class _Rows:
         labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
         if labels is not None:
             labels = labels if dead is None else labels.masked_fill(dead, 0)
+            labels, outside = _inside(labels, logits.shape[1])
             label_logit = _alive(logits.gather(1, labels).to(wide_dtype(logits.dtype)), dead)
+            label_logit = label_logit.masked_fill(outside, math.nan)
             if terms.label_smoothing != 0.0:
                 total = _alive(logits.sum(1, keepdim=True, dtype=torch.float64), dead).squeeze(1)
         return _Rows(backend, logits, terms, labels, label_logit, total, chain, dead, row_weight)
@@ -126,6 +128,15 @@ class _Rows:
             rounded.copy_(grad)
 
 
+def _inside(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Ids with 0 for those out of range, and which these are: they are not read, and become a NaN of their row.
+
+    On a device, and in a compiled graph, nobody has looked at them: the host would wait for the device.
+    """
+    outside = (ids < 0) | (ids >= vocabulary)
+    return ids.masked_fill(outside, 0), outside
+
+
 def _alive(tensor: Tensor, dead: Tensor | None) -> Tensor:
     return tensor if dead is None else tensor.masked_fill(dead, 0.0)
 
@@ -153,6 +164,8 @@ def top_k_rows(
     logits, grad = _upcast(logits, bias, terms.student_transform, grad)
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
     wide = wide_dtype(logits.dtype)
+    indices, outside = _inside(indices, logits.shape[1])
+    logprobs = logprobs.masked_fill(outside, math.nan)
     kept = logprobs > -math.inf
     raw = logits.gather(1, indices)
     logits.scatter_(1, indices, raw.masked_fill(kept, -math.inf))

@@ -1,5 +1,7 @@
 """Kernel for the angles of rows with a nearly equal neighbour, from differences of features instead of inner products."""
 
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -177,6 +179,18 @@ def _direct_angles_kernel(
     tl.store(values_ptr + row, value)
 
 
+def _refuse_if_deterministic() -> None:
+    """As torch does for its own operations that add in any order."""
+    if torch.are_deterministic_algorithms_enabled():
+        sentence = (
+            "the gradient of contextual_relation_loss with angles adds the neighbours of nearly equal tokens in any order "
+            "on the triton back end, and torch.use_deterministic_algorithms(True) is set; use impl='torch' or angle_weight=0"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(sentence)
+        warnings.warn(sentence, stacklevel=2)
+
+
 def direct_rows(near: Tensor) -> Tensor:
     """Which rows `direct_angles` takes over: those marked."""
     return near
@@ -189,6 +203,8 @@ def direct_angles(block: DirectAngles, grad: Tensor | None) -> Tensor:
     )
     offsets, rows = block.valid.shape
     values = torch.empty(rows, dtype=torch.float32, device=student.device)
+    if grad is not None:
+        _refuse_if_deterministic()
     out = student if grad is None else grad  # unread without a gradient
     with device_guard(values.device):
         _direct_angles_kernel[(rows,)](

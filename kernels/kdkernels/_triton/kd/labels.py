@@ -31,7 +31,7 @@ def teacher_label(row, label, valid, FLAGS: tl.constexpr):
     place = label
     if FLAGS.vocab_map == "index":
         place = tl.load(row.map_ptr + label, mask=valid, other=-1).to(tl.int64)
-        shared = valid & (place >= 0)
+        shared = valid & (place >= 0) & (place < row.V_teacher)
     else:
         shared = valid & (label < row.shared)
     logit = _load_one(

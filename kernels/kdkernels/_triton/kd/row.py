@@ -86,12 +86,13 @@ def load_pair(row, columns, FLAGS: tl.constexpr, MASKED: tl.constexpr):
     )
     if FLAGS.vocab_map == "index":
         places = tl.load(row.map_ptr + columns, mask=in_row, other=-1 if MASKED else None)
-        both = places >= 0
+        both = (places >= 0) & (places < row.V_teacher)
         teacher_own = load_logits(
             row.teacher, places, both, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
-        student = tl.where(both, student_own, float("-inf"))
-        teacher = teacher_own
+        # An id beyond the teacher's is not read, and shows in the loss: the host would wait for the device to see it.
+        teacher = tl.where(places >= row.V_teacher, float("nan"), teacher_own)
+        student = tl.where(places >= 0, student_own, float("-inf"))
     elif FLAGS.vocab_map == "prefix" and MASKED:
         both = columns < row.shared
         inside = columns < row.V_teacher if FLAGS.has_stats else both

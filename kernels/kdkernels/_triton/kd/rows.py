@@ -48,8 +48,12 @@ def _store_stats(
     tl.store(stats_ptr + 4 * stride_stats_row, tl.where(student_best == teacher_best, 1.0, 0.0))
 
 
-# A chunk of another number of rows compiles nothing anew.
-@triton.jit(do_not_specialize=["stride_stats_row"])
+# Pointers to one number a row: slices of them start anywhere.
+_SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "kd_ptr", "ce_ptr", "stats_ptr"]
+
+
+# A chunk of another number of rows compiles nothing anew, and neither does one that starts elsewhere.
+@triton.jit(do_not_specialize=["stride_stats_row"], do_not_specialize_on_alignment=_SCALARS)
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V_teacher)

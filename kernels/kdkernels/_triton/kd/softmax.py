@@ -28,8 +28,8 @@ def _statistics_step(state, side, columns, inside, scale, AT_ONE: tl.constexpr):
     return next_maximum, total, total_at_one
 
 
-# As in `rows.py`: another number of rows compiles nothing anew.
-@triton.jit(do_not_specialize=["R"])
+# As in `rows.py`: another number of rows, or a chunk that starts elsewhere, compiles nothing anew.
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["row_weight_ptr", "statistics_ptr"])
 def _row_statistics_kernel(
     logits_ptr,  # (R, V)
     row_weight_ptr,  # (R,) fp32, read when HAS_ROW_WEIGHT
@@ -128,7 +128,10 @@ def _gradient_step(
     store_tile(grad_row, columns, gradient, V, MASKED)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(
+    do_not_specialize=["R"],
+    do_not_specialize_on_alignment=["statistics_ptr", "factor_ptr", "factor_at_one_ptr", "constant_ptr"],
+)
 def _softmax_gradient_kernel(
     logits_ptr,  # (R, V)
     statistics_ptr,  # (3, R) fp32

@@ -190,8 +190,15 @@ def _gradient(
         _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK)
 
 
-# Neither a last chunk of fewer rows nor the place of a tile compiles anything anew.
-@triton.jit(do_not_specialize=["stride_state_row", "offset"])
+# Pointers to one number a row: slices of them start anywhere.
+_SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "state_ptr"]
+
+
+# Neither a last chunk of fewer rows nor the place of a tile or a chunk compiles anything anew.
+@triton.jit(
+    do_not_specialize=["stride_state_row", "offset"],
+    do_not_specialize_on_alignment=_SCALARS,
+)
 def _tile_kernel(
     student_ptr,  # (R, C) columns of the tile
     teacher_ptr,  # (R, C), read when HAS_TEACHER

@@ -116,10 +116,14 @@ def _relation_values_kernel(
     out = statistics_ptr + map_index * N + rows
     inside = rows < N
     tl.store(out, maximum_s, mask=inside)
-    tl.store(out + statistic_size, 1.0 / total_s, mask=inside)
-    tl.store(out + 2 * statistic_size, maximum_t, mask=inside)
-    tl.store(out + 3 * statistic_size, 1.0 / total_t, mask=inside)
-    tl.store(out + 4 * statistic_size, tl.where(row_counts, divergence, 0.0), mask=inside)
+    out += statistic_size  # one step after the other: a product would leave int32
+    tl.store(out, 1.0 / total_s, mask=inside)
+    out += statistic_size
+    tl.store(out, maximum_t, mask=inside)
+    out += statistic_size
+    tl.store(out, 1.0 / total_t, mask=inside)
+    out += statistic_size
+    tl.store(out, tl.where(row_counts, divergence, 0.0), mask=inside)
 
 
 def relation_values(
