@@ -15,33 +15,36 @@ from tests.support.rounding import Truth
 ratios: list[tuple[float, str]] = []
 
 
-def assert_within_budget(actual: Tensor, truth: Truth, name: str) -> None:
-    """Assert that the root mean square and the largest of the errors lie within their bounds.
+def error_over_bound(actual: Tensor, truth: Truth) -> dict[str, float]:
+    """The root mean square and the largest of the errors, each over its bound; NaN for a result with a NaN.
 
-    rms:     (2 + 4 / sqrt(n)) rms(spread) + eps rms(truth) for n entries
+    rms:     (2 + 4 / sqrt(n)) rms(spread) + eps / 2 rms(truth) for n entries
     largest: 6 max(spread) + eps max(truth)
 
-    with the eps of the result's dtype, and the smallest number that it has beside eps |truth|. A single entry may be six
-    standard deviations away; the mean over many is known better.
+    with the eps of the result's dtype. The rounding of a single entry may be six standard deviations away; over many entries
+    the mean square is known better. `eps |truth|` is two roundings, and at least the smallest number of the dtype.
     """
     actual, exact = actual.detach(), truth.value
-    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    if exact.numel() == 0:
-        return
     kind = torch.finfo(actual.dtype)
     error = (actual.double() - exact).abs()
     step = kind.eps * exact.abs() + kind.eps * kind.tiny
-    for norm, factor, what in (
-        (_rms, 2.0 + 4.0 / math.sqrt(exact.numel()), "rms"),
-        (torch.max, 6.0, "largest"),
-    ):
-        found, expected, one_step = (norm(part).item() for part in (error, truth.spread, step))
-        bound = factor * expected + one_step
-        ratios.append((found / bound, f"{name}, {what}"))
-        # `not <=` also fails for NaN.
-        if not found <= bound:
+    rms = (2.0 + 4.0 / math.sqrt(exact.numel())) * _rms(truth.spread) + _rms(step) / 2.0
+    largest = 6.0 * truth.spread.max() + step.max()
+    return {"rms": (_rms(error) / rms).item(), "largest": (error.max() / largest).item()}
+
+
+def assert_within_budget(actual: Tensor, truth: Truth, name: str) -> None:
+    """Assert that the errors of a result lie within their bounds, and keep how near they are."""
+    shape, expected = tuple(actual.shape), tuple(truth.value.shape)
+    assert shape == expected, f"{name}: shape {shape}, expected {expected}"
+    if truth.value.numel() == 0:
+        return
+    for what, ratio in error_over_bound(actual, truth).items():
+        if ratio == ratio:  # a NaN is no measure of anything
+            ratios.append((ratio, f"{name}, {what}"))
+        if not ratio <= 1.0:  # fails for NaN too
             raise AssertionError(
-                f"{name}: {what} error {found:.3e}, expected of float32 {expected:.3e}, one step of {actual.dtype} {one_step:.3e}"
+                f"{name}: the {what} error is {ratio:.3g} times what its arithmetic explains"
             )
 
 

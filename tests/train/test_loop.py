@@ -271,12 +271,22 @@ def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path
         run(replace(recipe, student=replace(student, max_length=65), output=str(tmp_path / "long")))
 
 
-# Features bring weights of their own; dist compares each row with every other one of the batch, and only its first steps
-# are compared: its gradient is hundreds of times larger, so that a rounding of 1e-7 shows after three steps.
+def mean_gradient(folder: Path) -> torch.Tensor:
+    """All of AdamW's running mean of the gradients, as the last checkpoint has it."""
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    state = load_file(checkpoint / "optimizer.safetensors")
+    return torch.cat([state[name].flatten() for name in sorted(state) if name.endswith(".exp_avg")])
+
+
+# Features bring weights of their own; dist compares each row with every other one of the batch.
 @pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize(("method", "steps"), [("kd_features", 6), ("dist", 2)])
 def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: str, steps: int) -> None:
-    """torchrun with two gloo processes takes the same steps as one process, up to the order of sums."""
+    """torchrun with two gloo processes has the losses and gradients of one process, up to the order of sums.
+
+    Weights are not compared: the first steps of AdamW move each by the sign of its gradient, and that of a gradient of
+    nearly 0 is a matter of rounding.
+    """
     distillation = replace(distillation, method=MethodRecipe(name=method))
     student = replace(distillation.student, dropout=0.0)
     training = replace(
@@ -291,10 +301,9 @@ def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: s
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["training"]["processes"] == 2
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (one["step"], name)
-    before, after = (load_file(tmp_path / name / "student/model.safetensors") for name in ("one", "two"))
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-2, atol=2e-4)
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
+    alone, both = mean_gradient(tmp_path / "one"), mean_gradient(tmp_path / "two")
+    assert (both - alone).norm() <= 1e-3 * alone.norm()
 
 
 @pytest.mark.xdist_group("programs")
