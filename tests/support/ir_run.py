@@ -148,7 +148,7 @@ def _solve(case: Case, tensors: Tensors, impl: Impl | None) -> list[tuple[str, T
     return [(name, value) for name, value in values + gradients if value is not None]
 
 
-def _error(actual: Tensor, exact: Tensor, roundings: int) -> float:
+def share_of_bound(actual: Tensor, exact: Tensor, roundings: int) -> float:
     """Root mean square error as a share of its bound; infinite where NaN or where a gradient is missing."""
     bound = (FLOAT32_ERROR + roundings * UNIT[actual.dtype]) * exact.square().mean().sqrt()
     error = (actual.double() - exact).square().mean().sqrt()
@@ -178,7 +178,9 @@ def run(case: Case) -> Outcome:
     results, launched, fault = _attempt(lambda: dict(_solve(case, tensors, None)))
     errors = dict.fromkeys(exact, float("inf"))
     if results is not None:
-        errors |= {name: _error(value, exact[name], case.roundings) for name, value in results.items()}
+        errors |= {
+            name: share_of_bound(value, exact[name], case.roundings) for name, value in results.items()
+        }
     worst = max(errors, key=lambda name: errors[name])
     seconds = time.perf_counter() - started
     return Outcome(case.name, len(launched), sorted(set(launched)), errors[worst], worst, fault, seconds)

@@ -32,9 +32,11 @@ FAR_MEAN = tl.constexpr(row_state.FAR_MEAN)
 def _merge(state_ptr, stride, max_slot, sum_slot, maximum, total, scale):
     """Take the (maximum, sum) of every lane of a tile into two slots."""
     old_maximum = tl.load(state_ptr + max_slot * stride)
+    old_total = tl.load(state_ptr + sum_slot * stride)
+    tl.debug_barrier()  # all threads have read what one of them writes
     next_maximum = tl.maximum(old_maximum, tl.max(maximum, axis=0))
     reference = finite_or_zero(next_maximum)
-    old_total = tl.load(state_ptr + sum_slot * stride) * tl.exp2((old_maximum - reference) * scale)
+    old_total *= tl.exp2((old_maximum - reference) * scale)
     tl.store(state_ptr + max_slot * stride, next_maximum)
     tl.store(
         state_ptr + sum_slot * stride,
@@ -44,7 +46,9 @@ def _merge(state_ptr, stride, max_slot, sum_slot, maximum, total, scale):
 
 @triton.jit
 def _add(state_ptr, stride, slot, value):
-    tl.store(state_ptr + slot * stride, tl.load(state_ptr + slot * stride) + value)
+    old = tl.load(state_ptr + slot * stride)
+    tl.debug_barrier()  # as in `_merge`
+    tl.store(state_ptr + slot * stride, old + value)
 
 
 @triton.jit
