@@ -113,7 +113,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List the kernels' cases that ran below Python, so that the log of a run shows that they did."""
-    for name, heading in (("executed_from_ir", "executed from Triton IR"),):
+    for name, heading in (
+        ("executed_from_ir", "executed from Triton IR"),
+        ("executed_from_ptx", "executed from PTX, in several orders of the warps"),
+    ):
         cases = [
             value
             for report in terminalreporter.getreports("passed")

@@ -84,9 +84,6 @@ class Program:
             return _access(words, arguments, guard, inverted)
         result, *operands = arguments
         compute = value_of(words, result, operands)
-        kind = words[-1]
-        if words[0] in ("mul", "mad") and words[1] == "wide":
-            kind = f"{kind[0]}{2 * int(kind[1:])}"
         names = members(result)
 
         def work(warp: Warp) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import Divergence
+from kdkernels.core.row_state import new_state
 from kdkernels.options import LogitTransform, RowTerms
-from kdkernels.tile_state import new_state
 from tests.support.ir_cases import DIVERGENCES
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
