@@ -31,6 +31,9 @@ from tests.support.ir_cases import Case, Tensors, cases
 FLOAT32_ERROR = 2.0**-17
 UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
+# Bytes free and in all of the device that tensors report.
+MEMORY = (140 * 2**30, 141 * 2**30)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -102,6 +105,19 @@ def _with_out_dtype(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other values for attributes of a module or class."""
+    kept = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
 def executed() -> Iterator[list[str]]:
     """Within it launches are executed from their IR, and tensors report a CUDA device. Collects the kernels launched."""
     from ttsem import harness, mlir, sanitize
@@ -118,22 +134,19 @@ def executed() -> Iterator[list[str]]:
         with mode:
             return engine(*args, **kwargs)
 
-    autograd: Any = torch.autograd
-    engine = autograd._engine_run_backward
-    kept = harness.ir_for_launch, torch.mm, torch.addmm
-    harness.ir_for_launch = triton_ir
-    torch.mm, torch.addmm = _with_out_dtype(torch.mm), _with_out_dtype(torch.addmm)
-    try:
+    engine = vars(torch.autograd)["_engine_run_backward"]
+    with (
+        replaced(harness, ir_for_launch=triton_ir),
+        replaced(torch, mm=_with_out_dtype(torch.mm), addmm=_with_out_dtype(torch.addmm)),
+        replaced(torch.autograd, _engine_run_backward=backward),
+        replaced(torch.cuda, is_current_stream_capturing=lambda: False, mem_get_info=lambda device: MEMORY),
+        sanitize.session(90) as session,
+    ):
         mlir.enable_generic_printing()
-        with sanitize.session(90) as session:
-            mode = torch.overrides._get_current_function_mode_stack()[-1]
-            autograd._engine_run_backward = backward
-            yield launched
+        mode = torch.overrides._get_current_function_mode_stack()[-1]
+        yield launched
         if session.races_unchecked:
             raise RuntimeError(f"{session.races_unchecked} launches are too large to be checked for races")
-    finally:
-        autograd._engine_run_backward = engine
-        harness.ir_for_launch, torch.mm, torch.addmm = kept
 
 
 def _solve(case: Case, tensors: Tensors, impl: Impl | None) -> list[tuple[str, Tensor]]:
