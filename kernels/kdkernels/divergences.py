@@ -30,17 +30,59 @@ def _check_skew(name: str, alpha: float, plain: str) -> None:
 
 
 @dataclass(frozen=True)
-class ForwardKL:
+class Properties:
+    """What schedules, top-k teachers and checks ask of a divergence.
+
+    Every default is the answer that promises least, so that a new divergence is refused where it says nothing.
+    """
+
+    needs_mean: bool = True
+    """The gradient is p_s (f - <f>) with <f> = sum p_s f: the whole row is read before its gradient is written."""
+
+    adds_over_tiles: bool = False
+    """Value and mean are sums over the entries, so those of tiles of the vocabulary can be added up."""
+
+    is_linear_without_teacher: bool = False
+    """Where p_t = 0 a term is a constant times p_s, so all entries that a top-k teacher left out count as one."""
+
+    may_be_infinite: bool = True
+    """There are two distributions for which the value is infinite."""
+
+
+class Divergence:
+    """The base of all divergences."""
+
+    @property
+    def properties(self) -> Properties:
+        """What the divergence promises; nothing, unless it says so."""
+        return Properties()
+
+
+_BOUNDED = Properties(adds_over_tiles=True, is_linear_without_teacher=True, may_be_infinite=False)
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
     """KL(p_t ‖ p_s) = sum p_t (log p_t - log p_s): the student has to cover what the teacher does."""
 
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return Properties(needs_mean=False, adds_over_tiles=True, is_linear_without_teacher=True)
+
 
 @dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(Divergence):
     """KL(p_s ‖ p_t) = sum p_s (log p_s - log p_t): the student has to stay where the teacher is."""
 
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return Properties(adds_over_tiles=True)
+
 
 @dataclass(frozen=True)
-class JSD:
+class JSD(Divergence):
     """beta KL(p_t ‖ m) + (1 - beta) KL(p_s ‖ m) with m = beta p_t + (1 - beta) p_s.
 
     The formula tends to 0 at both ends of beta, it does not become a KL there; use
@@ -48,6 +90,11 @@ class JSD:
     """
 
     beta: float = 0.5
+
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return _BOUNDED
 
     def __post_init__(self) -> None:
         _check_plain("beta of JSD", self.beta)
@@ -59,7 +106,7 @@ class JSD:
 
 
 @dataclass(frozen=True)
-class SkewKL:
+class SkewKL(Divergence):
     """KL(p_t ‖ alpha p_t + (1 - alpha) p_s): forward KL that stays finite where the student gives nothing.
 
     0 < alpha < 1, default 0.1. Source: Ko et al., "DistiLLM", 2024, equation 3.
@@ -67,12 +114,17 @@ class SkewKL:
 
     alpha: float = 0.1
 
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return _BOUNDED
+
     def __post_init__(self) -> None:
         _check_skew("SkewKL", self.alpha, "ForwardKL")
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(Divergence):
     """KL(p_s ‖ (1 - alpha) p_t + alpha p_s): reverse KL that stays finite where the teacher gives nothing.
 
     0 < alpha < 1, default 0.1. Source: Ko et al., "DistiLLM", 2024, section 3.1.
@@ -80,17 +132,27 @@ class SkewReverseKL:
 
     alpha: float = 0.1
 
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return _BOUNDED
+
     def __post_init__(self) -> None:
         _check_skew("SkewReverseKL", self.alpha, "ReverseKL")
 
 
 @dataclass(frozen=True)
-class TVD:
+class TVD(Divergence):
     """Total variation distance, 1/2 sum abs(p_t - p_s); entries at which both agree have slope 0."""
+
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return _BOUNDED
 
 
 @dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(Divergence):
     """The alpha-beta divergence, its limits included; `alpha` is the power of the teacher, `beta` of the student.
 
         -1 / (alpha beta) sum [p_t^alpha p_s^beta - alpha / (alpha + beta) p_t^(alpha + beta)
@@ -106,6 +168,15 @@ class AlphaBeta:
 
     alpha: float
     beta: float
+
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`. Where p_t = 0 the terms are p_s^(alpha + beta) / (alpha (alpha + beta))."""
+        return Properties(
+            adds_over_tiles=True,
+            is_linear_without_teacher=self.alpha > 0.0 and self.alpha + self.beta == 1.0,
+            may_be_infinite=min(self.alpha, self.beta) <= 0.0,
+        )
 
     def __post_init__(self) -> None:
         _check_plain("alpha of AlphaBeta", self.alpha)
@@ -123,7 +194,7 @@ class AlphaBeta:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoupled:
+class Decoupled(Divergence):
     """DKD: target * TKD + non_target * NCKD, both at temperature T; needs labels.
 
     TKD is KL(teacher ‖ student) of the two-way distributions (label, all the rest), NCKD that of the distributions
@@ -137,16 +208,62 @@ class Decoupled:
     target: float | Tensor = 1.0
     non_target: float | Tensor = 1.0
 
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return Properties(needs_mean=False, adds_over_tiles=True)
 
-Divergence = ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD | AlphaBeta | Decoupled
 
-NAMES: dict[str, type[ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | TVD]] = {
+@dataclass(frozen=True)
+class ChiSquared(Divergence):
+    """Pearson's chi-squared distance, sum (p_t - p_s)^2 / p_s: a student that misses an entry pays without bound.
+
+    It is 2 AlphaBeta(2, -1). Where p_t / p_s of an entry is beyond float32 (exp(88)), so is the value: it is infinite.
+
+    Source: Nielsen and Nock, "On the chi square and higher-order chi distances for approximating f-divergences", 2014.
+    """
+
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return Properties(adds_over_tiles=True, is_linear_without_teacher=True)
+
+
+@dataclass(frozen=True)
+class Renyi(Divergence):
+    """Rényi's divergence, log(sum p_t^alpha p_s^(1 - alpha)) / (alpha - 1); alpha above 0 and not 1.
+
+    Its gradient is p_s - w, where w is p_t^alpha p_s^(1 - alpha) made to sum to 1: forward KL, from a teacher that is moved
+    towards the student (alpha below 1) or away from it. At least 0.01 away from 0 and from 1, where it is forward KL.
+
+    Source: Rényi, "On measures of entropy and information", 1961; van Erven and Harremoës, "Rényi divergence and
+    Kullback-Leibler divergence", 2014, equation 1.
+    """
+
+    alpha: float
+
+    @property
+    def properties(self) -> Properties:
+        """See `Properties`."""
+        return Properties(needs_mean=True, is_linear_without_teacher=True)
+
+    def __post_init__(self) -> None:
+        _check_plain("alpha of Renyi", self.alpha)
+        if not math.isfinite(self.alpha) or self.alpha < LEAST_POWER or abs(self.alpha - 1.0) < LEAST_POWER:
+            raise ValueError(
+                f"Renyi needs alpha at or above {LEAST_POWER} and at least {LEAST_POWER} away from 1, "
+                f"got {self.alpha}; at 1 it is ForwardKL()"
+            )
+
+
+NAMES: dict[str, type[Divergence]] = {
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
     "jsd": JSD,
     "skew_kl": SkewKL,
     "skew_reverse_kl": SkewReverseKL,
     "tvd": TVD,
+    "chi_squared": ChiSquared,
 }
 
 

@@ -63,8 +63,8 @@ def test_a_divergence_that_is_infinite(impl: Impl) -> None:
     teacher[2, 3] = -math.inf
     text = sentence(lambda: kd_loss(student, teacher, divergence="reverse_kl", check_finite=True, impl=impl))
     assert text == (
-        "the loss is inf although all logits that count are finite or -inf: ReverseKL() is infinite where one side "
-        "excludes what the other does not; use jsd or a skew, or keep -inf out of the logits"
+        "the loss is inf although all valid rows have finite logits or -inf: ReverseKL() is infinite where one side "
+        "has probability 0 and the other has not; use jsd or a skew, or keep -inf out of the logits"
     )
     assert kd_loss(student, teacher, divergence="skew_reverse_kl", check_finite=True, impl=impl).isfinite()
 

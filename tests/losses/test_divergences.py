@@ -18,6 +18,7 @@ from kdkernels import (
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    TeacherTopK,
     linear_kd_loss,
 )
 from kdkernels.options import Impl, Mode
@@ -54,6 +55,29 @@ def limit(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor
     # The mean of both sides: what is of first order in the step cancels.
     step = 1e-4
     return (value(alpha + step, beta + step / 3) + value(alpha - step, beta - step / 3)) / 2
+
+
+class Unknown(Divergence):
+    """A divergence that promises nothing."""
+
+    def __repr__(self) -> str:
+        return "Unknown()"
+
+
+def test_a_divergence_that_promises_nothing_is_refused() -> None:
+    """Nothing runs a divergence it has no formula for, and no schedule takes one that does not say that it may."""
+    case = make_case()
+    top_k = TeacherTopK(*case.teacher_logits.log_softmax(-1).topk(4))
+    arguments = (case.student_hidden, case.student_weight)
+    for impl in IMPLS:
+        with pytest.raises(NotImplementedError, match=r"Unknown\(\)"):
+            linear_kd_loss(*arguments, case.teacher, divergence=Unknown(), impl=impl)
+    with pytest.raises(NotImplementedError, match=r"^Unknown\(\) is not supported with mode='low_memory'"):
+        linear_kd_loss(*arguments, case.teacher, divergence=Unknown(), mode="low_memory")
+    with pytest.raises(
+        ValueError, match=r"^Unknown\(\) cannot be used with TeacherTopK\(tail='renormalize'\)"
+    ):
+        linear_kd_loss(*arguments, top_k, divergence=Unknown())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import JSD, AlphaBeta, ForwardKL, ReverseKL, kd_loss, linear_kd_loss
+from kdkernels import JSD, AlphaBeta, ChiSquared, ForwardKL, Renyi, ReverseKL, kd_loss, linear_kd_loss
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, DIVERGENCES, IMPLS, eager_row_losses, make_case, solve
@@ -46,12 +46,45 @@ def test_shifted_logits(up, down, divergence, impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+# Chi-squared, a quotient of probabilities, leaves float32 there: see the test after this one.
+@pytest.mark.parametrize("divergence", [case for case in DIVERGENCES if case != ChiSquared()], ids=repr)
 # Logit gaps of hundreds: most probabilities underflow to 0.
 @pytest.mark.parametrize("scale", [40.0, 400.0])
 def test_peaked_rows(scale, divergence, impl: Impl) -> None:
     student, teacher = pair(scale=scale)
     assert_close_to_fp64(student, teacher, divergence, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+# Both sides of 1, and the square root of the product, which is symmetric.
+@pytest.mark.parametrize("alpha", [0.5, 0.2, 3.0])
+def test_renyi_of_three_known_distributions(alpha: float, impl: Impl) -> None:
+    teacher = torch.tensor([[0.5, 0.25, 0.25]], device=DEVICE).log()
+    student = torch.tensor([[0.25, 0.25, 0.5]], device=DEVICE).log()
+    total = 0.5**alpha * 0.25 ** (1 - alpha) + 0.25 + 0.25**alpha * 0.5 ** (1 - alpha)
+    value = kd_loss(student, teacher, divergence=Renyi(alpha), impl=impl)
+    assert value.item() == pytest.approx(math.log(total) / (alpha - 1.0), rel=2e-6)
+    # Near 1 it is forward KL, up to the first order in alpha - 1.
+    forward = kd_loss(student, teacher, impl=impl).item()
+    near = [kd_loss(student, teacher, divergence=Renyi(a), impl=impl).item() for a in (0.98, 1.02)]
+    assert sum(near) / 2 == pytest.approx(forward, rel=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+# Logits that are up to 60, 240 and 2400 apart.
+@pytest.mark.parametrize("scale", [10.0, 40.0, 400.0])
+def test_chi_squared_is_infinite_beyond_float32_and_right_below(scale, impl: Impl) -> None:
+    """Quotients of probabilities that both underflow count as well."""
+    student, teacher = pair(scale=scale)
+    log_p_s, log_p_t = (logits.double().log_softmax(-1) for logits in (student, teacher))
+    log_ratio = log_p_t - log_p_s
+    exact = (2.0 * log_p_t - log_p_s).exp().sum(-1) - 1.0
+    exact[log_ratio.exp().amax(-1) > torch.finfo(torch.float32).max] = math.inf
+    rows = kd_loss(student, teacher, divergence=ChiSquared(), reduction="none", impl=impl)
+    # The relative error of a quotient is the rounding of its logarithm, on both sides and of their difference.
+    torch.testing.assert_close(
+        rows.double(), exact, rtol=3 * log_ratio.abs().max().item() * 2.0**-24, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -121,7 +154,8 @@ def test_identities(divergence, impl: Impl) -> None:
     moved, _ = solve(student + 2.0, teacher - 3.0, impl, divergence=divergence)
     torch.testing.assert_close(moved, rows, rtol=1e-4, atol=1e-5)
     # And so the gradient has no component along it.
-    torch.testing.assert_close(gradient.sum(-1), torch.zeros(6, device=DEVICE), rtol=0, atol=1e-5)
+    largest = max(1.0, gradient.abs().max().item())  # of which a sum keeps the rounding
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros(6, device=DEVICE), rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import Decoupled, TeacherHead, TeacherTopK, linear_kd_loss
+from kdkernels import Decoupled, Renyi, TeacherHead, TeacherTopK, linear_kd_loss
 from kdkernels.logits.low_memory import tile_shape
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
     DEVICE,
-    DIVERGENCES,
     FAST_IMPLS,
+    TILED,
     loss_and_gradients,
     make_case,
     true_linear_kd,
@@ -31,7 +31,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.5, 0.7)])
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, Decoupled(1.0, 2.0)], ids=repr)
+@pytest.mark.parametrize("divergence", [*TILED, Decoupled(1.0, 2.0)], ids=repr)
 @pytest.mark.interpreted(5)
 def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) -> None:
     case = make_case()
@@ -47,7 +47,7 @@ def test_values_and_gradients(divergence, temperature, ce_weight, impl: Impl) ->
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("divergence", [DIVERGENCES[0], DIVERGENCES[2]], ids=repr)
+@pytest.mark.parametrize("divergence", [TILED[0], TILED[2]], ids=repr)
 def test_half_precision(divergence, dtype, impl: Impl) -> None:
     case = make_case(dtype=dtype)
     options = {"divergence": divergence, "ce_weight": 0.5}
@@ -101,9 +101,7 @@ def test_a_label_that_is_not_shared(impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)
-@pytest.mark.parametrize(
-    "divergence", [case for case in DIVERGENCES if "Reverse" not in repr(case)][:3], ids=repr
-)
+@pytest.mark.parametrize("divergence", [case for case in TILED if "Reverse" not in repr(case)][:3], ids=repr)
 def test_infinities_and_large_logits(divergence, impl: Impl) -> None:
     """-inf where both sides have it, over a whole tile too, and logits far from 0."""
     student, head = torch.randn(5, 8, device=DEVICE), torch.randn(67, 8, device=DEVICE) * 30
@@ -166,3 +164,11 @@ def test_refusals() -> None:
             f"{name} is not supported yet with mode='low_memory'; use mode='fast', with a small chunk_bytes"
         )
         assert str(caught.value) == sentence
+    with pytest.raises(NotImplementedError) as caught:
+        linear_kd_loss(
+            case.student_hidden, case.student_weight, case.teacher, mode="low_memory", divergence=Renyi(0.5)
+        )
+    assert str(caught.value) == (
+        "Renyi(alpha=0.5) is not supported with mode='low_memory': its value is no sum over tiles of the vocabulary; "
+        "use mode='fast' without a vocab_group"
+    )

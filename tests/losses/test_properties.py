@@ -16,8 +16,10 @@ from kdkernels import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -29,10 +31,10 @@ from tests.support.inputs import DEVICE, FAST_IMPLS
 
 EVERY = [
     ForwardKL(), ReverseKL(), JSD(0.5), JSD(0.05), SkewKL(0.1), SkewReverseKL(0.1), TVD(), AlphaBeta(0.2, 0.7),
-    AlphaBeta(0.5, 0.0), AlphaBeta(0.0, 0.5), Decoupled(1.0, 4.0),
+    AlphaBeta(0.5, 0.0), AlphaBeta(0.0, 0.5), ChiSquared(), Renyi(0.5), Renyi(2.0), Decoupled(1.0, 4.0),
 ]  # fmt: skip
 # Finite whatever the teacher excludes.
-FORGIVING = [ForwardKL(), JSD(0.5), SkewKL(0.1), SkewReverseKL(0.1), TVD(), AlphaBeta(0.2, 0.7)]
+FORGIVING = [ForwardKL(), JSD(0.5), SkewKL(0.1), SkewReverseKL(0.1), TVD(), Renyi(0.5), AlphaBeta(0.2, 0.7)]
 COMMON = settings(
     deadline=None,
     derandomize=True,

@@ -70,8 +70,8 @@ def test_top_k_teachers() -> None:
     )
     for divergence in (ReverseKL(), AlphaBeta(0.5, 0.3), AlphaBeta(0.0, 1.0)):
         sentence = (
-            f"{divergence!r} is infinite or no sum over the kept entries where the teacher's probability is 0; "
-            "use tail='bucket'"
+            f"{divergence!r} cannot be used with TeacherTopK(tail='renormalize'): where the teacher's probability is 0 "
+            "it is infinite, or not computable from the top-k entries; use tail='bucket'"
         )
         refused(plain, sentence, teacher=top_k(), divergence=divergence)
     refused(

@@ -12,8 +12,10 @@ from kdkernels import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -35,6 +37,8 @@ RENORMALIZED: list[Divergence] = [
     SkewReverseKL(0.2),
     TVD(),
     AlphaBeta(0.6, 0.4),
+    ChiSquared(),
+    Renyi(0.6),
 ]
 BUCKETED: list[Divergence] = [*RENORMALIZED, ReverseKL(), AlphaBeta(0.3, 0.6)]
 CASES: list[tuple[Divergence, Tail]] = [

@@ -43,6 +43,8 @@ INSTRUCTIONS = {
     "skew_reverse_kl": (186, 189, 162),
     "tvd": (94, 97, 77),
     "alpha_beta": (145, 149, 120),
+    "chi_squared": (132, 134, 106),
+    "renyi": (144, 151, 126),
     "decoupled": (69, 70, 59),
 }
 
@@ -59,6 +61,8 @@ REGISTERS = {
     "skew_reverse_kl": (88, 80, 91),
     "tvd": (64, 76, 80),
     "alpha_beta": (95, 80, 88),
+    "chi_squared": (71, 91, 85),
+    "renyi": (88, 90, 94),
     "decoupled": (80, 76, 91),
 }
 

@@ -12,7 +12,17 @@ from torch import Tensor
 from kdkernels._triton.kd.rows import kd_rows
 from kdkernels._triton.launch import CHUNK_BYTES, chunk_budget, chunk_rows, launch_options, row_config
 from kdkernels._triton.projection import mse_rows
-from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
+from kdkernels.divergences import (
+    JSD,
+    TVD,
+    AlphaBeta,
+    ChiSquared,
+    Decoupled,
+    Divergence,
+    ForwardKL,
+    Renyi,
+    ReverseKL,
+)
 from kdkernels.options import RowTerms
 from tests.support.budget import assert_within_budget
 from tests.support.rounding import truths
@@ -94,11 +104,13 @@ def test_half_gradient_over_fp32_logits(divergence: Divergence, dtype: torch.dty
 def test_biases(divergence: Divergence, sides: str):
     student, teacher, labels = inputs(130)
     bias = torch.randn(2, 130, device=DEVICE)
+    # At 0.5 one quotient of exp(20) is all of chi-squared, and the rounding of one number a matter of luck.
+    temperature = 2.0 if isinstance(divergence, ChiSquared) else 0.5
     check(
         student,
         teacher,
         labels,
-        RowTerms(divergence, 0.5, ce_weight=0.5),
+        RowTerms(divergence, temperature, ce_weight=0.5),
         student_bias=bias[0] if sides != "teacher" else None,
         teacher_bias=bias[1].bfloat16() if sides != "student" else None,
     )
@@ -141,7 +153,9 @@ def test_logits_of_minus_infinity(divergence: Divergence):
     labels[:] = 20
     if not isinstance(divergence, ReverseKL):
         teacher[:, 140:150] = float("-inf")  # a teacher that rules out more than the student
-    if not isinstance(divergence, ForwardKL | ReverseKL | Decoupled):
+    if not isinstance(divergence, ForwardKL | ReverseKL | Decoupled | ChiSquared) and divergence != Renyi(
+        2.0
+    ):
         student[:, 150:160] = float("-inf")
     check(student, teacher, labels, RowTerms(divergence, 2.0, ce_weight=0.5))
 
@@ -157,6 +171,8 @@ def test_logits_of_minus_infinity(divergence: Divergence):
         (AlphaBeta(0.6, -0.6), "teacher"),
         (AlphaBeta(-0.6, 0.6), "student"),
         (AlphaBeta(0.0, 0.0), "student"),
+        (ChiSquared(), "student"),
+        (Renyi(1.5), "student"),
         (Decoupled(), "student"),
     ],
     ids=name,

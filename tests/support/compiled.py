@@ -27,6 +27,8 @@ DIVERGENCES = (
     "skew_reverse_kl",
     "tvd",
     "alpha_beta",
+    "chi_squared",
+    "renyi",
     "decoupled",
 )
 PADDED = ("forward_kl", "jsd", "skew_kl", "alpha_beta")

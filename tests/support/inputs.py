@@ -11,9 +11,11 @@ from kdkernels import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -41,7 +43,13 @@ DIVERGENCES: list[Divergence] = [
     SkewReverseKL(0.2),
     TVD(),
     AlphaBeta(0.3, 0.6),
+    ChiSquared(),
+    Renyi(0.6),
+    Renyi(2.0),
 ]
+
+# Those that tiles and shards of the vocabulary take.
+TILED = [divergence for divergence in DIVERGENCES if divergence.properties.adds_over_tiles]
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,11 @@ def eager_divergence(log_p_s: Tensor, log_p_t: Tensor, divergence: Divergence) -
         return kl(log_p_s, log_mix(1.0 - divergence.alpha))
     if isinstance(divergence, TVD):
         return (p_s - p_t).abs().sum(-1) / 2
+    if isinstance(divergence, ChiSquared):
+        return ((p_t - p_s).square() / p_s).sum(-1)
+    if isinstance(divergence, Renyi):
+        a = divergence.alpha
+        return (a * log_p_t + (1.0 - a) * log_p_s).logsumexp(-1) / (a - 1.0)
     assert isinstance(divergence, AlphaBeta), "Decoupled needs labels"
     a, b = divergence.alpha, divergence.beta
     assert a * b * (a + b) != 0, "the limits have their own test"

@@ -16,10 +16,12 @@ from kdkernels import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
     Impl,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -36,6 +38,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_reverse_kl": SkewReverseKL(0.2),
     "tvd": TVD(),
     "alpha_beta": AlphaBeta(0.3, 0.6),
+    "chi_squared": ChiSquared(),
+    "renyi": Renyi(0.6),
     "decoupled": Decoupled(),
 }
 

@@ -14,9 +14,11 @@ from kdkernels.divergences import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -37,8 +39,14 @@ DIVERGENCES: list[Divergence] = [
     SkewReverseKL(0.2),
     TVD(),
     AlphaBeta(0.3, 0.6),
+    ChiSquared(),
+    Renyi(0.6),
+    Renyi(2.0),
     Decoupled(),
 ]
+
+# Those that tiles of the vocabulary take.
+TILED = [divergence for divergence in DIVERGENCES if divergence.properties.adds_over_tiles]
 
 
 def name(value: object) -> str:

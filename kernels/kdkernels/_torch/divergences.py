@@ -10,17 +10,26 @@ from ..divergences import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
 )
 from .arithmetic import Arithmetic, ForwardKLArithmetic
 from .label_split import DecoupledArithmetic
-from .means import JSDArithmetic, ReverseKLArithmetic, SkewArithmetic, SkewReverseArithmetic, TVDArithmetic
-from .powers import AlphaBetaArithmetic
+from .means import (
+    ChiSquaredArithmetic,
+    JSDArithmetic,
+    ReverseKLArithmetic,
+    SkewArithmetic,
+    SkewReverseArithmetic,
+    TVDArithmetic,
+)
+from .powers import AlphaBetaArithmetic, RenyiArithmetic
 
 ARITHMETIC: dict[type[Divergence], Any] = {
     ForwardKL: ForwardKLArithmetic,
@@ -30,10 +39,14 @@ ARITHMETIC: dict[type[Divergence], Any] = {
     SkewReverseKL: SkewReverseArithmetic,
     TVD: TVDArithmetic,
     AlphaBeta: AlphaBetaArithmetic,
+    ChiSquared: ChiSquaredArithmetic,
+    Renyi: RenyiArithmetic,
     Decoupled: DecoupledArithmetic,
 }
 
 
 def arithmetic_of(divergence: Divergence, dtype: torch.dtype) -> Arithmetic:
     """The arithmetic of a divergence with its numbers in it; `dtype` is what is computed in."""
+    if type(divergence) not in ARITHMETIC:
+        raise NotImplementedError(f"the torch back end has no arithmetic for {divergence!r}")
     return ARITHMETIC[type(divergence)](divergence, dtype)

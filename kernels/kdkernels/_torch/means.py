@@ -1,4 +1,4 @@
-"""Divergences with the gradient p_s (f - <f>) where f is one number per entry: reverse KL, JSD, the skews, TVD.
+"""Divergences with the gradient p_s (f - <f>) where f is one number per entry: reverse KL, JSD, the skews, TVD, chi-squared.
 
 `accumulate` leaves f in `ratio`, up to a constant of its row, and exp_s f in `spare`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..divergences import JSD, TVD, ReverseKL, SkewKL, SkewReverseKL
+from ..divergences import JSD, TVD, ChiSquared, ReverseKL, SkewKL, SkewReverseKL
 from .blocks import Block, Sums, weighted_sum
 
 # Smallest normal float32 is 1.2e-38: added to a mixture, it keeps quotients and logarithms finite where both
@@ -184,3 +184,30 @@ class TVDArithmetic(MeanArithmetic):
         if extra is not None:
             weights.add_(extra / block.sums.exp_s)
         torch.mul(block.exp_s, weights, out=out)
+
+
+class ChiSquaredArithmetic(MeanArithmetic):
+    """sum (p_t - p_s) (p_t / p_s - 1); f is 1 - (p_t / p_s)^2, first is sum exp_s f.
+
+    second is sum (exp_t sum_s / sum_t - exp_s) (p_t / p_s - 1).
+    """
+
+    def __init__(self, divergence: ChiSquared, dtype: torch.dtype) -> None:
+        pass
+
+    def accumulate(self, block: Block) -> None:
+        self._exponentiate(block)
+        sums = block.sums
+        factor = sums.exp_s / sums.exp_t
+        # The quotient from the logs, which keep it where both probabilities underflow.
+        torch.sub(block.log_t, block.log_s, out=block.ratio).add_(factor.log()).expm1_()
+        difference = torch.mul(block.exp_t, factor, out=block.spare).sub_(block.exp_s)
+        if block.careful:
+            block.ratio.masked_fill_(difference == 0, 0.0)
+        block.ratio.mul_(difference)
+        torch.sum(block.ratio, -1, keepdim=True, out=sums.second)
+        difference.mul_(2.0).add_(block.ratio).neg_()
+        torch.sum(difference, -1, keepdim=True, out=sums.first)
+
+    def values(self, sums: Sums, rounded: Sums) -> Tensor:
+        return sums.second / sums.exp_s

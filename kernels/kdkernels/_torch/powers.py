@@ -1,6 +1,6 @@
-"""The alpha-beta divergence with its limits.
+"""Divergences of powers: alpha-beta with its limits, Rényi's.
 
-With P = p_t^alpha p_s^beta and Q = p_s^(alpha + beta) its gradient is p_s f - p_s <f> where p_s f = (Q - P) / alpha, also at
+Of alpha-beta, with P = p_t^alpha p_s^beta and Q = p_s^(alpha + beta) the gradient is p_s f - p_s <f> where p_s f = (Q - P) / alpha, also at
 beta = 0 and alpha + beta = 0; at alpha = 0 it is p_s f = Q (log p_s - log p_t).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..divergences import AlphaBeta
+from ..divergences import AlphaBeta, Renyi
 from .blocks import Block, Sums
 
 
@@ -133,3 +133,42 @@ class AlphaBetaArithmetic:
         mean = torch.sum(block.ratio, -1, keepdim=True) if block.mean is None else scale * block.mean
         own = -mean if extra is None else extra - mean
         torch.addcmul(block.ratio, block.exp_s, own / sums.exp_s, out=out)
+
+
+class RenyiArithmetic:
+    """log(sum p_t^alpha p_s^(1 - alpha)) / (alpha - 1); `ratio` is the product, over exp(second): its largest entry is 1.
+
+    first is the sum of `ratio`. The logs are normalised before they are multiplied: what is large in a product is then
+    as exact as in the two distributions.
+    """
+
+    def __init__(self, divergence: Renyi, dtype: torch.dtype) -> None:
+        self.alpha = divergence.alpha
+
+    def accumulate(self, block: Block) -> None:
+        block.exponentiate_student()
+        block.exponentiate_teacher()
+        sums, alpha = block.sums, self.alpha
+        torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.ratio).mul_(alpha)
+        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.spare)
+        log_product = block.ratio.add_(block.spare, alpha=1.0 - alpha)
+        if block.careful:
+            log_product.masked_fill_(block.log_t == -torch.inf, -torch.inf)
+        torch.amax(log_product, -1, keepdim=True, out=sums.second)
+        sums.second.masked_fill_(sums.second.abs() == torch.inf, 0.0)
+        torch.exp(log_product.sub_(sums.second), out=log_product)
+        torch.sum(log_product, -1, keepdim=True, out=sums.first)
+
+    def values(self, sums: Sums, rounded: Sums) -> Tensor:
+        # What the rounded logarithms in `accumulate` left over.
+        teacher, student = sums.log_t - sums.exp_t.log(), sums.log_s - sums.exp_s.log()
+        left_over = self.alpha * teacher + (1.0 - self.alpha) * student
+        return (sums.first.log() + sums.second + left_over) / (self.alpha - 1.0)
+
+    def mean(self, sums: Sums) -> Tensor:
+        return torch.zeros_like(sums.first)
+
+    def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
+        sums = block.sums
+        block.exp_s.mul_((scale if extra is None else scale + extra) / sums.exp_s)
+        torch.addcmul(block.exp_s, block.ratio, scale / sums.first, value=-1.0, out=out)

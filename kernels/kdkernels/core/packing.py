@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import JSD, TVD, AlphaBeta, Decoupled, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from ..divergences import Divergence
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 # What an argument may be besides tensors, numbers and strings: by name, the class and its fields in their order.
 RECORDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     record.__name__: (record, tuple(field.name for field in fields(record)))
-    for record in (
-        *(ForwardKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TVD, AlphaBeta, Decoupled),
-        *(TeacherLogits, TeacherHead, TeacherTopK, TeacherCrossTerm),
-    )
+    for record in (*Divergence.__subclasses__(), TeacherLogits, TeacherHead, TeacherTopK, TeacherCrossTerm)
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

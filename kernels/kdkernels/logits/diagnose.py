@@ -83,7 +83,13 @@ def refuse_bad_rows(
         if wrong.numel():
             what = "a NaN" if bool(wrong[0].isnan()) else "an infinity"
             raise FloatingPointError(f"{name} holds {what} in a row that counts")
+    divergence = problem.terms.divergence
+    cause = "the weights or the logits are too large for float32"
+    if divergence.properties.may_be_infinite:
+        cause = (
+            f"{divergence!r} is infinite where one side has probability 0 and the other has not; use jsd or a skew, or "
+            "keep -inf out of the logits"
+        )
     raise FloatingPointError(
-        f"the loss is {value} although all logits that count are finite or -inf: {problem.terms.divergence!r} is "
-        "infinite where one side excludes what the other does not; use jsd or a skew, or keep -inf out of the logits"
+        f"the loss is {value} although all valid rows have finite logits or -inf: {cause}"
     )

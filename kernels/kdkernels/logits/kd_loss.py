@@ -100,8 +100,10 @@ def kd_loss(
             teacher gives probability 0.
         labels: (...) int64 class ids; needed for ce_weight != 0 and for Decoupled. Without labels every row counts. On a
             GPU labels out of range are not looked for, as that would make the host wait for the device.
-        divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", or an object:
+        divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "chi_squared", or an
+            object:
             ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(), AlphaBeta(alpha, beta),
+            ChiSquared(), Renyi(alpha),
             Decoupled(target, non_target).
         temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
         kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0

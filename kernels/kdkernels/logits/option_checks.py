@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_number
+from ..divergences import Divergence
 from ..options import LogitTransform
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherTopK
 
@@ -55,6 +56,16 @@ def check_low_memory(teacher: object, vocab_map: object, return_stats: bool) -> 
             raise NotImplementedError(
                 f"{name} is not supported yet with mode='low_memory'; use mode='fast', with a small chunk_bytes"
             )
+
+
+def check_tiles(divergence: Divergence, mode: str, sharded: bool) -> None:
+    """Tiles and shards of the vocabulary need a divergence whose sums over them can be added up."""
+    if (mode == "low_memory" or sharded) and not divergence.properties.adds_over_tiles:
+        given = "vocab_group" if sharded else "mode='low_memory'"
+        raise NotImplementedError(
+            f"{divergence!r} is not supported with {given}: its value is no sum over tiles of the vocabulary; "
+            "use mode='fast' without a vocab_group"
+        )
 
 
 def check_vocab_group(

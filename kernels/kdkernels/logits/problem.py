@@ -163,6 +163,7 @@ def prepare(
         ignore_index,
     )
     teacher_checks.check_divergence(terms.divergence, teacher, labels, student_name, student)
+    option_checks.check_tiles(terms.divergence, mode, sharded_vocabulary is not None)
     if isinstance(teacher, TeacherHead):
         transform = option_checks.check_transform("TeacherHead.", "scale", teacher.scale, teacher.softcap)
         terms = replace(terms, teacher_transform=transform)

@@ -19,7 +19,7 @@ from ..core.checks import (
     shape_of,
 )
 from ..core.compiling import values_can_be_read
-from ..divergences import AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL
+from ..divergences import Decoupled, Divergence, ForwardKL
 from ..options import RowTerms
 from ..teachers import (
     CheckedTeacher,
@@ -253,14 +253,10 @@ def _check_divergence_of_top_k(divergence: Divergence, teacher: TeacherTopK) -> 
         )
     if teacher.tail == "bucket":
         return
-    infinite = isinstance(divergence, ReverseKL)
-    if isinstance(divergence, AlphaBeta):
-        # With p_t = 0 the terms are p_s^(alpha + beta) / (alpha (alpha + beta)): finite, and linear for a sum of 1 only.
-        infinite = divergence.alpha <= 0.0 or divergence.alpha + divergence.beta != 1.0
-    if infinite:
+    if not divergence.properties.is_linear_without_teacher:
         raise ValueError(
-            f"{divergence!r} is infinite or no sum over the kept entries where the teacher's probability is 0; "
-            "use tail='bucket'"
+            f"{divergence!r} cannot be used with TeacherTopK(tail='renormalize'): where the teacher's probability is 0 "
+            "it is infinite, or not computable from the top-k entries; use tail='bucket'"
         )
 
 

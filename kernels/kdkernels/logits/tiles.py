@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..core.row_state import CE_MAX, CE_SUM, LABEL, LOGIT_SUM, VALUE, label_against_others
 from ..core.two_way import TwoWay
-from ..divergences import Decoupled, ForwardKL
 from ..options import RowTerms
 
 
 def needs_sums_first(terms: RowTerms) -> bool:
     """The gradient needs MEAN, so all tiles have to be summed before the first gradient is written."""
-    return not isinstance(terms.divergence, ForwardKL | Decoupled)
+    return terms.divergence.properties.needs_mean
 
 
 def finish(

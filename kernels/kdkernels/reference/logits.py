@@ -17,9 +17,11 @@ from ..divergences import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -72,8 +74,14 @@ def divergence(log_p_s: Tensor, log_p_t: Tensor, kind: Divergence) -> Tensor:
             return 0.5 * (p_t - p_s).abs().sum(-1)
         case AlphaBeta(alpha, beta):
             return _alpha_beta(log_p_s, log_p_t, alpha, beta)
-        case Decoupled():
-            raise AssertionError("Decoupled needs labels: decoupled_divergence")
+        case ChiSquared():
+            log_ratio = (log_p_t - log_p_s).masked_fill((p_t == 0) & (p_s == 0), 0.0)
+            return ((p_t - p_s) * log_ratio.expm1()).sum(-1)
+        case Renyi(alpha):
+            log_product = alpha * log_p_t + (1.0 - alpha) * log_p_s
+            return log_product.masked_fill(log_p_t == -math.inf, -math.inf).logsumexp(-1) / (alpha - 1.0)
+        case _:
+            raise NotImplementedError(f"the reference has no formula for {kind!r}")
 
 
 def _log_mixture(p_t: Tensor, p_s: Tensor, share: float) -> Tensor:

@@ -18,18 +18,20 @@ from ...divergences import (
     JSD,
     TVD,
     AlphaBeta,
+    ChiSquared,
     Decoupled,
     Divergence,
     ForwardKL,
+    Renyi,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
 )
-from ..numeric import LN_2, LOG2_E, times_unless_zero
+from ..numeric import LN_2, LOG2_E, join_lanes, softmax_step, times_unless_zero
 
 # Of alpha-beta <f> could be summed up online, but it is subtracted from terms of the last pass: only a sum of the same terms
 # drops out to its last digit in a row with nearly everything in one entry.
-MIXTURES = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta"})
+MIXTURES = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "chi_squared", "renyi"})
 
 
 class KernelDivergence(NamedTuple):
@@ -69,6 +71,14 @@ def kernel_divergence(divergence: Divergence) -> KernelDivergence:
             return KernelDivergence("alpha_beta", alpha, beta)
         case Decoupled():
             return KernelDivergence("decoupled")
+        case ChiSquared():
+            return KernelDivergence("chi_squared")
+        case Renyi(alpha):
+            return KernelDivergence("renyi", alpha, 1.0 - alpha)
+        case _:
+            raise NotImplementedError(
+                f"the triton back end has no terms for {divergence!r}; use impl='torch'"
+            )
 
 
 @triton.jit
@@ -172,11 +182,22 @@ def _alpha_beta_terms(ratios, alpha, beta):
 
 
 @triton.jit
+def _log2_product(ratios, alpha, beta):
+    """log2(p_t^alpha p_s^beta) for beta = 1 - alpha; -inf where p_t = 0."""
+    return tl.where(
+        ratios.log_teacher == float("-inf"),
+        float("-inf"),
+        alpha * ratios.log_teacher + beta * ratios.log_student,
+    )
+
+
+@triton.jit
 def divergence_terms(ratios, first, second, DIVERGENCE: tl.constexpr):
     """Of every column: a term of the value, and the slope. What is not used costs nothing.
 
     The slope is f where <f> is subtracted from it before it is multiplied by p_s, since both may be nearly equal; p_s f for
-    alpha-beta, whose f is infinite where p_s is 0; dD/d(student logit / T) itself for forward KL and the decoupled one.
+    alpha-beta and chi-squared, whose f is infinite where p_s is 0; dD/d(student logit / T) itself for forward KL and the
+    decoupled one; log2(p_t^alpha p_s^(1 - alpha)) for Rényi's.
     """
     p_student = ratios.p_student
     p_teacher = ratios.p_teacher
@@ -189,6 +210,19 @@ def divergence_terms(ratios, first, second, DIVERGENCE: tl.constexpr):
         slope = log_ratio
     elif DIVERGENCE == "alpha_beta":
         value, slope = _alpha_beta_terms(ratios, first, second)
+    elif DIVERGENCE == "renyi":  # a term of (sum - 1) / (alpha (alpha - 1)), exact where the rows agree
+        value, _ = _alpha_beta_terms(ratios, first, second)
+        slope = _log2_product(ratios, first, second)
+    elif DIVERGENCE == "chi_squared":
+        _, difference = kl_terms(p_teacher, p_student, log_ratio * LN_2)
+        # The quotient of exponentials has one rounding less than that of the logarithms, where they do not underflow.
+        quotient = tl.where(p_student > 1e-30, p_teacher / p_student, tl.exp2(-log_ratio))
+        distance = -log_ratio * LN_2
+        near = tl.abs(distance) < 0.5
+        close = tl.where(near, distance, 0.0)
+        excess = tl.where(near, close + _exponential_rest(close), quotient - 1.0)
+        value = -times_unless_zero(difference, excess)
+        slope = times_unless_zero(difference, 2.0 + excess)
     elif DIVERGENCE == "tvd":
         _, difference = kl_terms(p_teacher, p_student, log_ratio * LN_2)
         value = 0.5 * tl.abs(difference)
@@ -220,10 +254,22 @@ def far_slope(ratios, first):
 
 
 @triton.jit
+def new_slope_sums(LANES: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """What the pass before the last carries, of which no tile was taken: sums of the value, of <f>, and one more."""
+    nothing = tl.zeros((LANES,), tl.float32)
+    mean = nothing
+    if DIVERGENCE == "renyi":
+        mean = tl.full((LANES,), float("-inf"), tl.float32)
+    return nothing, mean, nothing
+
+
+@triton.jit
 def slope_sums(mean, far_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
-    """Add one tile to <f>; of skew KL with and without the constant, to be chosen between when the row is known; of TVD
+    """Add one tile to <f>; for Rényi's to the largest logarithm and the sum of the products over it. Of skew KL with and without the constant, to be chosen between when the row is known; of TVD
     also to the sum of p_s, which is 1 but for its rounding: f is a half nearly everywhere, and <f> has to be as exact."""
-    if DIVERGENCE == "alpha_beta":
+    if DIVERGENCE == "renyi":
+        mean, far_mean, _ = softmax_step(mean, far_mean, slope, 1.0)
+    elif DIVERGENCE == "alpha_beta" or DIVERGENCE == "chi_squared":
         mean += tl.sum(slope, axis=1)
     elif DIVERGENCE != "forward_kl" and DIVERGENCE != "decoupled":
         mean += tl.sum(times_unless_zero(ratios.p_student, slope), axis=1)
@@ -235,11 +281,40 @@ def slope_sums(mean, far_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def centred_slope(ratios, slope, mean, is_far, first, DIVERGENCE: tl.constexpr):
+def join_slope_sums(value, mean, far_mean, first, second, DIVERGENCE: tl.constexpr):
+    """Of a whole row, from every lane: the value, <f>, and <f> of the far slope; for Rényi's the largest logarithm of a
+    product and the sum of the products over it."""
+    value = tl.sum(value, axis=0)
+    if DIVERGENCE == "renyi":
+        largest = tl.max(mean, axis=0)
+        mean, far_mean = join_lanes(mean, far_mean, 1.0)
+        log_sum = tl.where(largest == float("inf"), largest, mean + tl.log2(far_mean))
+        # Where the sum is near 1 its logarithm, by the series of artanh, from a sum without the 1.
+        half = -first * second * value
+        half = half / (2.0 + half)
+        square = half * half
+        series = 2.0 * half * (square * (square * (square / 7.0 + 0.2) + 1.0 / 3.0) + 1.0)
+        value = tl.where(tl.abs(log_sum) < 0.1, series, log_sum * LN_2) / -second
+    else:
+        mean = tl.sum(mean, axis=0)
+        far_mean = tl.sum(far_mean, axis=0)
+    return value, mean, far_mean
+
+
+@triton.jit
+def centred_slope(ratios, slope, mean, far, first, DIVERGENCE: tl.constexpr):
     """dD/d(student logit / T) = p_s f - p_s <f>."""
     if DIVERGENCE == "skew_kl":
-        slope = tl.where(is_far, far_slope(ratios, first), slope)
-    if DIVERGENCE == "alpha_beta":
+        slope = tl.where(far, far_slope(ratios, first), slope)
+    if DIVERGENCE == "renyi":
+        # p_s - w, where w is the product made to sum to 1; in a row with a sum near 1 from the quotient of w and p_s.
+        log_sum = mean - tl.log2(far)
+        distance = tl.where(tl.abs(log_sum) < 0.1, (-first * ratios.log_ratio - log_sum) * LN_2, 1.0)
+        near = tl.abs(distance) < 0.5
+        close = tl.where(near, distance, 0.0)
+        close += _exponential_rest(close)
+        slope = tl.where(near, -ratios.p_student * close, ratios.p_student - tl.exp2(slope - mean) * far)
+    elif DIVERGENCE == "alpha_beta" or DIVERGENCE == "chi_squared":
         slope = slope - ratios.p_student * mean
     elif DIVERGENCE == "reverse_kl":
         slope = times_unless_zero(ratios.p_student, (slope - mean) * LN_2)

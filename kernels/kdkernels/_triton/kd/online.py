@@ -44,7 +44,7 @@ class Totals(NamedTuple):
     teacher_log: Any
     log_sum_gap: Any  # log2 of the quotient of both sums
     mean: Any  # <f>, where it is known by now
-    is_far: Any  # whether it leaves out the constant of f (skew KL)
+    far: Any  # whether it leaves out the constant of f (skew KL); 1 / sum of the products (Rényi)
 
 
 @triton.jit
@@ -175,10 +175,12 @@ def new_totals(student_reference, student_total, teacher_reference, teacher_tota
 @triton.jit
 def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
     """The same statistics with <f> known."""
-    is_far = False
+    far = False
     if DIVERGENCE == "skew_kl":
-        is_far = mean > 0.5 * (1.0 - first)
-        mean = tl.where(is_far, far_mean, mean)
+        far = mean > 0.5 * (1.0 - first)
+        mean = tl.where(far, far_mean, mean)
+    elif DIVERGENCE == "renyi":
+        far = 1.0 / far_mean
     elif DIVERGENCE == "tvd":
         mean = mean / far_mean
     return Totals(
@@ -190,7 +192,7 @@ def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
         totals.teacher_log,
         totals.log_sum_gap,
         mean,
-        is_far,
+        far,
     )
 
 

@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 
 from ..numeric import LOG2_E, store_tile
-from .divergence import centred_slope, divergence_terms, slope_sums
+from .divergence import (
+    centred_slope,
+    divergence_terms,
+    join_slope_sums,
+    new_slope_sums,
+    slope_sums,
+)
 from .online import tile_ratios
 from .row import chain_factor, load_pair
 
@@ -47,8 +53,7 @@ def sums_step(sums, row, columns, numbers, totals, FLAGS: tl.constexpr, MASKED: 
 @triton.jit
 def sums_pass(row, numbers, totals, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Value and <f> of a row whose normalisers are known; from the last tile to the first, as the last pass ascends."""
-    nothing = tl.zeros((LANES,), tl.float32)
-    sums = (nothing, nothing, nothing)
+    sums = new_slope_sums(LANES, tl.constexpr(FLAGS.divergence))
     full_blocks = row.shared // BLOCK
     if full_blocks * BLOCK < row.shared:
         columns = full_blocks * BLOCK + tile
@@ -57,7 +62,9 @@ def sums_pass(row, numbers, totals, tile, FLAGS: tl.constexpr, BLOCK: tl.constex
         columns = (full_blocks - 1 - step) * BLOCK + tile
         sums = sums_step(sums, row, columns, numbers, totals, FLAGS, False)
     value, mean, far_mean = sums
-    return tl.sum(value, axis=0), tl.sum(mean, axis=0), tl.sum(far_mean, axis=0)
+    return join_slope_sums(
+        value, mean, far_mean, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence)
+    )
 
 
 @triton.jit
@@ -81,7 +88,7 @@ def last_step(
     terms, slope = divergence_terms(ratios, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence))
     if FLAGS.write_grad:
         slope = centred_slope(
-            ratios, slope, totals.mean, totals.is_far, numbers.first, tl.constexpr(FLAGS.divergence)
+            ratios, slope, totals.mean, totals.far, numbers.first, tl.constexpr(FLAGS.divergence)
         )
         if FLAGS.divergence == "decoupled":
             # Inside the rest a forward KL; between the rest and the label a KL of two categories.
