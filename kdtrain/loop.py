@@ -18,6 +18,7 @@ from kdtrain.data.tokens import length_grouped_batches
 from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
 from kdtrain.engine.failures import tells_failures
 from kdtrain.engine.full_state import joined, load_state, whole_state
+from kdtrain.engine.run_folder import recipe_hash
 from kdtrain.engine.zero import piece_of_batch, prepared
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import keep_lines
@@ -67,7 +68,11 @@ def train(
     checkpoints, metrics_path = folder / "checkpoints", folder / "metrics.jsonl"
     torch.manual_seed(recipe.seed * 1000 + accelerator.process_index)
     position, sums = Position(), torch.zeros(len(names) + 2, device=device)
-    resumed = load_checkpoint(checkpoints, plain, optimizer, scheduler, accelerator.scaler)
+    run = recipe_hash(recipe)
+    tell = say if main else lambda text: None
+    resumed = load_checkpoint(
+        checkpoints, plain, optimizer, scheduler, accelerator.scaler, run=run, tell=tell
+    )
     if resumed is not None:
         position, tensors = resumed
         sums = own_part(tensors, accelerator)
@@ -107,7 +112,14 @@ def train(
                 state, optimizer_state = whole_state(plain), whole_state(optimizer)
                 if main:
                     save_checkpoint(
-                        checkpoints, position, state, optimizer_state, scheduler, accelerator.scaler, tensors
+                        checkpoints,
+                        position,
+                        state,
+                        optimizer_state,
+                        scheduler,
+                        accelerator.scaler,
+                        tensors,
+                        run,
                     )
                 del state, optimizer_state
                 accelerator.wait_for_everyone()

@@ -7,9 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+from kdtrain.checksums import check_sealed, seal
 from kdtrain.files import write_json
 
 FILE = "summary.json"
+OUTPUTS = ("student", "adapter", "projection.safetensors", "predictions", FILE)
+"""All that a run leaves and that is read again, by its name in the run's folder."""
 PACKAGES = ("kdkernels", "torch", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
@@ -34,12 +37,18 @@ class Summary:
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write `folder`/summary.json."""
+        """Write `folder`/summary.json and the checksums of all that the run leaves; from then on it is finished."""
         write_json(folder / FILE, asdict(self))
+        seal(folder, OUTPUTS)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read `folder`/summary.json."""
+        """Read `folder`/summary.json.
+
+        Raises:
+            KdtrainError: it is missing or damaged.
+        """
+        check_sealed(folder, "run the training again, or measure another run", FILE)
         return cls(**json.loads((folder / FILE).read_text()))
 
     def line(self) -> str:

@@ -13,8 +13,8 @@ from kdtrain.console import say
 from kdtrain.data.sources import SourceFile, installed_sources, split_of, tree_sources
 from kdtrain.demo.code_lm_report import write_language_report
 from kdtrain.errors import KdtrainError
-from kdtrain.files import atomic_folder, write_atomic
-from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.files import write_atomic
+from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -73,10 +73,11 @@ def language_demo(output: Path, plan: LanguageDemoPlan | None = None) -> str:
     plan = plan or LanguageDemoPlan()
     say("1/4 data: the Python code installed here, and a tokenizer trained on it")
     texts = write_data(output / "data", plan)
-    if not (output / "tokenizer").exists():
-        tokenizer = train_tokenizer(texts, vocab_size=plan.vocab_size, max_length=1 << 20)
-        with atomic_folder(output / "tokenizer") as temporary:
-            tokenizer.save_pretrained(temporary)
+    stored_tokenizer(
+        output / "tokenizer",
+        lambda: train_tokenizer(texts, vocab_size=plan.vocab_size, max_length=1 << 20),
+        "student.tokenizer",
+    )
     say("2/4 teacher")
     teacher = demo_recipe(output, plan, "teacher", plan.teacher, plan.teacher_steps)
     forget_peak()

@@ -1,7 +1,14 @@
-"""Checkpoints: folders of safetensors and JSON that appear whole, hold everything a run needs to go on, and nothing else."""
+"""Checkpoints: folders of safetensors and JSON that appear whole, hold everything a run needs to resume, and nothing else.
+
+Each carries checksums that are verified when it is read. The last two are kept, with the weights of their best evaluation: where
+the newest is damaged, the run resumes from the one before.
+"""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kdtrain.checksums import check_sealed, seal
 from kdtrain.engine.full_state import load_optimizer_state, load_state
+from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, write_json, write_tensors
+
+KEPT = 2
+"""How many checkpoints are kept."""
+STATE = "state.json"
+WEIGHTS = "model.safetensors"
+NAME = re.compile(r"(step|best)-(\d{7,})")
 
 
 @dataclass
@@ -36,44 +51,71 @@ def save_checkpoint(
     scheduler: Any,
     scaler: Any,
     tensors: dict[str, Tensor],
+    run: str,
 ) -> None:
     """Write `step-N` with the state of everything, then remove what it supersedes.
 
     Args:
+        run: which run this is, see `run_folder.recipe_hash`.
         model, optimizer: their states as `sharding.whole_state` gives them.
         tensors: whatever else must come back bit by bit (random state, running sums).
     """
     with atomic_folder(folder / f"step-{position.step:07d}") as path:
-        write_tensors(path / "model.safetensors", model)
+        write_tensors(path / WEIGHTS, model)
         flat = {
             f"{i}.{name}": value for i, entry in optimizer["state"].items() for name, value in entry.items()
         }
         write_tensors(path / "optimizer.safetensors", flat)
         write_tensors(path / "tensors.safetensors", tensors)
         write_json(
-            path / "state.json",
+            path / STATE,
             {
+                "run": run,
                 "position": asdict(position),
                 "optimizer": optimizer["param_groups"],
                 "scheduler": scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             },
         )
-    keep = {f"step-{position.step:07d}", f"best-{position.best_step:07d}"}
-    for old in [*folder.glob("step-*"), *folder.glob("best-*")]:
-        if old.name not in keep:
+        seal(path)
+    steps = [step for step in steps_of(folder) if step <= position.step][-KEPT:]
+    keep = {name_of("step", step) for step in steps}
+    for step in steps:
+        with suppress(OSError, ValueError, KeyError):  # the one before may be damaged by now
+            keep.add(name_of("best", _best_step(folder / name_of("step", step))))
+    for old in folder.iterdir():
+        if NAME.fullmatch(old.name) and old.is_dir() and old.name not in keep:
             shutil.rmtree(old)
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Any,
+    *,
+    run: str,
+    tell: Callable[[str], None],
 ) -> tuple[Position, dict[str, Tensor]] | None:
-    """Bring back the latest checkpoint; None when there is none."""
-    path = latest_checkpoint(folder)
+    """Restore the latest checkpoint that is whole; None when there is none at all.
+
+    Args:
+        run: which run resumes, see `run_folder.recipe_hash`.
+        tell: where a damaged checkpoint is reported.
+
+    Raises:
+        KdtrainError: every checkpoint is damaged, or the checkpoint is another run's.
+    """
+    path = _latest_whole(folder, tell)
     if path is None:
         return None
-    content = json.loads((path / "state.json").read_text())
-    load_state(model, load_file(path / "model.safetensors"))
+    content = json.loads((path / STATE).read_text())
+    if content["run"] != run:
+        raise KdtrainError(
+            f"{path} was written by a run with another recipe; choose another output, or delete {folder} to start over"
+        )
+    load_state(model, load_file(path / WEIGHTS))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in load_file(path / "optimizer.safetensors").items():
         number, _, key = name.partition(".")
@@ -85,17 +127,63 @@ def load_checkpoint(
     return Position(**content["position"]), load_file(path / "tensors.safetensors")
 
 
+def steps_of(folder: Path, kind: str = "step") -> list[int]:
+    """The steps of which a folder holds checkpoints, in order. Folders of any other name are not looked at."""
+    found = (
+        NAME.fullmatch(one.name) for one in (folder.iterdir() if folder.is_dir() else ()) if one.is_dir()
+    )
+    return sorted(int(match[2]) for match in found if match is not None and match[1] == kind)
+
+
+def name_of(kind: str, step: int) -> str:
+    """How the folder of a checkpoint (`step`) or of the weights of an evaluation (`best`) is called."""
+    return f"{kind}-{step:07d}"
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The `step-N` folder with the largest N."""
-    return max(folder.glob("step-*"), default=None)
+    steps = steps_of(folder)
+    return folder / name_of("step", steps[-1]) if steps else None
 
 
 def save_best(folder: Path, step: int, model: dict[str, Tensor]) -> None:
     """Keep the weights of the best evaluation so far."""
-    with atomic_folder(folder / f"best-{step:07d}") as path:
-        write_tensors(path / "model.safetensors", model)
+    with atomic_folder(folder / name_of("best", step)) as path:
+        write_tensors(path / WEIGHTS, model)
+        seal(path)
 
 
 def read_best(folder: Path, step: int) -> dict[str, Tensor]:
-    """Those weights."""
-    return load_file(folder / f"best-{step:07d}" / "model.safetensors")
+    """Those weights.
+
+    Raises:
+        KdtrainError: they are damaged.
+    """
+    path = folder / name_of("best", step)
+    check_sealed(path, "run the same command again: it resumes from the last checkpoint that is whole")
+    return load_file(path / WEIGHTS)
+
+
+def _latest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    reason = ""
+    for step in reversed(steps_of(folder)):
+        path = folder / name_of("step", step)
+        try:
+            check_sealed(path, "an older checkpoint is used")
+            best = _best_step(path)
+            if best:
+                check_sealed(folder / name_of("best", best), "an older checkpoint is used")
+        except KdtrainError as error:
+            reason = str(error)
+            tell(reason)
+            continue
+        return path
+    if reason:
+        raise KdtrainError(
+            f"no checkpoint in {folder} is whole ({reason.rpartition('; ')[0]}); delete {folder} and the run starts over"
+        )
+    return None
+
+
+def _best_step(path: Path) -> int:
+    return int(json.loads((path / STATE).read_text())["position"]["best_step"])

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import distributed
 from kdtrain.console import say
 from kdtrain.engine.checkpoint import latest_checkpoint
 from kdtrain.errors import KdtrainError
-from kdtrain.files import writing
 from kdtrain.recipe import TrainingRecipe
 
 Result = TypeVar("Result")
@@ -35,18 +34,13 @@ LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by pee
 
 
 def tells_failures(loop: Loop[Result]) -> Loop[Result]:
-    """For a training loop `loop(recipe, model, data, evaluate, folder, accelerator)`: its failures as sentences.
-
-    While it runs, no other run may write into its checkpoints.
-    """
+    """For a training loop `loop(recipe, model, data, evaluate, folder, accelerator)`: its failures as sentences."""
 
     @wraps(loop)
     def run(
         recipe: Any, model: Any, data: Any, evaluate: Any, folder: Path, accelerator: Accelerator
     ) -> Result:
-        main = accelerator.is_main_process
-        alone = writing(folder / "checkpoints", "the checkpoints", "output") if main else nullcontext()
-        with alone, Watch(folder, accelerator).told_to_stop() as watch:
+        with Watch(folder, accelerator).told_to_stop() as watch:
             try:
                 return loop(recipe, model, data, evaluate, folder, accelerator)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,43 +1,131 @@
-"""A run's folder belongs to one run: the same recipe, the same data, the same teacher."""
+"""A run's folder belongs to one run: the same recipe, data, teacher, start weights and tokenizer, and one process that writes."""
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdtrain.errors import KdtrainError
-from kdtrain.files import write_json
-from kdtrain.recipe import differences, read_recipe, recipe_to_dict, save_recipe
-from kdtrain.summary import FILE
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from kdtrain.checksums import check_sealed, sealed_names
+from kdtrain.engine.checkpoint import steps_of
+from kdtrain.errors import KdtrainError
+from kdtrain.files import write_json, writing
+from kdtrain.recipe import differences, read_recipe, recipe_to_dict, save_recipe
+from kdtrain.summary import FILE, OUTPUTS
+
+RECIPE = "recipe.yaml"
 IDENTITY = "checkpoints/identity.json"
 FREE = ("training.accumulation:", "training.checkpointing:")
 """Fields that change memory and not the result: a run that found too little of it goes on with others."""
 
 
-def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
-    """Make `folder` this run's own; whether this very run is finished there.
+@contextmanager
+def claimed(
+    folder: Path, recipe: Any, identity: dict[str, str | None], accelerator: Accelerator
+) -> Iterator[bool]:
+    """Hold `folder` alone while the block runs and make it this run's own; whether this very run is finished there.
+
+    All processes of the run take part; the first one holds the lock, before it looks at anything.
 
     Args:
         recipe: of any task, with every default filled in.
         identity: hashes of what the recipe only names, such as the content of the data and the teacher's weights.
 
     Raises:
-        KdtrainError: the folder holds another run; the sentence names the first fields that differ.
+        KdtrainError: another process writes there; the folder holds another run (the sentence names the first fields that
+            differ), or files that no run wrote; a finished run of which a file is damaged.
     """
-    if (folder / "recipe.yaml").exists():
-        old, new = read_recipe(folder / "recipe.yaml"), recipe_to_dict(recipe)
-        found = differences({**old, "output": None}, {**new, "output": None})
-        found = [difference for difference in found if not difference.startswith(FREE)]
-        known = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else identity
-        found += [
-            f"the content of the {part} has changed" for part in identity if known.get(part) != identity[part]
-        ]
-        if found:
-            raise KdtrainError(
-                f"{folder} holds another run ({'; '.join(found[:3])}); choose another output or delete that folder"
-            )
-        if (folder / FILE).exists():
-            return True
-    write_json(folder / IDENTITY, identity)
-    save_recipe(recipe, folder / "recipe.yaml")
+    with ExitStack() as stack:
+        finished = [False]
+        if accelerator.is_main_process:
+            stack.enter_context(writing(folder, "the run", "output"))
+            finished = [claim(folder, recipe, identity)]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(finished)
+        yield finished[0]
+
+
+def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
+    """Make `folder` this run's own, see `claimed`; the caller holds the lock."""
+    if not (folder / RECIPE).exists():
+        refuse_foreign_files(folder)
+        write_json(folder / IDENTITY, identity)
+        save_recipe(recipe, folder / RECIPE)
+        return False
+    old, new = read_recipe(folder / RECIPE), recipe_to_dict(recipe)
+    found = differences({**old, "output": None}, {**new, "output": None})
+    found = [difference for difference in found if not difference.startswith(FREE)]
+    known = read_identity(folder)
+    found += [
+        f"the content of the {part} has changed" for part in identity if known.get(part) != identity[part]
+    ]
+    if found:
+        raise KdtrainError(
+            f"{folder} holds another run ({'; '.join(found[:3])}); choose another output or delete that folder"
+        )
+    if has_ended(folder):
+        return True
+    save_recipe(recipe, folder / RECIPE)
     return False
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run has ended here, with all that it leaves.
+
+    Raises:
+        KdtrainError: it has, but one of its files is missing or damaged now.
+    """
+    remedy = (
+        f"delete {folder / 'checksums.json'}, and the same command makes the run's files again (from the last checkpoint, where "
+        "there is one)"
+    )
+    if FILE not in sealed_names(folder, remedy):
+        return False  # a run that ended between summary.json and the checksums writes both again
+    check_sealed(folder, remedy)
+    return True
+
+
+def read_identity(folder: Path) -> dict[str, str | None]:
+    """What the run of a folder was made of.
+
+    Raises:
+        KdtrainError: nothing says so.
+    """
+    try:
+        found = json.loads((folder / IDENTITY).read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise KdtrainError(
+            f"{folder / IDENTITY} cannot be read ({error}), so nothing says which data and models that run is of; choose another "
+            "output or delete that folder"
+        ) from None
+    return found
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Refuse a folder that no recipe.yaml claims, yet that holds what this run would replace or take for its own."""
+    steps = [*steps_of(folder / "checkpoints"), *steps_of(folder / "checkpoints", "best")]
+    taken = [name for name in OUTPUTS if (folder / name).exists()] + ["checkpoints"] * bool(steps)
+    if taken:
+        raise KdtrainError(
+            f"{folder} holds {', '.join(taken)}, but no {RECIPE} that names the run they are of; choose another output, or move "
+            "these files away"
+        )
+
+
+def recipe_hash(recipe: Any) -> str:
+    """Of all fields of a recipe that decide the result: SHA-256, the first 32 hexadecimal digits."""
+
+    def fields(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in sorted(content.items()):
+            if isinstance(value, dict):
+                yield from fields(value, f"{prefix}{name}.")
+            elif not f"{prefix}{name}:".startswith((*FREE, "output:")):
+                yield f"{prefix}{name}: {value!r}"
+
+    return hashlib.sha256("\n".join(fields(recipe_to_dict(recipe))).encode()).hexdigest()[:32]

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
+from kdtrain.checksums import check_sealed
 from kdtrain.console import say
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.models.loading import load_classifier, load_tokenizer, parameter_count
 from kdtrain.recipe import load_recipe
-from kdtrain.summary import FILE, Summary
+from kdtrain.summary import Summary
 from kdtrain.tasks.classification.pairs import Rows, tokenize_split
 from kdtrain.tasks.classification.prepare import (
     build_method,
@@ -34,6 +35,7 @@ from kdtrain.tasks.classification.splits import load_classification
 from kdtrain.teacher_cache.row_cache import TeacherCache
 
 EVALUATION_TOKENS = 8192
+MEASURE_ANOTHER = "run the training again in another output, or measure another run"
 RESAMPLES = 2000
 
 
@@ -157,9 +159,10 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     """
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").is_file():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
+    check_sealed(folder, MEASURE_ANOTHER, "student")
     recipe = load_recipe(folder / "recipe.yaml")
     data = load_classification(recipe.data)
-    if (folder / FILE).is_file() and Summary.load(folder).data["fingerprint"] != data.fingerprint():
+    if Summary.load(folder).data["fingerprint"] != data.fingerprint():
         say(
             f"the content of the data has changed since {folder} was trained: these are other rows than its summary's"
         )
@@ -194,8 +197,6 @@ def save_predictions(path: Path, logits: Tensor, split: EvaluationSet) -> None:
 def compare_runs(folder: Path, other: Path, split: str = "test") -> tuple[float, float, float]:
     """Accuracy of one run minus another's on the same rows, with the paired bootstrap interval.
 
-    Runs of versions that did not keep the texts' digest are compared by their labels alone.
-
     Raises:
         KdtrainError: a run that is not finished, or that was measured on other rows.
     """
@@ -204,10 +205,11 @@ def compare_runs(folder: Path, other: Path, split: str = "test") -> tuple[float,
         path = run / "predictions" / f"{split}.safetensors"
         if not path.is_file():
             raise KdtrainError(f"{run} holds no finished run: {path} is missing")
+        check_sealed(run, MEASURE_ANOTHER, "predictions")
         found.append(load_file(path))
         with safe_open(path, framework="pt") as file:
-            texts.append((file.metadata() or {}).get("texts"))
-    if not torch.equal(found[0]["labels"], found[1]["labels"]) or (None not in texts and len(set(texts)) > 1):
+            texts.append(file.metadata()["texts"])
+    if texts[0] != texts[1] or not torch.equal(found[0]["labels"], found[1]["labels"]):
         raise KdtrainError(
             f"{folder} and {other} were measured on different {split} rows, which make no pairs; compare runs of one data set"
         )

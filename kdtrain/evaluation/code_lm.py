@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdtrain.checksums import check_sealed, seal_again
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluation.classification import RESAMPLES
+from kdtrain.evaluation.classification import MEASURE_ANOTHER, RESAMPLES
 from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.models.loading import load_tokenizer, parameter_count
@@ -43,6 +44,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "student").is_dir():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
+    check_sealed(folder, MEASURE_ANOTHER, "student")
     recipe = load_language_recipe(folder / "recipe.yaml")
     recipe = replace(recipe, student=LanguageStudentRecipe(path=str(folder / "student")))
     tokenizer = load_tokenizer(str(folder / "student"), "student")
@@ -54,6 +56,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
         objective.teacher.place(accelerator)
     sums = measure_rows(objective, rows, accelerator.device)
     write_tensors(folder / PREDICTIONS, {"sums": sums, "tokens": rows.tokens, "labels": rows.labels})
+    seal_again(folder, PREDICTIONS, MEASURE_ANOTHER)
     total, found = sums.sum(0).tolist(), sums.numpy()
     loss = total[0] / total[3]
     metrics = {
@@ -83,6 +86,7 @@ def measured_file(run: Path) -> Path:
     path = run / PREDICTIONS
     if not path.is_file():
         raise KdtrainError(f"{run} has not been measured yet; run kdtrain evaluate {run} first")
+    check_sealed(run, f"run kdtrain evaluate {run} again", "predictions")
     return path
 
 

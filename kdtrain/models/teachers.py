@@ -1,6 +1,5 @@
 """Teachers of a classification task: any trained classifier, its outputs brought into the order of the task's classes."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.data.tokens import inserted_ids
 from kdtrain.errors import KdtrainError
-from kdtrain.models.loading import load_classifier, load_config, load_tokenizer, positions_of, weights_hash
+from kdtrain.models.loading import (
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    positions_of,
+    tokenizer_hash,
+    weights_hash,
+)
 from kdtrain.models.pair_checkpoint import holds_a_pair_head, load_pair_checkpoint
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.pairs import PairForSequenceClassification
@@ -58,10 +64,8 @@ class Teacher:
         return weights_hash(self.model)
 
     def tokenizer_hash(self) -> str:
-        """SHA-256 over the tokenizer's rules and vocabulary."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(f"{type(self.tokenizer).__name__} {rules}".encode()).hexdigest()[:32]
+        """Of its tokenizer, see `kdtrain.models.loading.tokenizer_hash`."""
+        return tokenizer_hash(self.tokenizer)
 
 
 def load_teacher(

@@ -1,9 +1,14 @@
 """The student's own tokenizer: a byte-level BPE trained on the task's training code and nothing else."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from kdtrain.checksums import check_sealed, seal
+from kdtrain.files import atomic_folder
+from kdtrain.models.loading import load_tokenizer
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 """RoBERTa's special tokens in RoBERTa's order, so that <s> is 0, <pad> is 1 and </s> is 2."""
@@ -47,3 +52,20 @@ def train_tokenizer(
         extra_special_tokens=[focus] if focus else [],
         model_max_length=max_length,
     )
+
+
+def stored_tokenizer(
+    path: Path, train: Callable[[], PreTrainedTokenizerFast], field: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder of its own, trained and saved there first where there is none.
+
+    Raises:
+        KdtrainError: one of its files is damaged.
+    """
+    if not path.exists():
+        tokenizer = train()
+        with atomic_folder(path) as temporary:
+            tokenizer.save_pretrained(temporary)
+            seal(temporary)
+    check_sealed(path, f"delete {path}, and the same command trains this tokenizer again")
+    return load_tokenizer(str(path), field)

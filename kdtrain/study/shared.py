@@ -6,9 +6,8 @@ from typing import Any
 
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
-from kdtrain.files import atomic_folder
 from kdtrain.methods import method_class
-from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.study.plan import Cell, StudyRecipe
 from kdtrain.tasks.classification.materials import Materials
 from kdtrain.tasks.classification.prepare import build_method, cache_folder, start_accelerator, training_rows
@@ -56,13 +55,14 @@ def with_tokenizer(study: StudyRecipe, cell: Cell, data: ClassificationData) -> 
     if student.tokenizer is not None or student.path is not None:
         return cell
     folder = Path(study.output) / "tokenizers" / f"{cell.task}-{student.vocab_size}"
-    if not folder.exists():
-        texts = data.train.all_texts() if data.pairs else data.train.texts
-        tokenizer = train_tokenizer(
+    texts = data.train.all_texts() if data.pairs else data.train.texts
+    stored_tokenizer(
+        folder,
+        lambda: train_tokenizer(
             texts, vocab_size=student.vocab_size, max_length=student.max_length, focus=data.focus
-        )
-        with atomic_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+        ),
+        "student.tokenizer",
+    )
     return replace(cell, recipe=replace(cell.recipe, student=replace(student, tokenizer=str(folder))))
 
 

@@ -15,13 +15,13 @@ import torch
 import yaml
 
 from kdtrain.console import progress, say
-from kdtrain.engine.run_folder import IDENTITY
+from kdtrain.engine.run_folder import RECIPE, has_ended, read_identity
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import method_class
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
-from kdtrain.summary import FILE, Summary
+from kdtrain.summary import Summary
 from kdtrain.tasks.classification.prepare import cache_folder
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.teacher_cache.shards import read_manifest
@@ -89,9 +89,9 @@ def run_cells(
 def is_finished(cell: Cell, fingerprint: str) -> bool:
     """Whether this very run, on this very data, has left its summary."""
     folder = Path(cell.recipe.output)
-    if not (folder / FILE).exists() or not (folder / "recipe.yaml").exists():
+    if not (folder / RECIPE).exists() or not has_ended(folder):
         return False
-    same = yaml.safe_load((folder / "recipe.yaml").read_text()) == json.loads(
+    same = yaml.safe_load((folder / RECIPE).read_text()) == json.loads(
         json.dumps(recipe_to_dict(cell.recipe))
     )
     return same and Summary.load(folder).data["fingerprint"] == fingerprint and _same_teacher(cell)
@@ -99,10 +99,10 @@ def is_finished(cell: Cell, fingerprint: str) -> bool:
 
 def _same_teacher(cell: Cell) -> bool:
     """Whether the run learned from the teacher whose outputs the study holds now."""
-    manifest, known = read_manifest(cache_folder(cell.recipe)), Path(cell.recipe.output) / IDENTITY
-    if cell.recipe.teacher.path is None or manifest is None or not known.exists():
+    manifest = read_manifest(cache_folder(cell.recipe))
+    if cell.recipe.teacher.path is None or manifest is None:
         return True
-    return json.loads(known.read_text())["teacher"] == manifest["teacher_weights"]
+    return read_identity(Path(cell.recipe.output)).get("teacher") == manifest["teacher_weights"]
 
 
 def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, path: list[str]) -> None:

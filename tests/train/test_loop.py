@@ -157,13 +157,13 @@ def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     with (
-        writing(tmp_path / "run" / "checkpoints", "the checkpoints", "output"),
+        writing(tmp_path / "run", "the run", "output"),
         pytest.raises(
-            KdtrainError, match=rf"another run \(process {os.getpid()}\) is writing the checkpoints .*output$"
+            KdtrainError, match=rf"another run \(process {os.getpid()}\) is writing the run .*output$"
         ),
     ):
         run(replace(recipe, output=str(tmp_path / "run")))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing was begun"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], "nothing was begun"
 
 
 def test_finished_run_is_recognised_and_another_is_refused(

@@ -7,19 +7,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdtrain.data.tokens import inserted_ids
-from kdtrain.engine.run_folder import claim
 from kdtrain.engine.zero import start_deepspeed
 from kdtrain.errors import KdtrainError
-from kdtrain.files import atomic_folder
 from kdtrain.methods import method_class
-from kdtrain.models.loading import Shape, load_config, load_tokenizer, shape_of
+from kdtrain.models.loading import Shape, load_config, load_tokenizer, shape_of, tokenizer_hash, weights_hash
+from kdtrain.models.students import build_student
 from kdtrain.models.teachers import Teacher, load_teacher
-from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.recipe import Recipe, StudentRecipe
-from kdtrain.summary import Summary
 from kdtrain.tasks.base import RunRecipe
 from kdtrain.tasks.classification.objective import Method
 from kdtrain.tasks.classification.rows import UNLABELLED, TextRows
@@ -77,16 +75,23 @@ def start_accelerator(recipe: RunRecipe, *, spread_weights: bool = False) -> Acc
     return accelerator
 
 
-def claim_folder(
-    folder: Path, recipe: Recipe, data: ClassificationData, teacher: Teacher | None
-) -> Summary | None:
-    """Make `folder` this run's own; give the summary when this very run is finished there.
-
-    Raises:
-        KdtrainError: the folder holds another run; the sentence names the first fields that differ.
-    """
-    identity = {"data": data.fingerprint(), "teacher": None if teacher is None else teacher.weights_hash()}
-    return Summary.load(folder) if claim(folder, recipe, identity) else None
+def run_identity(
+    recipe: Recipe, data: ClassificationData, teacher: Teacher | None
+) -> tuple[dict[str, str | None], PreTrainedModel | None]:
+    """Hashes of all that a recipe only names, and the student where the recipe names its first weights."""
+    given, student, tokenizer = recipe.student, None, None
+    if given.path is not None or given.tokenizer is not None:
+        tokenizer = student_tokenizer(recipe, data)
+    if given.path is not None and tokenizer is not None:
+        torch.manual_seed(recipe.seed)  # for a new head: the same one whatever was drawn before
+        student = build_student(given, tokenizer, data.classes, pairs=data.pairs)
+    return {
+        "data": data.fingerprint(),
+        "teacher": None if teacher is None else teacher.weights_hash(),
+        "teacher's tokenizer": None if teacher is None else teacher.tokenizer_hash(),
+        "weights at student.path": None if student is None else weights_hash(student.base_model),
+        "student's tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+    }, student
 
 
 def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTokenizerBase:
@@ -94,17 +99,16 @@ def student_tokenizer(recipe: Recipe, data: ClassificationData) -> PreTrainedTok
     given = recipe.student.tokenizer or recipe.student.path
     if given is not None:
         return load_tokenizer(given, "student.tokenizer" if recipe.student.tokenizer else "student.path")
-    path = Path(recipe.output) / "checkpoints" / "tokenizer"
-    if not path.exists():
-        tokenizer = train_tokenizer(
+
+    def make() -> PreTrainedTokenizerFast:
+        return train_tokenizer(
             data.train.all_texts() if data.pairs else data.train.texts,
             vocab_size=recipe.student.vocab_size,
             max_length=recipe.student.max_length,
             focus=data.focus,
         )
-        with atomic_folder(path) as temporary:
-            tokenizer.save_pretrained(temporary)
-    return load_tokenizer(str(path), "student.tokenizer")
+
+    return stored_tokenizer(Path(recipe.output) / "checkpoints" / "tokenizer", make, "student.tokenizer")
 
 
 def student_insert(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

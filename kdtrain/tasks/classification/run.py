@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.console import say
+from kdtrain.engine.run_folder import claimed
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.classification import (
     EvaluationSet,
@@ -30,8 +31,8 @@ from kdtrain.tasks.classification.materials import Materials
 from kdtrain.tasks.classification.objective import DistillationModel, Method
 from kdtrain.tasks.classification.prepare import (
     build_method,
-    claim_folder,
     prepare_cache,
+    run_identity,
     start_accelerator,
     student_tokenizer,
     training_rows,
@@ -57,17 +58,36 @@ def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
             f"training.best_metric f1 is for two classes, and {data.name} has {len(data.classes)}; macro_f1 is for any"
         )
     accelerator = start_accelerator(recipe)
+    identity, student = run_identity(recipe, data, teacher)
     torch.manual_seed(recipe.seed)
     method = build_method(recipe, teacher)
-    finished = claim_folder(folder, recipe, data, teacher)
-    if finished is not None:
-        say(f"already done: {finished.line()}")
-        return finished
+    with claimed(folder, recipe, identity, accelerator) as finished:
+        if not finished:
+            train_and_save(recipe, materials, method, student, accelerator)
+    summary = Summary.load(folder)
+    if finished:
+        say(f"already done: {summary.line()}")
+    return summary
 
+
+def train_and_save(
+    recipe: Recipe,
+    materials: Materials,
+    method: Method,
+    student: PreTrainedModel | None,
+    accelerator: Accelerator,
+) -> None:
+    """The run in its folder, which it holds alone.
+
+    Args:
+        student: where the recipe names its first weights.
+    """
+    folder, data, teacher = Path(recipe.output), materials.data(recipe), materials.teacher(recipe)
     with accelerator.main_process_first():
         tokenizer = student_tokenizer(recipe, data)
-    torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself
-    student = build_student(recipe.student, tokenizer, data.classes, pairs=data.pairs)
+    if student is None:
+        torch.manual_seed(recipe.seed)  # again: the same first weights whatever the method drew for itself
+        student = build_student(recipe.student, tokenizer, data.classes, pairs=data.pairs)
     cache = None
     if teacher is not None:
         with accelerator.main_process_first():
@@ -121,7 +141,6 @@ def run(recipe: Recipe, materials: Materials | None = None) -> Summary:
         summary.save(folder)
         say(summary.line())
     accelerator.wait_for_everyone()
-    return Summary.load(folder)
 
 
 def save_student(

@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.console import say
 from kdtrain.engine.full_state import whole_state
-from kdtrain.engine.run_folder import claim
+from kdtrain.engine.run_folder import claimed
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import metrics_at
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
@@ -24,7 +25,7 @@ from kdtrain.models.language_student import (
     student_tokenizer,
 )
 from kdtrain.models.language_teacher import LanguageTeacher, load_language_teacher
-from kdtrain.models.loading import quiet
+from kdtrain.models.loading import quiet, tokenizer_hash, weights_hash
 from kdtrain.models.lora import adapted_layers, merged_student
 from kdtrain.models.vocabulary import match_vocabularies
 from kdtrain.summary import Summary, installed_versions
@@ -106,7 +107,12 @@ def prepare(recipe: LanguageRecipe) -> Prepared:
     if teacher is not None and recipe.method.name != "ft" and signal != "online" and signal != "shards":
         Signal.for_run(signal, objective, recipe)  # refuses what cannot be stored before anything is written
     known = None if teacher is None else teacher.weights_hash
-    identity = {"data": fingerprint, "teacher": known if shards is None else shards.shards.fingerprint}
+    identity = {
+        "data": fingerprint,
+        "teacher": known if shards is None else shards.shards.fingerprint,
+        "weights at student.path": weights_hash(objective.student) if recipe.student.path else None,
+        "student's tokenizer": tokenizer_hash(tokenizer),
+    }
     return Prepared(tokenizer, objective.student, teacher, objective, rows, valid, identity, shards)
 
 
@@ -180,12 +186,18 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
     accelerator = start_accelerator(recipe, spread_weights=True)
     with accelerator.main_process_first():
         parts = prepare(recipe)
-        finished = claim(folder, recipe, parts.identity)
-    if finished:
-        summary = LanguageSummary.load(folder)
-        if accelerator.is_main_process:
-            say(f"already done: {summary.line()}")
-        return summary
+    with claimed(folder, recipe, parts.identity, accelerator) as finished:
+        if not finished:
+            train_and_save(recipe, parts, accelerator)
+    summary = LanguageSummary.load(folder)
+    if finished and accelerator.is_main_process:
+        say(f"already done: {summary.line()}")
+    return summary
+
+
+def train_and_save(recipe: LanguageRecipe, parts: Prepared, accelerator: Accelerator) -> None:
+    """The run in its folder, which it holds alone."""
+    folder = Path(recipe.output)
     training, measured = parts.train, parts.valid
     if parts.teacher is not None:
         if recipe.teacher.signal != "online" and recipe.method.name != "ft":
@@ -234,7 +246,6 @@ def run_language(recipe: LanguageRecipe) -> LanguageSummary:
         summary.save(folder)
         say(summary.line())
     accelerator.wait_for_everyone()
-    return LanguageSummary.load(folder)
 
 
 def described_teacher(parts: Prepared) -> dict[str, object] | None:

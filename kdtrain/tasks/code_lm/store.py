@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kdtrain.checksums import check_sealed, seal
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, human_bytes, write_json
@@ -76,6 +77,7 @@ def stored_rows(
             f"data.store {folder} was made otherwise ({'; '.join(different[:3])}); name another folder, or delete that one and "
             "it is made again"
         )
+    check_sealed(folder, f"delete {folder}, and the same command makes the store again")
     sizes = found["splits"]
     train, valid = (mapped(folder / split, sizes[split], pad_id) for split in ("train", "valid"))
     return StoredRows(train, valid, found["fingerprint"])
@@ -147,6 +149,7 @@ def write_store(
                 "fingerprint": " ".join(writer.digest.hexdigest()[:32] for writer in writers.values()),
             },
         )
+        seal(temporary)
     total = sum(writer.tokens for writer in writers.values())
     say(f"data.store: {total} tokens in {folder}, {human_bytes(12 * total)}")
 

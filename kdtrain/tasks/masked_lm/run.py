@@ -1,19 +1,29 @@
 """One run of a masked language model, from recipe to encoder: prepare everything, train, measure, save."""
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kdtrain.checksums import check_sealed, seal
 from kdtrain.console import say
 from kdtrain.engine.full_state import whole_state
-from kdtrain.engine.run_folder import claim
+from kdtrain.engine.run_folder import claimed
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import metrics_at
 from kdtrain.files import atomic_folder, folder_bytes
 from kdtrain.loop import describe_training, train
-from kdtrain.models.loading import load_model, load_tokenizer, parameter_count, quiet
+from kdtrain.models.loading import (
+    load_model,
+    load_tokenizer,
+    parameter_count,
+    quiet,
+    tokenizer_hash,
+    weights_hash,
+)
 from kdtrain.models.masked_heads import check_masked_head
 from kdtrain.models.students import check_positions, roberta_config
 from kdtrain.models.tokenizers import train_tokenizer
@@ -24,6 +34,9 @@ from kdtrain.tasks.masked_lm.corpus import Corpus, load_corpus
 from kdtrain.tasks.masked_lm.objective import MaskedObjective, masked_metrics
 from kdtrain.tasks.masked_lm.recipe import MaskedRecipe
 from kdtrain.tasks.masked_lm.rows import Hiding, MaskedRows
+
+TOKENIZER = "checkpoints/tokenizer"
+"""Where a run keeps the tokenizer that it trained."""
 
 
 class MaskedSummary(Summary):
@@ -57,15 +70,39 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
         rows, valid = (
             corpus.rows(part, tokenizer, recipe.student.max_length) for part in (corpus.train, corpus.valid)
         )
-        identity: dict[str, str | None] = {"data": f"{fingerprint(rows)} {fingerprint(valid)}"}
-        finished = claim(folder, recipe, identity)
-    if finished:
-        summary = MaskedSummary.load(folder)
-        say(f"already done: {summary.line()}")
-        return summary
     torch.manual_seed(recipe.seed)
     student = build_masked_student(recipe, tokenizer)
     check_masked_head(student)
+    identity: dict[str, str | None] = {
+        "data": f"{fingerprint(rows)} {fingerprint(valid)}",
+        "weights at student.path": weights_hash(student.base_model) if recipe.student.path else None,
+        "student's tokenizer": tokenizer_hash(tokenizer),
+    }
+    with claimed(folder, recipe, identity, accelerator) as finished:
+        if not finished:
+            train_and_save(recipe, corpus, tokenizer, student, rows, valid, accelerator)
+    summary = MaskedSummary.load(folder)
+    if finished:
+        say(f"already done: {summary.line()}")
+    return summary
+
+
+def train_and_save(
+    recipe: MaskedRecipe,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    rows: MaskedRows,
+    valid: MaskedRows,
+    accelerator: Accelerator,
+) -> None:
+    """The run in its folder, which it holds alone."""
+    folder = Path(recipe.output)
+    kept = folder / TOKENIZER
+    if accelerator.is_main_process and not (recipe.student.tokenizer or recipe.student.path or kept.exists()):
+        with atomic_folder(kept) as temporary:
+            tokenizer.save_pretrained(temporary)
+            seal(temporary)
     mask_id = tokenizer.get_vocab()[str(tokenizer.mask_token)]
     hiding = Hiding(rows.special, mask_id, len(tokenizer), recipe.seed)
     objective = MaskedObjective(student, hiding, names=rows.names is not None)
@@ -99,7 +136,7 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
             training=describe_training(position, accelerator),
             data={
                 "name": ", ".join(recipe.data.train) or "the code installed here",
-                "fingerprint": identity["data"],
+                "fingerprint": f"{fingerprint(rows)} {fingerprint(valid)}",
                 "rows": {"train": len(rows), "valid": len(valid)},
                 "tokens": {"train": int(rows.lengths.sum()), "valid": int(valid.lengths.sum())},
                 **corpus.about,
@@ -109,24 +146,28 @@ def run_masked(recipe: MaskedRecipe) -> MaskedSummary:
         summary.save(folder)
         say(summary.line())
     accelerator.wait_for_everyone()
-    return MaskedSummary.load(folder)
 
 
 def corpus_tokenizer(recipe: MaskedRecipe, corpus: Corpus) -> PreTrainedTokenizerBase:
     """The finished tokenizer that the recipe names, or one trained on the training code, kept for a resumed run."""
     given = recipe.student.tokenizer or recipe.student.path
-    path = Path(recipe.output) / "checkpoints" / "tokenizer"
-    if given is None and not path.exists():
-        tokenizer = train_tokenizer(
-            corpus.texts(),
-            vocab_size=recipe.student.vocab_size,
-            max_length=recipe.student.max_length,
-            focus=corpus.marker,
-        )
-        with atomic_folder(path) as temporary:
-            tokenizer.save_pretrained(temporary)
+    path = Path(recipe.output) / TOKENIZER
     field = "student.tokenizer" if recipe.student.tokenizer or given is None else "student.path"
-    tokenizer = load_tokenizer(given or str(path), field)
+    if given is not None:
+        tokenizer = load_tokenizer(given, field)
+    elif path.exists():
+        check_sealed(path, f"delete {path}, and the same command trains this tokenizer again")
+        tokenizer = load_tokenizer(str(path), field)
+    else:
+        # Written nowhere yet: the folder may be another run's. What is saved and loaded is what a resumed run has.
+        with tempfile.TemporaryDirectory() as temporary:
+            train_tokenizer(
+                corpus.texts(),
+                vocab_size=recipe.student.vocab_size,
+                max_length=recipe.student.max_length,
+                focus=corpus.marker,
+            ).save_pretrained(temporary)
+            tokenizer = load_tokenizer(temporary, field)
     if tokenizer.mask_token is None:
         raise KdtrainError(f"{field}: the tokenizer has no <mask>, which task masked_lm hides tokens with")
     if corpus.marker is not None and corpus.marker not in tokenizer.get_vocab():
