@@ -67,6 +67,15 @@ def test_every_kernel_is_executed(outcomes: dict[str, dict]) -> None:
     assert kernels == executed
 
 
+def test_ids_out_of_range_are_not_read(outcomes: dict[str, dict], record_property) -> None:
+    """Labels and ids of a map that nobody can check on a device become NaN in their rows."""
+    found = {name: row for name, row in outcomes.items() if name.startswith("hostile")}
+    assert len(found) == 5
+    assert {name: row["fault"] for name, row in found.items() if row["fault"]} == {}
+    assert [name for name, row in found.items() if row["error"]] == []
+    record_property("executed_from_ir", f"hostile ids: {', '.join(found)}")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

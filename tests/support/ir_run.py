@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels import Impl
-from tests.support.ir_cases import Case, Tensors, cases
+import kdkernels
+from kdkernels import Decoupled, Impl
+from tests.support.ir_cases import RAGGED, Case, Tensors, cases
 
 # Student and teacher are unrelated, so that nothing cancels: an exponent of up to 2^5 carries an error of 2^5 * 2^-24, and
 # a result four of them. Each rounding of a gradient to half precision adds one unit of it.
@@ -93,6 +95,37 @@ def planted() -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "planted: a store without a mask", unmasked
     yield "planted: a race of program instances", racing
     yield "planted: an element that nobody writes", short
+
+
+def hostile() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Ids out of range, which nobody looks for on a device: 0 where the losses of just their rows are NaN, else NaN.
+
+    The ids are of the last row: past its logits the tensor ends.
+    """
+
+    def checked(name: str, **options: Any) -> Tensor:
+        teacher = options.pop("teacher", torch.randn(2, RAGGED))
+        labels = options.pop("labels", torch.tensor([3, 4]))
+        student = torch.randn(2, RAGGED).requires_grad_()
+        losses = kdkernels.kd_loss(student, teacher, labels, reduction="none", ce_weight=0.5, **options)
+        losses.sum().backward()
+        assert student.grad is not None
+        bad = torch.stack([losses.detach().isnan(), student.grad.isnan().any(1)])
+        return torch.where(bad == torch.tensor([name == "map", True]), 0.0, torch.nan)
+
+    def mapped() -> Tensor:
+        ids = torch.arange(RAGGED) % 2060
+        ids[7] = 1 << 20
+        return checked("map", teacher=torch.randn(2, 2060), vocab_map=ids)
+
+    for label in (RAGGED, 1 << 40, -5):
+        words = f"hostile: the label {label}"
+        yield words, partial(checked, "label", labels=torch.tensor([3, label]), divergence="reverse_kl")
+    yield (
+        "hostile: the label -5, decoupled",
+        partial(checked, "label", labels=torch.tensor([3, -5]), divergence=Decoupled()),
+    )
+    yield "hostile: an id beyond the teacher's", mapped
 
 
 def _with_out_dtype(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -199,8 +232,8 @@ def run(case: Case) -> Outcome:
     return Outcome(case.name, len(launched), sorted(set(launched)), errors[worst], worst, fault, seconds)
 
 
-def run_planted(name: str, work: Callable[[], Tensor]) -> Outcome:
-    """Execute a kernel with a defect; what nobody wrote counts as an error without bound."""
+def run_plain(name: str, work: Callable[[], Tensor]) -> Outcome:
+    """Execute a call of no leaves and without a reference; NaN counts as an error without bound."""
     started = time.perf_counter()
     result, launched, fault = _attempt(work)
     error = float("inf") if result is None or bool(result.isnan().any()) else 0.0
@@ -215,9 +248,9 @@ def main() -> None:
     outcomes = (run(case) for case in cases() if all(word in case.name for word in words))
     for outcome in outcomes:
         print(json.dumps(asdict(outcome)), flush=True)
-    for name, work in planted():
+    for name, work in (*hostile(), *planted()):
         if all(word in name for word in words):
-            print(json.dumps(asdict(run_planted(name, work))), flush=True)
+            print(json.dumps(asdict(run_plain(name, work))), flush=True)
 
 
 if __name__ == "__main__":
