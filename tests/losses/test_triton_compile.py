@@ -146,6 +146,16 @@ def test_the_loops_move_the_bytes_of_the_design(counts: list[Counts]):
     assert checked == 4 * len(DIVERGENCES)
 
 
+def test_given_logits_are_read_three_times_and_their_gradient_written_once(counts: list[Counts]):
+    """`kd_loss`, forward and backward: 14 bytes a logit in bfloat16 for every divergence, 8 for the values and 6 for the gradient."""
+    values, gradients = (
+        {row.variant.split()[0]: row.bytes_per_column for row in counts if row.variant.endswith(end)}
+        for end in ("values, state kept", "gradient from a state")
+    )
+    assert values == dict.fromkeys(DIVERGENCES, 8)
+    assert gradients == dict.fromkeys(DIVERGENCES, 6)
+
+
 def test_no_more_instructions_and_registers_than_were_committed(counts: list[Counts]):
     """A slow-down of the code shows here without a GPU; a new compiler may move the figures a little."""
     found = {

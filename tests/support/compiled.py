@@ -105,6 +105,13 @@ def other_variants() -> list[Variant]:
     padded = {"aligned": False, "padded": True, "wide": False}
     variants = []
     variants += [_kd("bf16, CE", divergence, "bf16", "bf16", "bf16") for divergence in DIVERGENCES]
+    for divergence in DIVERGENCES:
+        variants += [
+            _kd(
+                "bf16 values, state kept", divergence, "bf16", "bf16", "bf16", write_grad=False, state="save"
+            ),
+            _kd("bf16 gradient from a state", divergence, "bf16", "bf16", "bf16", state="load"),
+        ]
     over: Any = ("fp32", "fp32", "bf16")
     for divergence in PADDED:
         name = "fp32 > bf16 over it, padded, biases"
@@ -209,7 +216,8 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'fp32')}"
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not kernel.params[place].do_not_specialize_on_alignment:
+                attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in unspecialized:
             signature[name] = "i32"
         elif name.startswith("stride") or name in ("V", "V_teacher", "shared", "C", "D"):

@@ -2,14 +2,15 @@
 
 from . import contextual
 from .features import direction_rows, mse_rows
-from .relations import RELATION_GRADIENT_IN_FORWARD, relation_rows
-from .rows import kd_rows
+from .relations import RELATION_STATE, relation_rows
+from .rows import ROW_STATE, kd_rows
 from .sizes import chunk_rows
 from .softmax import row_statistics, softmax_gradient
 from .tiles import tile_gradient, tile_statistics, tile_sums
 
 __all__ = [
-    "RELATION_GRADIENT_IN_FORWARD",
+    "RELATION_STATE",
+    "ROW_STATE",
     "chunk_rows",
     "contextual",
     "direction_rows",

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 19
 # The same on other devices: 256 MiB.
 DEVICE_CHUNK_ELEMENTS = 1 << 26
 
-RELATION_GRADIENT_IN_FORWARD = True
+RELATION_STATE = 0
 
 
 def _split(features: Tensor, index: Tensor | None, heads: int, pairs: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,10 @@ from .statistics import write_statistics
 LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
 
 
+# Values and gradient come from the same exponentials here; nothing is kept for a gradient that comes later.
+ROW_STATE = 0
+
+
 def kd_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,

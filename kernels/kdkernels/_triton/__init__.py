@@ -2,18 +2,21 @@
 
 from . import contextual
 from .directions import direction_rows
-from .kd.rows import kd_rows
+from .kd.online import ROW_STATE
+from .kd.rows import kd_gradient, kd_rows
 from .kd.softmax import row_statistics, softmax_gradient
 from .kd.tile_rows import tile_gradient, tile_statistics, tile_sums
 from .launch import chunk_rows
 from .projection import mse_rows
-from .relations.rows import RELATION_GRADIENT_IN_FORWARD, relation_rows
+from .relations.rows import RELATION_STATE, relation_rows
 
 __all__ = [
-    "RELATION_GRADIENT_IN_FORWARD",
+    "RELATION_STATE",
+    "ROW_STATE",
     "chunk_rows",
     "contextual",
     "direction_rows",
+    "kd_gradient",
     "kd_rows",
     "mse_rows",
     "relation_rows",

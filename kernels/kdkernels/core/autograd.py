@@ -12,7 +12,7 @@ the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,30 @@ class Solver(Protocol):
         solver says S as its attribute `passed_on`.
         """
         ...
+
+
+class ResumingSolver(Solver, Protocol):
+    """A solver whose values leave numbers of each row that spare the gradients their computation."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers per row; 0 where nothing is left after all."""
+        ...
+
+    def values(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The values of `solve`, and the state (state_size, N)."""
+        ...
+
+    def gradients(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...], state: Tensor
+    ) -> Tensors:
+        """The gradients of `solve`, from the state of a call for the values of the same tensors."""
+        ...
+
+
+def state_size(solver: Solver) -> int:
+    """Numbers per row that are kept between the values and the gradients."""
+    return getattr(solver, "state_size", 0)
 
 
 class _NoSecondDerivative(Function):
@@ -133,6 +157,14 @@ def solve(
         return solver.solve(tensors, weight, needs)
 
 
+def values_and_state(solver: Solver, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values without gradients, and what the solver keeps for these."""
+    if not state_size(solver):
+        return solve(solver, tensors, weight, (False,) * len(tensors))[0], None
+    with full_float32():
+        return cast(ResumingSolver, solver).values(tensors, weight)
+
+
 def loss_and_gradients(
     solver: Solver,
     tensors: Tensors,
@@ -159,11 +191,16 @@ def gradients_for(
     reduction: Reduction,
     upstream: Tensor,
     needs: tuple[bool, ...],
+    state: Tensor | None,
 ) -> Tensors:
     """The gradients for any upstream gradient, 0-D or one per row, each in the dtype of its tensor."""
     row_weight = _row_weight(tensors, weight, upstream, denominator, reduction)
     row_weight, factor = _boost(row_weight, solver.half_bound)
-    _, gradients = solve(solver, tensors, row_weight, needs)
+    if state is None:
+        _, gradients = solve(solver, tensors, row_weight, needs)
+    else:
+        with full_float32():
+            gradients = cast(ResumingSolver, solver).gradients(tensors, row_weight, needs, state)
     return finish(gradients, factor, dtypes_of(tensors))
 
 
@@ -224,7 +261,7 @@ class GradientInForward(Function):
 
 
 class RecomputeInBackward(Function):
-    """Any reduction; forward computes values only and keeps its inputs."""
+    """Any reduction; forward computes values only and keeps its inputs, and the state of a solver that has one."""
 
     @staticmethod
     def forward(
@@ -235,9 +272,9 @@ class RecomputeInBackward(Function):
         reduction: Reduction,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        values, _ = solve(solver, tensors, weight, (False,) * len(tensors))
+        values, state = values_and_state(solver, tensors, weight)
         ctx.solver, ctx.reduction = solver, reduction
-        ctx.save_for_backward(weight, denominator, *tensors)
+        ctx.save_for_backward(weight, denominator, state, *tensors)
         loss, rest = loss_and_rest(values, weight, denominator, reduction)
         if rest is not None:
             ctx.mark_non_differentiable(rest)
@@ -245,10 +282,10 @@ class RecomputeInBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        weight, denominator, *tensors = ctx.saved_tensors
+        weight, denominator, state, *tensors = ctx.saved_tensors
         inputs, needs = tuple(tensors), tuple(ctx.needs_input_grad[4:])
         with torch.no_grad():
             gradients = gradients_for(
-                ctx.solver, inputs, weight, denominator, ctx.reduction, upstream[0], needs
+                ctx.solver, inputs, weight, denominator, ctx.reduction, upstream[0], needs, state
             )
         return None, None, None, None, *_without_second_derivative(gradients, upstream[0], inputs)

@@ -36,8 +36,28 @@ class Backend(Protocol):
         vocab_map: int | Tensor | None = None,
         decoupled: tuple[Tensor, Tensor] | None = None,  # (R,) weights, given iff the divergence is Decoupled
         stats: Tensor | None = None,  # (5, R) receives what KDStats has after its first two
+        state: Tensor | None = None,  # (ROW_STATE, R) receives what `kd_gradient` needs, where that is not 0
     ) -> tuple[Tensor, Tensor]:  # (R,) divergence and (R,) cross entropy, both without their weights
         """Divergence, cross entropy and, into `grad`, the gradient of every row."""
+        ...
+
+    # Numbers of a row that values without a gradient keep for `kd_gradient`; 0: there is no such function.
+    ROW_STATE: int
+
+    @staticmethod
+    def kd_gradient(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        terms: RowTerms,
+        *,
+        state: Tensor,  # (ROW_STATE, R) of an earlier `kd_rows` with the same numbers
+        grad: Tensor,  # (R, V_s)
+        row_weight: Tensor | None = None,  # (R,) 0 wherever it was 0 then
+        vocab_map: int | Tensor | None = None,
+        decoupled: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """The gradient of logits whose values are known, in one pass."""
         ...
 
     @staticmethod
@@ -152,8 +172,9 @@ class Backend(Protocol):
         """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""
         ...
 
-    # Whether `relation_rows` finds the gradients from the same scores as the values, so that nothing is computed twice.
-    RELATION_GRADIENT_IN_FORWARD: bool
+    # Numbers of a token and pair of heads that `relation_rows` keeps for the gradients; 0: it finds the gradients from the
+    # same scores as the values, so that nothing is computed twice.
+    RELATION_STATE: int
 
     @staticmethod
     def relation_rows(

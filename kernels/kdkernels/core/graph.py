@@ -14,7 +14,15 @@ from torch import Tensor
 from torch._dynamo import nonstrict_trace
 
 from ..options import Reduction
-from .autograd import Solver, Tensors, gradients_for, loss_and_gradients
+from .autograd import (
+    Solver,
+    Tensors,
+    gradients_for,
+    loss_and_gradients,
+    loss_and_rest,
+    state_size,
+    values_and_state,
+)
 from .matmul import wide_dtype
 from .packing import FUNCTIONS, unpack
 
@@ -30,7 +38,7 @@ _library.define(
 )
 _library.define(
     "row_gradients(Tensor[] tensors, bool[] present, bool[] needs, Tensor? weight, Tensor denominator, str solver, "
-    "str reduction, Tensor upstream) -> Tensor[]",
+    "str reduction, Tensor upstream, Tensor state) -> Tensor[]",
     tags=_TAGS,
 )
 _library.define("refuse(Tensor anchor, str sentence) -> Tensor")
@@ -100,16 +108,22 @@ def _row_loss(
     solver: str,
     reduction: Reduction,
 ) -> list[Tensor]:
-    placed = _placed(tensors, present, None)
-    loss, rest, gradients, factor = loss_and_gradients(
-        _SOLVERS[solver], placed, weight, denominator, reduction, _placed(needs, present, False)
-    )
+    placed, state = _placed(tensors, present, None), None
+    if any(needs):
+        loss, rest, gradients, factor = loss_and_gradients(
+            _SOLVERS[solver], placed, weight, denominator, reduction, _placed(needs, present, False)
+        )
+    else:
+        values, state = values_and_state(_SOLVERS[solver], placed, weight)
+        loss, rest = loss_and_rest(values, weight, denominator, reduction)
+        gradients, factor = (None,) * len(placed), None
     rest = loss.new_empty(0) if rest is None else rest
     factor = torch.ones_like(denominator) if factor is None else factor
     found = zip(gradients, placed, strict=True)
     return [
         loss,
         rest,
+        loss.new_empty(0) if state is None else state,
         factor,
         # In float32 until backward knows the upstream factor, so that they are rounded once.
         *[g.to(wide_dtype(t.dtype)) for g, t in found if g is not None and t is not None],
@@ -131,7 +145,9 @@ def _(
     gradients = [torch.empty(t.shape, dtype=wide_dtype(t.dtype), device=t.device) for t in kept]
     passed_on = _passed_on(solver)
     rest = denominator.new_empty((passed_on, *tensors[0].shape[:1]) if passed_on else (0,))
-    return [denominator.new_empty(shape), rest, torch.empty_like(denominator), *gradients]
+    size = 0 if any(needs) else state_size(_SOLVERS[solver])
+    state = denominator.new_empty((size, *tensors[0].shape[:1]) if size else (0,))
+    return [denominator.new_empty(shape), rest, state, torch.empty_like(denominator), *gradients]
 
 
 @torch.library.impl(_library, "row_gradients", "CompositeExplicitAutograd")
@@ -144,9 +160,11 @@ def _row_gradients(
     solver: str,
     reduction: Reduction,
     upstream: Tensor,
+    state: Tensor,
 ) -> list[Tensor]:
     placed, wanted = _placed(tensors, present, None), _placed(needs, present, False)
-    found = gradients_for(_SOLVERS[solver], placed, weight, denominator, reduction, upstream, wanted)
+    kept = state if state_size(_SOLVERS[solver]) else None
+    found = gradients_for(_SOLVERS[solver], placed, weight, denominator, reduction, upstream, wanted, kept)
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -160,6 +178,7 @@ def _(
     solver: str,
     reduction: Reduction,
     upstream: Tensor,
+    state: Tensor,
 ) -> list[Tensor]:
     kept = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in kept]
@@ -168,7 +187,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, ctx.present, ctx.stored, weight, denominator, ctx.solver, ctx.reduction = inputs
     ctx.dtypes = [tensor.dtype for tensor in tensors]
-    ctx.save_for_backward(*(output[2:] if any(ctx.stored) else (weight, denominator, *tensors)))
+    ctx.save_for_backward(*(output[3:] if any(ctx.stored) else (weight, denominator, output[2], *tensors)))
 
 
 def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
@@ -177,11 +196,21 @@ def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
         needs, factor = ctx.stored, upstream[0] * factor
         found = iter([gradient * factor for gradient in gradients])
     else:
-        weight, denominator, *tensors = ctx.saved_tensors
+        weight, denominator, state, *tensors = ctx.saved_tensors
         needs = [tensor.requires_grad for tensor in tensors]
         operator = torch.ops.kdkernels.row_gradients
         found = iter(
-            operator(tensors, ctx.present, needs, weight, denominator, ctx.solver, ctx.reduction, upstream[0])
+            operator(
+                tensors,
+                ctx.present,
+                needs,
+                weight,
+                denominator,
+                ctx.solver,
+                ctx.reduction,
+                upstream[0],
+                state,
+            )
         )
     wanted = zip(needs, ctx.dtypes, strict=True)
     return [next(found).to(dtype) if need else None for need, dtype in wanted], *(None,) * 6

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ def relation_kl(
                 denominator,
                 reduction,
                 # A back end that keeps statistics of the rows finds the gradient in backward, as flash attention does.
-                gradient_in_forward=solver.backend.RELATION_GRADIENT_IN_FORWARD,
+                gradient_in_forward=solver.state_size == 0,
             )
     return loss.reshape(batch, length) if reduction == "none" else loss
 
@@ -129,23 +128,43 @@ class RelationKL:
     causal: bool
     autocast: torch.dtype | None
     half_bound: float | None
-    # Statistics of the last values, by the tensors that they are of, for the gradients that follow. A compiled graph uses
-    # one solver for all calls with its options, so whose they are is looked at.
-    kept: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of a token that values keep for the gradients."""
+        return self.backend.RELATION_STATE * max(self.heads)
+
+    def values(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B * N,) sums over heads, and the statistics of the rows."""
+        values, _, statistics = self._rows(tensors, None, (False, False), None)
+        assert statistics is not None
+        return values.flatten(), statistics.view(self.state_size, self.shape[0] * self.shape[1])
+
+    def gradients(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...], state: Tensor
+    ) -> Tensors:
+        """The gradients of the student's q and k."""
+        statistics = state.view(self.backend.RELATION_STATE, self.shape[0], max(self.heads), self.shape[1])
+        _, (d_q, d_k), _ = self._rows(tensors, weight, (needs[0], needs[2]), statistics)
+        return d_q, None, d_k, None, None
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """(B * N,) sums over heads and the gradients of the student's q and k."""
+        values, (d_q, d_k), _ = self._rows(tensors, weight, (needs[0], needs[2]), None)
+        return values.flatten(), (d_q, None, d_k, None, None)
+
+    def _rows(
+        self, tensors: Tensors, weight: Tensor | None, wanted: tuple[bool, bool], statistics: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor | None]:
+        """(B, N) sums over heads, gradients (B * N, D) as wanted, and the statistics of the rows."""
         *features, mask = tensors
         student_q, teacher_q, student_k, teacher_k = (
             None if side is None else side.to(self.autocast or side.dtype).unflatten(0, self.shape)
             for side in features
         )
         assert student_q is not None and teacher_q is not None
-        wanted = (needs[0], needs[2])
-        place = tuple(side if side is None else (side.data_ptr(), side.shape) for side in tensors)
-        known = self.kept.pop(place, None) if any(wanted) else None
         values, gradients, statistics = self.backend.relation_rows(
             (student_q, student_q if student_k is None else student_k),
             (teacher_q, teacher_q if teacher_k is None else teacher_k),
@@ -154,10 +173,7 @@ class RelationKL:
             self.causal,
             row_weight=weight.view(self.shape) if weight is not None and any(wanted) else None,
             needs=wanted,
-            statistics=known,
+            statistics=statistics,
         )
-        if statistics is not None and not any(wanted):
-            self.kept.clear()
-            self.kept[place] = statistics
         d_q, d_k = (None if side is None else side.flatten(0, 1) for side in gradients)
-        return values.flatten(), (d_q, None, d_k, None, None)
+        return values, (d_q, d_k), statistics

@@ -9,6 +9,7 @@ place; the products then add it to the gradients of hidden states and head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,11 +161,51 @@ class LogitKD:
     tail: Tail = "renormalize"
     shared: int | None = None
     stats: bool = False
+    stored: bool = False  # the teacher is logits, which are the same numbers when the gradient is computed
 
     @property
     def passed_on(self) -> int:
         """Numbers per row beside the loss: the divergence, the cross entropy and the five of `kd_rows`."""
         return 7 if self.stats else 0
+
+    @property
+    def state_size(self) -> int:
+        """Numbers per row that values keep for the gradient, which then takes one pass over both rows."""
+        return self.backend.ROW_STATE if self.stored and self.terms.kd_scale != 0.0 else 0
+
+    def values(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Row losses, and the state of the rows."""
+        logits, teacher, options = self._rows(tensors, weight)
+        results = RowResults(len(logits), self.terms, self.stats, logits)
+        state = torch.empty(
+            (self.backend.ROW_STATE, len(logits)), dtype=results.table.dtype, device=logits.device
+        )
+        every = slice(0, len(logits))
+        kd, ce = self.backend.kd_rows(
+            logits, teacher, tensors[4], self.terms, stats=results.stats(every), state=state, **options
+        )
+        results.put(every, kd, ce)
+        return results.values(len(logits), None), state
+
+    def gradients(
+        self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...], state: Tensor
+    ) -> Tensors:
+        """The gradient of the student logits."""
+        logits, teacher, options = self._rows(tensors, weight)
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        self.backend.kd_gradient(logits, teacher, tensors[4], self.terms, state=state, grad=grad, **options)
+        return grad, *(None,) * (len(tensors) - 1)
+
+    def _rows(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Both sides' logits with a contiguous last axis, and what else the back end takes of stored teacher logits."""
+        student, teacher, _, _, _, target, non_target, vocab_map = tensors
+        assert student is not None and teacher is not None
+        student, teacher = (
+            side if side.stride(-1) == 1 else side.contiguous() for side in (student, teacher)
+        )
+        both = None if target is None or non_target is None else (target, non_target)
+        vocabularies = self.shared if vocab_map is None else vocab_map
+        return student, teacher, {"row_weight": weight, "vocab_map": vocabularies, "decoupled": both}
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]

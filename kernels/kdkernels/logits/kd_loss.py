@@ -17,7 +17,7 @@ from ..divergences import Divergence
 from ..options import IGNORE_INDEX, Impl, LossOptions, Reduction
 from ..reference.logits import wide
 from ..stats import KDStats, in_shape
-from ..teachers import Teacher, TeacherCrossTerm
+from ..teachers import Teacher, TeacherCrossTerm, TeacherLogits
 from .by_rows import LogitKD
 from .diagnose import refuse_bad_rows
 from .problem import check_options, prepare
@@ -31,8 +31,8 @@ def _gradient_with_value(logits: Tensor) -> bool:
     """True where `kd_loss` takes the gradient along in the forward pass instead of starting again in backward.
 
     On a CPU that saves the exponentials of half the work and costs no memory at the peak, which is when both exist. On
-    a GPU scaling a finished gradient moves as many bytes as it saves; but of a few classes the calls cost more than the
-    bytes. A gradient in half precision would be rounded twice.
+    a GPU values keep what the gradient needs of a row, and scaling a finished gradient would move as many bytes; but of
+    a few classes the calls cost more than the bytes. A gradient in half precision would be rounded twice.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         return False
@@ -199,6 +199,7 @@ def kd_loss(
                 *problem.form,
                 shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
                 stats=return_stats,
+                stored=isinstance(problem.teacher, TeacherLogits),
             )
             tensors = (logits, *problem.teacher_tensors, *problem.row_tensors)
             loss, statistics = row_loss_and_rest(

@@ -35,6 +35,8 @@ class RowFlags(NamedTuple):
     has_row_weight: bool = False
     write_grad: bool = False
     aliased: bool = False  # grad holds narrower numbers in the student's own row
+    # Whether the numbers that the gradient needs of a row are kept, or are there from an earlier launch for the values.
+    state: Literal["none", "save", "load"] = "none"
 
     @property
     def is_lean(self) -> bool:
@@ -58,6 +60,7 @@ def row_flags(
     stats: Tensor | None,
     write_grad: bool,
     aliased: bool,
+    state: Literal["none", "save", "load"] = "none",
 ) -> RowFlags:
     """The flags of a call of `kd_rows`."""
     name = kernel_divergence(terms.divergence).name
@@ -85,6 +88,7 @@ def row_flags(
         has_row_weight=row_weight is not None,
         write_grad=write_grad,
         aliased=aliased,
+        state=state,
     )
 
 

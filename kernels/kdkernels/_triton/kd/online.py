@@ -149,6 +149,47 @@ def statistics_step(
     )
 
 
+# What `save_totals` keeps of a row, for the launch that writes the gradient.
+ROW_STATE = 11
+
+
+@triton.jit
+def save_totals(state_ptr, stride, totals, ce_reference, ce_inverse, DIVERGENCE: tl.constexpr):
+    """Keep the statistics of a row and the reference and sum of its cross entropy."""
+    tl.store(state_ptr, totals.student_reference)
+    tl.store(state_ptr + stride, totals.student_inverse)
+    tl.store(state_ptr + 2 * stride, totals.student_log)
+    tl.store(state_ptr + 3 * stride, totals.teacher_reference)
+    tl.store(state_ptr + 4 * stride, totals.teacher_inverse)
+    tl.store(state_ptr + 5 * stride, totals.teacher_log)
+    tl.store(state_ptr + 6 * stride, totals.log_sum_gap)
+    tl.store(state_ptr + 7 * stride, totals.mean)
+    if DIVERGENCE == "skew_kl":
+        tl.store(state_ptr + 8 * stride, tl.where(totals.is_far, 1.0, 0.0))
+    tl.store(state_ptr + 9 * stride, ce_reference)
+    tl.store(state_ptr + 10 * stride, ce_inverse)
+
+
+@triton.jit
+def load_totals(state_ptr, stride, DIVERGENCE: tl.constexpr):
+    """What `save_totals` kept."""
+    is_far = False
+    if DIVERGENCE == "skew_kl":
+        is_far = tl.load(state_ptr + 8 * stride) != 0.0
+    totals = Totals(
+        tl.load(state_ptr),
+        tl.load(state_ptr + stride),
+        tl.load(state_ptr + 2 * stride),
+        tl.load(state_ptr + 3 * stride),
+        tl.load(state_ptr + 4 * stride),
+        tl.load(state_ptr + 5 * stride),
+        tl.load(state_ptr + 6 * stride),
+        tl.load(state_ptr + 7 * stride),
+        is_far,
+    )
+    return totals, tl.load(state_ptr + 9 * stride), tl.load(state_ptr + 10 * stride)
+
+
 @triton.jit
 def new_totals(student_reference, student_total, teacher_reference, teacher_total, DIVERGENCE: tl.constexpr):
     """The statistics of a row from its sums, <f> not known."""

@@ -2,6 +2,7 @@
 
 Passes over a row of V logits on both sides: statistics (`online.py`); for the mixtures their value and mean slope,
 which need both normalisers; last the gradient together with the value of the others (`passes.py`).
+`kd_gradient` writes the gradient from what an earlier launch for the values kept of a row: one pass.
 Bytes moved per logit: 2 x (student + teacher) reads + 1 gradient write, 3 x for mixtures: 18 and 26 with fp32 logits and
 a half gradient, 10 and 14 with half logits. Cross entropy, label smoothing and statistics add none.
 """
@@ -18,7 +19,7 @@ from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes
 from .divergence import kernel_divergence
 from .flags import row_flags, transform_numbers
 from .labels import cross_entropy, label_divergence, student_label, teacher_label
-from .online import first_pass, join_statistics, own_join, teacher_pass, with_mean
+from .online import first_pass, join_statistics, load_totals, own_join, save_totals, teacher_pass, with_mean
 from .passes import Numbers, Slopes, last_pass, sums_pass, write_zeros
 from .row import Row, Side
 
@@ -50,10 +51,13 @@ def _store_stats(
 
 # Pointers to one number a row: slices of them start anywhere.
 _SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "kd_ptr", "ce_ptr", "stats_ptr"]
+_SCALARS += ["state_ptr"]
 
 
 # A chunk of another number of rows compiles nothing anew, and neither does one that starts elsewhere.
-@triton.jit(do_not_specialize=["stride_stats_row"], do_not_specialize_on_alignment=_SCALARS)
+@triton.jit(
+    do_not_specialize=["stride_stats_row", "stride_state_row"], do_not_specialize_on_alignment=_SCALARS
+)
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V_teacher)
@@ -68,10 +72,12 @@ def _kd_rows_kernel(
     kd_ptr,  # (R,) fp32, written
     ce_ptr,  # (R,) fp32, written
     stats_ptr,  # (5, R) fp32, written when has_stats
+    state_ptr,  # (ROW_STATE, R) fp32, written or read as FLAGS.state says; read, neither values nor statistics are written
     stride_student_row,
     stride_teacher_row,
     stride_grad_row,
     stride_stats_row,
+    stride_state_row,
     V,
     V_teacher,
     shared,  # columns that both sides have: V without a map or with an index map
@@ -95,13 +101,15 @@ def _kd_rows_kernel(
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     grad_row = grad_ptr + row_index * stride_grad_row
     stats_ptr += row_index
+    state_ptr += row_index
 
     weight = 1.0
     if FLAGS.has_row_weight:
         weight = tl.load(row_weight_ptr + row_index)
         if weight == 0.0:  # nothing of the row is read: neither its logits nor its label need be valid
-            tl.store(kd_ptr + row_index, 0.0)
-            tl.store(ce_ptr + row_index, 0.0)
+            if FLAGS.state != "load":
+                tl.store(kd_ptr + row_index, 0.0)
+                tl.store(ce_ptr + row_index, 0.0)
             if FLAGS.has_stats:
                 for statistic in range(5):
                     tl.store(stats_ptr + statistic * stride_stats_row, 0.0)
@@ -131,31 +139,36 @@ def _kd_rows_kernel(
         teacher_logit, label_shared = teacher_label(row, label, valid, FLAGS)
 
     numbers = Numbers(inverse_temperature * LOG2_E, inverse_temperature, first, second)
-    pivot = finite_or_zero(label_logit)
-    state = first_pass(row, numbers, pivot, tile, FLAGS, BLOCK, LANES)
-    totals = join_statistics(state, numbers, FLAGS)
-    if FLAGS.has_stats:
-        _store_stats(
-            stats_ptr, stride_stats_row, row, state, label_logit, label_shared, teacher_logit, tile,
-            FLAGS, BLOCK, LANES,
-        )  # fmt: skip
-
     ce = 0.0
-    ce_reference = totals.student_reference
-    ce_inverse = totals.student_inverse
     uniform = label_smoothing / V
-    if FLAGS.has_ce:
-        if FLAGS.ce_sum == "shared":
-            log_total = totals.student_log * LN_2
-        else:
-            if FLAGS.ce_sum == "own":
-                ce_reference, total = join_lanes(state.student_own.maximum, state.student_own.total, LOG2_E)
+    if FLAGS.state == "load":
+        totals, ce_reference, ce_inverse = load_totals(
+            state_ptr, stride_state_row, tl.constexpr(FLAGS.divergence)
+        )
+    else:
+        pivot = finite_or_zero(label_logit)
+        state = first_pass(row, numbers, pivot, tile, FLAGS, BLOCK, LANES)
+        totals = join_statistics(state, numbers, FLAGS)
+        if FLAGS.has_stats:
+            _store_stats(
+                stats_ptr, stride_stats_row, row, state, label_logit, label_shared, teacher_logit, tile,
+                FLAGS, BLOCK, LANES,
+            )  # fmt: skip
+        ce_reference = totals.student_reference
+        ce_inverse = totals.student_inverse
+        if FLAGS.has_ce:
+            if FLAGS.ce_sum == "shared":
+                log_total = totals.student_log * LN_2
             else:
-                _, total = join_lanes(state.student_max, state.total_at_one, LOG2_E)
-            log_total = tl.log2(total) * LN_2
-            ce_inverse = 1.0 / total
-        logit_sum = tl.sum(state.logit_sum, axis=0)
-        ce = cross_entropy(label_logit, ce_reference, log_total, logit_sum, uniform, FLAGS.has_smoothing)
+                if FLAGS.ce_sum == "own":
+                    own = state.student_own
+                    ce_reference, total = join_lanes(own.maximum, own.total, LOG2_E)
+                else:
+                    _, total = join_lanes(state.student_max, state.total_at_one, LOG2_E)
+                log_total = tl.log2(total) * LN_2
+                ce_inverse = 1.0 / total
+            logit_sum = tl.sum(state.logit_sum, axis=0)
+            ce = cross_entropy(label_logit, ce_reference, log_total, logit_sum, uniform, FLAGS.has_smoothing)
 
     target_kd = 0.0
     label_difference = 0.0
@@ -174,10 +187,14 @@ def _kd_rows_kernel(
         # A teacher that is certain of the label has no other distribution to be near to.
         rest = tl.where(totals.teacher_inverse == 0.0, 0.0, tl.load(non_target_ptr + row_index))
 
-    if FLAGS.mixture:
+    if FLAGS.mixture and FLAGS.state != "load":
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
         tl.store(kd_ptr + row_index, value)
         totals = with_mean(totals, mean, far_mean, first, tl.constexpr(FLAGS.divergence))
+    if FLAGS.state == "save":
+        save_totals(
+            state_ptr, stride_state_row, totals, ce_reference, ce_inverse, tl.constexpr(FLAGS.divergence)
+        )
     if FLAGS.write_grad or not FLAGS.mixture:
         slopes = Slopes(
             weight * kd_scale * inverse_temperature,
@@ -192,9 +209,10 @@ def _kd_rows_kernel(
         value = last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
         if FLAGS.divergence == "decoupled":
             value = target_kd + rest * value
-        if not FLAGS.mixture:
+        if not FLAGS.mixture and FLAGS.state != "load":
             tl.store(kd_ptr + row_index, value)
-    tl.store(ce_ptr + row_index, ce)
+    if FLAGS.state != "load":
+        tl.store(ce_ptr + row_index, ce)
 
 
 def kd_rows(
@@ -210,6 +228,7 @@ def kd_rows(
     vocab_map: int | Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
     stats: Tensor | None = None,  # (5, R) fp32, last axis contiguous
+    state: Tensor | None = None,  # (ROW_STATE, R) fp32, written for `kd_gradient`
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # (R,) fp32, (R,) fp32
     """Divergence and cross entropy of every row, and row_weight * d(row loss)/d(student_logits) written into `grad`.
@@ -220,16 +239,85 @@ def kd_rows(
     is overwritten behind what has been read. Rows of weight 0 are not read; their values are 0 and their gradient is
     exactly 0. `config` replaces the table's configuration.
     """
+    kd = torch.empty(len(student_logits), dtype=torch.float32, device=student_logits.device)
+    ce = torch.empty_like(kd)
+    _launch(
+        student_logits,
+        teacher_logits,
+        labels,
+        terms,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        row_weight=row_weight,
+        grad=grad,
+        vocab_map=vocab_map,
+        decoupled=decoupled,
+        values=(kd, ce),
+        stats=stats,
+        state=state,
+        config=config,
+    )
+    return kd, ce
+
+
+def kd_gradient(
+    student_logits: Tensor,  # (R, V)
+    teacher_logits: Tensor,  # (R, V_t)
+    labels: Tensor | None,  # (R,) int64
+    terms: RowTerms,
+    *,
+    state: Tensor,  # (ROW_STATE, R) fp32
+    grad: Tensor,  # (R, V)
+    row_weight: Tensor | None = None,  # (R,)
+    vocab_map: int | Tensor | None = None,
+    decoupled: tuple[Tensor, Tensor] | None = None,
+    config: RowConfig | None = None,
+) -> None:
+    """The gradient that `kd_rows` writes, in one pass over both rows, from the state that a call for the values kept.
+
+    The contract is `kdkernels.backends.Backend.kd_gradient`.
+    """
+    _launch(
+        student_logits,
+        teacher_logits,
+        labels,
+        terms,
+        row_weight=row_weight,
+        grad=grad,
+        vocab_map=vocab_map,
+        decoupled=decoupled,
+        values=None,
+        state=state,
+        config=config,
+    )
+
+
+def _launch(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    terms: RowTerms,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    row_weight: Tensor | None,
+    grad: Tensor | None,
+    vocab_map: int | Tensor | None,
+    decoupled: tuple[Tensor, Tensor] | None,
+    values: tuple[Tensor, Tensor] | None,
+    stats: Tensor | None = None,
+    state: Tensor | None,
+    config: RowConfig | None,
+) -> None:
+    """Launch the kernel for values and gradient, or, without `values`, for the gradient from a state."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits.dtype == torch.float64:
             raise ValueError(
                 f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
             )
     rows, vocabulary = student_logits.shape
-    kd = torch.empty(rows, dtype=torch.float32, device=student_logits.device)
-    ce = torch.empty_like(kd)
     if rows == 0:
-        return kd, ce
+        return
     written = student_logits if grad is None else grad
     flags = row_flags(
         terms,
@@ -241,6 +329,7 @@ def kd_rows(
         stats=stats,
         write_grad=grad is not None,
         aliased=lies_over(written, student_logits),
+        state="none" if state is None else "load" if values is None else "save",
     )
     if config is None:
         config = row_config(architecture_of(student_logits.device))
@@ -266,13 +355,15 @@ def kd_rows(
             non_target_ptr=pointer(non_target),
             row_weight_ptr=pointer(row_weight),
             grad_ptr=written,
-            kd_ptr=kd,
-            ce_ptr=ce,
-            stats_ptr=kd if stats is None else stats,
+            kd_ptr=pointer(None if values is None else values[0]),
+            ce_ptr=pointer(None if values is None else values[1]),
+            stats_ptr=pointer(None) if stats is None else stats,
+            state_ptr=pointer(None) if state is None else state,
             stride_student_row=student_logits.stride(0),
             stride_teacher_row=teacher_logits.stride(0),
             stride_grad_row=written.stride(0),
             stride_stats_row=0 if stats is None else stats.stride(0),
+            stride_state_row=0 if state is None else state.stride(0),
             V=vocabulary,
             V_teacher=teacher_logits.shape[1],
             shared=vocab_map if isinstance(vocab_map, int) else vocabulary,
@@ -298,4 +389,3 @@ def kd_rows(
                 lean=flags.is_lean,
             ),
         )
-    return kd, ce

@@ -20,7 +20,7 @@ from .launch import padded, relation_config, widest_head
 from .tiles import STATISTICS
 from .values import relation_values
 
-RELATION_GRADIENT_IN_FORWARD = False
+RELATION_STATE = STATISTICS
 
 
 def _flat(features: Tensor) -> Tensor:
