@@ -108,11 +108,11 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, mask: Tensor
     Args:
         student: (B, ...) features, flattened per sample. Any width, float16, bfloat16, float32 or float64.
         teacher: (B, ...), frozen; its width may differ.
-        mask: (B,) bool, True where a sample counts; None counts all. The others may hold anything.
+        mask: (B,) bool, True for valid samples; None takes all. Ignored samples may hold anything.
 
     Returns:
-        0-D float32 (float64 for float64 features); a finite 0 with a graph where no sample counts. A sample of zeros has
-        no direction: its row is 0 and gets no gradient. Features that are all below 1e-12 count as zeros.
+        Tensor: 0-D float32 (float64 for float64 features); a finite 0 with a graph where no sample is valid. A sample of
+            zeros has no direction: its row is 0 and gets no gradient. Features that are all below 1e-12 count as zeros.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
@@ -133,8 +133,19 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None =
 
         loss = F.smooth_l1_loss(d_s / d_s[d_s > 0].mean(), d_t / d_t[d_t > 0].mean())
 
-    Arguments, result and errors as `similarity_preserving_loss`. The mean runs over all B x B pairs, the zeros of the
-    diagonal among them, as in the authors' code. Samples that coincide have a distance of 0 and get no gradient of it.
+    Args:
+        student: (B, ...) features, flattened per sample. Any width, float16, bfloat16, float32 or float64.
+        teacher: (B, ...), frozen; its width may differ.
+        mask: (B,) bool, True for valid samples; None takes all. Ignored samples may hold anything.
+
+    Returns:
+        Tensor: 0-D float32 (float64 for float64 features), the mean over all B x B pairs, the zeros of
+            the diagonal among them, as in the authors' code; a finite 0 with a graph where no sample is valid.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
+
+    Samples that coincide have a distance of 0 and get no gradient of it.
 
     Source: Park et al., Relational Knowledge Distillation, 2019, equations 4 to 6.
     """
@@ -158,8 +169,19 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = No
         angle = lambda f: torch.bmm(unit(f), unit(f).transpose(1, 2))                       # (B, B, B)
         loss = F.smooth_l1_loss(angle(student), angle(teacher))
 
-    Arguments, result and errors as `similarity_preserving_loss`. The mean runs over all B x B x B triples, as in the
-    authors' code; the angle of a triple with two equal samples counts as 0. Memory is B x B x (d + B).
+    Args:
+        student: (B, ...) features, flattened per sample. Any width, float16, bfloat16, float32 or float64.
+        teacher: (B, ...), frozen; its width may differ.
+        mask: (B,) bool, True for valid samples; None takes all. Ignored samples may hold anything.
+
+    Returns:
+        Tensor: 0-D float32 (float64 for float64 features), the mean over all B x B x B triples, as in
+            the authors' code; a finite 0 with a graph where no sample is valid.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
+
+    The angle of a triple with two equal samples is 0. Memory is B x B x (d + B).
 
     Source: Park et al., Relational Knowledge Distillation, 2019, equations 7 and 8.
     """
@@ -192,10 +214,21 @@ def pkt_loss(
         kl:        loss = (p_t * (p_t.log() - p_s.log())).mean()
         jeffreys:  loss = ((p_t - p_s) * (p_t.log() - p_s.log())).mean()
 
-    Other arguments, result and errors as `similarity_preserving_loss`. A sample is among its own neighbours and the mean
-    runs over all B x B pairs, as in the authors' code; kernels are at least 1e-7. A sample with nothing above 1e-12 has a
-    cosine of 0 with every other. The distances of student_t are in units of the features: a distance of 1e7 and more has
-    no gradient.
+    Args:
+        student: (B, ...) features, flattened per sample. Any width, float16, bfloat16, float32 or float64.
+        teacher: (B, ...), frozen; its width may differ.
+        kernel: "cosine" or "student_t". Default "cosine".
+        divergence: "kl" or "jeffreys". Default "kl".
+        mask: (B,) bool, True for valid samples; None takes all. Ignored samples may hold anything.
+
+    Returns:
+        Tensor: 0-D float32 (float64 for float64 features), the mean over all B x B pairs, as in the authors' code; a finite 0 with a graph where no sample is valid.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
+
+    A sample is among its own neighbours; kernels are at least 1e-7. A sample with nothing above 1e-12 has a cosine of 0 with
+    every other. The distances of student_t are in units of the features: a distance of 1e7 and more has no gradient.
 
     Source: Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, equations 2 to 6
     (kl, cosine); Passalis et al., Heterogeneous Knowledge Distillation using Information Flow Modeling, 2020, equations
@@ -230,8 +263,18 @@ def linear_cka_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
         cka = (teacher.T @ student).norm()**2 / ((student.T @ student).norm() * (teacher.T @ teacher).norm())
         loss = 1 - cka
 
-    Arguments, result and errors as `similarity_preserving_loss`; between 0 and 1. A side whose samples are all equal
-    has a CKA of 0. Computed from the two B x B Gram matrices, which have the same norms.
+    Args:
+        student: (B, ...) features, flattened per sample. Any width, float16, bfloat16, float32 or float64.
+        teacher: (B, ...), frozen; its width may differ.
+        mask: (B,) bool, True for valid samples; None takes all. Ignored samples may hold anything.
+
+    Returns:
+        Tensor: 0-D float32 (float64 for float64 features), between 0 and 1; a finite 0 with a graph where no sample is valid.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
+
+    A side whose samples are all equal has a CKA of 0. Computed from the two B x B Gram matrices, which have the same norms.
 
     Source: Kornblith et al., Similarity of Neural Network Representations Revisited, 2019, section 3.
     """
@@ -266,11 +309,11 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | 
     Args:
         student: (B, N, D_s), float16, bfloat16, float32 or float64.
         teacher: (B, N, D_t), frozen; its width may differ.
-        mask: (B, N) bool, True where a position counts; None counts all. The others may hold anything.
+        mask: (B, N) bool, True for valid positions; None takes all. Ignored positions may hold anything.
 
     Returns:
-        0-D float32 (float64 for float64 features), the mean over the counted positions; a finite 0 with a graph where
-        none counts. Of a sample whose features are all below 1e-12 the map is 0 and gets no gradient.
+        Tensor: 0-D float32 (float64 for float64 features), the mean over the valid positions; a finite 0 with a graph
+            where there is none. Of a sample whose features are all below 1e-12 the map is 0 and gets no gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.
@@ -303,14 +346,16 @@ def fsp_loss(
         loss = (flow(student, student_next) - flow(teacher, teacher_next)).square().mean()
 
     Args:
-        student, student_next: (B, N, D) and (B, N, D'), an earlier and a later layer of the student.
-        teacher, teacher_next: the same shapes, frozen.
-        mask: (B, N) bool, True where a position counts; None counts all. The others may hold anything.
+        student: (B, N, D), an earlier layer of the student; float16, bfloat16, float32 or float64.
+        student_next: (B, N, D'), a later layer of the student.
+        teacher: (B, N, D), frozen.
+        teacher_next: (B, N, D'), frozen.
+        mask: (B, N) bool, True for valid positions; None takes all. Ignored positions may hold anything.
 
     Returns:
-        0-D float32 (float64 for float64 features), the mean over channel pairs and over the samples in which a
-        position counts; a finite 0 with a graph where none does. It grows with the fourth power of the features and is
-        infinite in float32 where these are 1e10 and more.
+        Tensor: 0-D float32 (float64 for float64 features), the mean over channel pairs and over the samples with a valid
+            position; a finite 0 with a graph where there is none. It grows with the fourth power of the features and is
+            infinite in float32 where these are 1e10 and more.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, different widths among them; a teacher that requires grad.

@@ -60,16 +60,16 @@ def projection_mse(
         normalize: divide both sides, the mapped one after its bias, by their L2 norm. A feature shorter than 1e-12
             has no direction: it counts as the zero vector and gets no gradient; one longer than 1e18 may give NaN, as
             its square leaves float32. Default False.
-        mask: (...) bool, True where a row counts; None counts every row. One mask serves every pair.
-        reduction: "mean" divides the sum by counted rows times width, as F.mse_loss of the counted rows;
-            "sum" adds up the counted rows; "none" gives each row's sum of squared differences, shape (...),
+        mask: (...) bool, True for valid rows; None takes every row. One mask serves every pair.
+        reduction: "mean" divides the sum by valid rows times width, as F.mse_loss of the valid rows;
+            "sum" adds up the valid rows; "none" returns each row's sum of squared differences, shape (...),
             0 where the mask is False. Several pairs: the mean of their means, the sum of their sums, and
             for "none" a new first axis, one entry per pair.
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
 
     Returns:
-        float32 (float64 for float64 features): 0-D, or (...) for reduction="none". A mask without a True
-        gives a finite 0 with a graph.
+        Tensor: float32 (float64 for float64 features): 0-D, or (...) for reduction="none". A mask without a True
+            returns a finite 0 with a graph.
 
     Gradients reach student, weight and bias, in their own dtypes. The loss has no second derivative.
 
@@ -103,15 +103,27 @@ def cosine_loss(
         cosine = F.cosine_similarity(F.linear(student, weight, bias)[mask], teacher[mask], dim=-1)
         loss = (1.0 - cosine).mean()
 
-    The arguments, lists of layer pairs among them, are those of `projection_mse`; lengths never matter here, so there
-    is no `normalize`. "mean" divides by the number of counted rows; "none" gives 1 - cosine of each row. A feature
-    shorter than 1e-12 has no direction: its cosine is 0 and it gets no gradient; one longer than 1e18 may give NaN, as its
-    square leaves float32.
-
-    Near 0 the loss keeps its digits: it is computed from the difference of the two unit vectors, not as 1 - cosine.
+    Args:
+        student: (..., D_s), float16, bfloat16, float32 or float64. Or a list of such tensors, one per layer pair.
+        teacher: (..., D_t), frozen; its dtype may differ when it is not the projected side, and the student's says in how
+            many digits both are compared. A list with a list.
+        weight: (D_t, D_s) for project="student", (D_s, D_t) for project="teacher"; None compares the
+            features as they are and needs D_s == D_t. With lists: one of these for every pair, or a list of them.
+        bias: (D_t,) or (D_s,), as the rows of `weight`; with lists as `weight`. Only with `weight`.
+        project: which side is mapped onto the other's width. Default "student".
+        mask: (...) bool, True for valid rows; None takes every row. One mask serves every pair.
+        reduction: "mean" divides the sum by the number of valid rows; "sum"; "none" returns 1 - cosine of each row, shape
+            (...), 0 where the mask is False. Several pairs: the mean of their means, the sum of their sums, and
+            for "none" a new first axis, one entry per pair.
+        impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
 
     Returns:
-        float32 (float64 for float64 features): 0-D, or (...) for reduction="none", between 0 and 2.
+        Tensor: float32 (float64 for float64 features), between 0 and 2: 0-D, or (...) for reduction="none". A mask without
+            a True returns a finite 0 with a graph.
+
+    A feature shorter than 1e-12 has no direction: its cosine is 0 and it gets no gradient; one longer than 1e18 may be NaN,
+    as its square leaves float32. Near 0 the loss keeps its digits: it is computed from the difference of the two unit
+    vectors, not as 1 - cosine. Gradients reach student, weight and bias, in their own dtypes.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; a teacher that requires grad.

@@ -61,8 +61,8 @@ def relation_kl(
             heads of at most 256 columns, in float32 of at most 128.
 
     Returns:
-        float32 (float64 for float64 features): 0-D, or (B, N) for reduction="none". A mask without a True gives a
-        finite 0 with a graph.
+        Tensor: float32 (float64 for float64 features): 0-D, or (B, N) for reduction="none". A mask without a True returns
+            a finite 0 with a graph.
 
     Gradients reach student_q and student_k in their own dtypes. The loss has no second derivative. Under autocast,
     features are cast as the products of an attention would cast them.

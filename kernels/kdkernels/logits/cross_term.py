@@ -37,14 +37,14 @@ def teacher_cross_term(
     Args:
         teacher: logits (..., V) as a tensor or TeacherLogits, or TeacherHead(hidden (..., D_t), weight (V, D_t), ...).
         student_weight: (V, D_s), the head that the student is trained with and that stays as it is.
-        student_bias: (V,), its bias.
-        temperature: of the loss that this is for. Default 1.0.
+        student_bias: (V,), the bias of that head. Default None.
+        temperature: plain number above 0, the temperature of the loss. Default 1.0.
 
     Returns:
-        TeacherCrossTerm with cross (..., D_s), bias and entropy (...) in float32 (float64 for a float64 head). In a step they
-        cost D_s numbers per token of storage, no teacher and no product with its head. Keep them in float32: the gradient is
-        a difference of two averages of the head, and a cross-term rounded to bfloat16 leaves 0.2 % of the
-        average in it, which is more than the difference once the student is near its teacher.
+        TeacherCrossTerm: cross (..., D_s), bias and entropy (...) in float32 (float64 for a float64 head). In a step they
+            cost D_s numbers per token of storage, no teacher and no GEMM with its head. Keep them in float32: the gradient
+            is a difference of two averages of the head, and a cross-term rounded to bfloat16 leaves 0.2 % of the
+            average in it, which is more than the difference once the student is near its teacher.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a teacher that requires grad.

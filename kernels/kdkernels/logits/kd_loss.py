@@ -98,29 +98,29 @@ def kd_loss(
         teacher: logits (..., V_t) as a tensor or TeacherLogits, TeacherHead(hidden, weight, bias) or
             TeacherTopK(logprobs, indices). Frozen; its dtype may differ from the student's. Logits may be -inf where the
             teacher gives probability 0.
-        labels: (...) int64 class ids; needed for ce_weight != 0 and for Decoupled. Without labels every row counts. On a
-            GPU labels out of range are not looked for, as that would make the host wait for the device.
+        labels: (...) int64 class ids; needed for ce_weight != 0 and for Decoupled. Without labels every row is valid. On a
+            GPU labels out of range are not looked for, as that would be a host sync.
         divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "chi_squared", or an
-            object:
-            ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(), AlphaBeta(alpha, beta),
-            ChiSquared(), Renyi(alpha),
-            Decoupled(target, non_target).
+            object: ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(),
+            AlphaBeta(alpha, beta), ChiSquared(), Renyi(alpha), Decoupled(target, non_target).
         temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
-        kd_weight, ce_weight: plain numbers before the divergence and before the cross entropy. Defaults 1.0
-            and 0.0. The cross entropy is of the student at temperature 1, over its whole vocabulary. With kd_weight 0 the
-            teacher is not read, whatever it holds, unless return_stats asks for numbers of it.
-        label_smoothing: in [0, 1): that share of the label's weight is spread over the student's whole vocabulary, as
-            in F.cross_entropy. Default 0.0.
+        kd_weight: plain number, the factor of the divergence. With 0 the teacher is not read, whatever it holds, unless
+            return_stats asks for numbers of it. Default 1.0.
+        ce_weight: plain number, the factor of the student's cross entropy at temperature 1 over its whole vocabulary.
+            Default 0.0.
+        label_smoothing: in [0, 1): the share of the label's weight that all entries of the student's vocabulary get in
+            equal parts, as in F.cross_entropy. Default 0.0.
         t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
-        ignore_index: rows with this label do not count, whatever else they hold. Default -100.
-        token_weight: (...) floating, one factor per row, without gradient. Default: 1 for each row.
-        reduction: "mean" (default) divides the sum by the number of counted rows, by the sum of their
-            `token_weight` when given, or by `num_items_in_batch`; "sum"; "none" gives shape (...), 0 in rows
-            that do not count.
+        ignore_index: rows with this label are ignored, whatever they hold. Default -100.
+        token_weight: (...) floating, one factor per row, without gradient; rows of weight 0 are ignored. Default: 1 for
+            each row.
+        reduction: "mean" (default) divides the sum by the number of valid rows, by the sum of their `token_weight` when
+            it is passed, or by `num_items_in_batch`; "sum"; "none" returns shape (...), 0 in ignored rows.
         num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
-            the counted rows of all micro-batches together.
-        softcap, logit_scale: of the student: its logits are softcap * tanh(logit_scale * student_logits / softcap), or
-            logit_scale * student_logits with softcap=None. Defaults None and 1.0. The teacher's are in TeacherHead.
+            the valid rows of all micro-batches together.
+        softcap: the student's logits are softcap * tanh(logit_scale * student_logits / softcap); those of the teacher
+            are in TeacherHead. Default None: no softcap.
+        logit_scale: plain number other than 0 that multiplies the student's logits, before a softcap. Default 1.0.
         vocab_map: for V_s != V_t. "shared_prefix": ids below min(V_s, V_t) are the same tokens. Or an int64 tensor
             (V_s,): the teacher's id of each student id, -1 where it has none. Both softmaxes of the divergence run
             over the shared ids, and its gradient is 0 elsewhere; the cross entropy is over all of the student's.
@@ -131,8 +131,8 @@ def kd_loss(
             host waits for the device. Default False.
 
     Returns:
-        float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
-        finite 0 that still has a graph. With return_stats=True (loss, KDStats).
+        Tensor: the loss in float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a valid row a
+            finite 0 that still has a graph. With return_stats=True a tuple of the loss and `KDStats`.
 
     The gradient has the dtype of `student_logits` and is computed in float32 (float64 for float64): together with the
     value for few logits and for float32 and float64 on a CPU, else in backward. The loss has no second derivative
@@ -140,7 +140,7 @@ def kd_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
-        NotImplementedError: an option that this back end does not support yet.
+        NotImplementedError: a combination of options that is not supported.
         FloatingPointError: see check_finite.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2 (T squared);

@@ -99,42 +99,74 @@ def linear_kd_loss(
         teacher_logits = F.linear(teacher.hidden, teacher.weight, teacher.bias)
         loss = kd_loss(student_logits, teacher_logits, labels, ...)
 
-    Args, where they are not those of `kd_loss`:
-        student_hidden: (..., D_s), float16, bfloat16, float32 or float64: what enters the student's head.
+    Args:
+        student_hidden: (..., D_s), float16, bfloat16, float32 or float64: the input of the student's head.
         student_weight: (V_s, D_s), the student's head; no work is spent on its gradient when it is frozen.
-        teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), any form of `kd_loss`, or
-            TeacherCrossTerm where the student's head is frozen. Frozen; D_t and the dtype may differ from the student's.
-        labels: as `kd_loss`; on a GPU, too, labels out of range are refused, except with static_shapes.
+        teacher: TeacherHead(hidden (..., D_t), weight (V_t, D_t), bias (V_t,)), logits (..., V_t) as a tensor or
+            TeacherLogits, TeacherTopK(logprobs, indices), or TeacherCrossTerm where the student's head is frozen.
+            Frozen; D_t and the dtype may differ from the student's.
+        labels: (...) int64 class ids; needed for ce_weight != 0 and for Decoupled. Without labels every row is valid.
+            Labels out of range are refused, on a GPU except with static_shapes.
         student_bias: (V_s,), the bias of the student's head. Scale and softcap come after it.
-        kd_weight: with 0 (and without return_stats) the teacher is not read and its logits are not made: plain training
-            with chunked logits. Only a vocab_group still reads it.
-        static_shapes: keep rows that do not count in the products instead of gathering the others first.
-            Reading their number is the only time the host waits for the device. Default False.
-        mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and multiplies four times;
-            "low_memory" holds a tile of the vocabulary at a time and makes its logits twice or three times. It takes
+        divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "chi_squared", or an
+            object: ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(),
+            AlphaBeta(alpha, beta), ChiSquared(), Renyi(alpha), Decoupled(target, non_target).
+        temperature: plain number above 0, of both distributions of the divergence. Default 1.0.
+        kd_weight: plain number, the factor of the divergence. With 0 (and without return_stats) the teacher is not read
+            and its logits are not computed: plain training with chunked logits. Only a vocab_group still reads it.
+            Default 1.0.
+        ce_weight: plain number, the factor of the student's cross entropy at temperature 1 over its whole vocabulary.
+            Default 0.0.
+        label_smoothing: in [0, 1): the share of the label's weight that all entries of the student's vocabulary get in
+            equal parts, as in F.cross_entropy. Default 0.0.
+        t_squared: multiply the divergence, value and gradient, by temperature squared. Default True.
+        ignore_index: rows with this label are ignored, whatever they hold. Default -100.
+        token_weight: (...) floating, one factor per row, without gradient; rows of weight 0 are ignored. Default: 1 for
+            each row.
+        reduction: "mean" (default) divides the sum by the number of valid rows, by the sum of their `token_weight` when
+            it is passed, or by `num_items_in_batch`; "sum"; "none" returns shape (...), 0 in ignored rows.
+        num_items_in_batch: a number or a 0-D tensor, which stays on its device. For gradient accumulation:
+            the valid rows of all micro-batches together.
+        softcap: the student's logits are softcap * tanh(logit_scale * z / softcap) for an output z of its head; those of
+            the teacher are in TeacherHead. Default None: no softcap.
+        logit_scale: plain number other than 0 that multiplies the output of the student's head, before a softcap.
+            Default 1.0.
+        vocab_map: for V_s != V_t. "shared_prefix": ids below min(V_s, V_t) are the same tokens. Or an int64 tensor
+            (V_s,): the teacher's id of each student id, -1 where it has none. Both softmaxes of the divergence run
+            over the shared ids, and its gradient is 0 elsewhere; the cross entropy is over all of the student's.
+        impl: None (default) takes triton for CUDA and ROCm tensors and torch elsewhere; "triton", "torch" and
+            "reference" (eager float32, whole logits) are taken as asked, never replaced.
+        return_stats: also return `KDStats`, numbers per token. Default False.
+        check_finite: raise FloatingPointError when the loss is NaN or infinite, naming the first bad row and side; a
+            host sync. Default False.
+        static_shapes: keep ignored rows in the GEMMs instead of gathering the valid ones first. Reading the number of
+            valid rows is the only host sync. Default False.
+        mode: "fast" (default) holds the logits of some tokens over the whole vocabulary and runs four GEMMs;
+            "low_memory" holds a tile of the vocabulary at a time and computes its logits twice or three times. It takes
             teachers with all their logits, and neither an index map nor return_stats.
         chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
             mode how many columns, are worked on at a time. Default: chosen by the back end; for low memory
             64 MiB, on GPUs 512 MiB.
-        vocab_group: a process group of torch.distributed whose ranks hold the vocabulary's slices in the order of
-            their numbers: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
+        vocab_group: a process group of torch.distributed whose ranks hold the shards of the vocabulary in the order of
+            their ranks: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
             hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
-            vocabulary, the whole gradient of the hidden states, and that of its own slice. The ranks exchange the
-            sizes of their slices in every call, which makes the host wait once. Default None: no sharding.
-        logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the memory
-            and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
+            vocabulary, the whole gradient of the hidden states, and that of its own shard. The ranks exchange the
+            sizes of their shards in every call, which is one host sync. Default None: no sharding.
+        logit_dtype: None (default) keeps logits in float32. torch.bfloat16, for bfloat16 heads, rounds them: half the
+            memory and traffic, and a gradient that is wrong by 30 % where the student is 0.01 nats from its teacher.
 
     Returns:
-        float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a counted row a
-        finite 0 that still has a graph. With return_stats=True (loss, KDStats).
+        Tensor: the loss in float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a valid row a
+            finite 0 that still has a graph. With return_stats=True a tuple of the loss and `KDStats`.
 
-    Logits are float32 out of the product for every input dtype; float32 heads are multiplied in float32 also where TF32 is
-    allowed. Gradients have the dtypes of their inputs; for
-    "mean" and "sum" they are computed together with the value. The loss has no second derivative
-    (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
+    Logits leave their GEMM in float32 for every input dtype; float32 heads are multiplied in float32 also where TF32 is
+    allowed. Gradients have the dtypes of their inputs; for "mean" and "sum" they are computed together with the value.
+    The loss has no second derivative (impl="reference" does). Under autocast hidden states and weights are cast as F.linear casts them.
 
     Raises:
-        As `kd_loss`.
+        ValueError: shapes, dtypes, devices, labels or options that do not fit; a teacher that requires grad.
+        NotImplementedError: a combination of options that is not supported.
+        FloatingPointError: see check_finite.
 
     Source: as `kd_loss`; the gradient during the forward pass over token chunks is that of Liger-Kernel
     (Hsu et al., 2024).

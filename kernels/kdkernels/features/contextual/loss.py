@@ -70,7 +70,7 @@ def contextual_relation_loss(
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
 
     Returns:
-        float32 (float64 for float64 features), 0-D. Nothing that counts gives a finite 0 with a graph.
+        Tensor: 0-D, float32 (float64 for float64 features). Without a valid relation a finite 0 with a graph.
 
     Only the student gets a gradient. Vectors and differences shorter than 1e-12 have no direction: their
     relations are 0 and have no gradient. Longer than 1e16 they may lose digits, and longer than 1e18 may give NaN, as their
