@@ -29,6 +29,7 @@ class Case:
     device: str = "cpu"
     teacher: str = "head"  # or logits, top_k, top_k_bucket, cross_term, none: what a step is given of it
     mode: str = "fast"
+    chunk_rows: int | None = None  # of logits held at a time by ours; None is the default of the back end
 
     @property
     def family(self) -> str:
@@ -39,6 +40,7 @@ class Case:
         masked = f", {self.masked:.0%} masked" if self.masked else ""
         masked += f", teacher as {self.teacher}" if self.teacher not in ("head", "none") else ""
         masked += f", {self.mode}" if self.mode != "fast" else ""
+        masked += f", chunks of {self.chunk_rows} rows" if self.chunk_rows else ""
         widths = (
             f"D_s={self.width}, D_t={self.teacher_width}" if self.teacher != "none" else f"D={self.width}"
         )

@@ -23,6 +23,7 @@ def ours(case: Case, inputs: Inputs) -> Step:
     teacher = losses.teacher_of(case, inputs)
     divergence, mode = losses.divergence_of(case), case.mode
     assert mode == "fast" or mode == "low_memory"
+    chunk_bytes = None if case.chunk_rows is None else 8 * case.vocabulary * case.chunk_rows
     return with_backward(
         lambda: linear_kd_loss(
             inputs.student_hidden,
@@ -31,6 +32,7 @@ def ours(case: Case, inputs: Inputs) -> Step:
             inputs.labels,
             divergence=divergence,
             mode=mode,
+            chunk_bytes=chunk_bytes,
         )
     )
 

@@ -72,6 +72,14 @@ SUITES: dict[str, tuple[AnyCase, ...]] = {
         _gpu(teacher="logits"),
         given_logits.Case(32, 20, device="cuda"),
     ),
+    # Parts of `benchmarks.gpu`: what a first short run on a GPU is for.
+    "gpu_reference": (_gpu(), _gpu("jsd")),
+    "gpu_chunks": tuple(_gpu(chunk_rows=rows) for rows in (1024, 2048, 4096)),
+    "gpu_kd": (
+        given_logits.Case(8192, 128256, "bfloat16", device="cuda"),
+        given_logits.Case(8192, 32000, device="cuda"),
+        given_logits.Case(32, 20, device="cuda"),
+    ),
     "gpu_features": (*features.GPU, *contextual.GPU),
     "gpu_steps": (*language_steps.GPU, *study_steps.GPU),
     "gpu_smoke": (

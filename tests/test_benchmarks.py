@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
+import benchmarks.gemms
 import benchmarks.gpu
 import benchmarks.rows
 from benchmarks import numerics
@@ -133,6 +134,29 @@ def test_every_part_of_the_gpu_command_exists(tmp_path: Path) -> None:
 
             chosen = parse(command[3:])
             assert chosen.skip_tests and chosen.out == tmp_path and SUITES[chosen.suite][0].device == "cuda"
+
+
+def test_the_first_gpu_run_fits_a_loan() -> None:
+    """Twelve minutes, of which a start of processes and a cut cost some seconds."""
+    assert benchmarks.gpu.MINUTES <= 11.5
+    assert set(benchmarks.gpu.FIRST) < set(benchmarks.gpu.PARTS)
+    assert list(benchmarks.gpu.FIRST) == list(benchmarks.gpu.PARTS)[: len(benchmarks.gpu.FIRST)]
+    weights = [benchmarks.gpu.PARTS[name].weight for name in benchmarks.gpu.FIRST]
+    assert all(weight / sum(weights) * benchmarks.gpu.MINUTES > 0.6 for weight in weights)
+
+
+def test_gemms_are_measured_and_written(tmp_path: Path) -> None:
+    """On a CPU and small: every record with the environment's stamp, and errors of one rounding."""
+    shape = ["--shape", "96", "16", "24", "500"]
+    assert benchmarks.gemms.main(["--device", "cpu", "--out", str(tmp_path), *shape]) == 0
+    (path,) = tmp_path.iterdir()
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["gemm"] for row in rows][:2] == ["teacher logits", "student logits"] and len(rows) == 6
+    assert all(float(row["error"]) < 2.0**-8 and float(row["ms"]) > 0 for row in rows)
+    assert {row["torch"] for row in rows} == {torch.__version__}
+    if not torch.cuda.is_available():
+        assert benchmarks.gemms.main([]) == 2
 
 
 @pytest.mark.parametrize(
