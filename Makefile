@@ -11,16 +11,22 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check bench
+.PHONY: help demo test test-cpus speed check bench
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.train ## distil a real code model on this machine, nothing downloaded (minutes on two cores)
 	$(BIN)/kdtrain demo
 
 test: .venv/.dev ## run the tests (under 10 minutes on two cores)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+test-cpus: .venv/.dev ## run the numeric tests as older CPUs and other thread numbers run them (half an hour on two cores)
+	$(BIN)/python -m tests.cpus -- --numprocesses auto --dist loadgroup
+
+speed: .venv/.dev ## hold the losses to their committed times; for a machine with nothing else to do (a minute)
+	$(BIN)/python -m pytest -m quiet --numprocesses 0
 
 check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .
