@@ -8,10 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 Tail = Literal["renormalize", "bucket"]
-# What the tensors of a teacher are on their way to a back end: source, weight, bias; logprobs, indices, None; or cross,
-# bias, entropy.
-Form = Literal["full", "top_k", "cross_term"]
-
 # The probability of a teacher's bucket, unless every id was kept.
 LEAST_REST = 2.0**-24
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdkernels import ForwardKL, linear_kd_loss
+from kdkernels import ForwardKL, TeacherHead, linear_kd_loss
 from kdkernels.core.autograd import dtypes_of, finish
 from kdkernels.core.backend import Backend
 from kdkernels.core.matmul import full_float32
 from kdkernels.logits.by_rows import LinearKD
+from kdkernels.logits.inputs import Given
 from kdkernels.options import RowTerms
 from tests.support.fake_device import Device, Rows, Run
 
@@ -25,14 +26,13 @@ def dtypes(facts: list[tuple[tuple[int, ...], torch.dtype]]) -> set[torch.dtype]
 
 def linear_step(**options: Any) -> tuple[list[Run], list[Run]]:
     """What forward and backward of a bfloat16 head run."""
-    solver = LinearKD(RowTerms(ForwardKL()), cast(Backend, Rows), None, None, None, **options)
     hidden, head = torch.randn(N, WIDTH, dtype=HALF), torch.randn(VOCABULARY, WIDTH, dtype=HALF)
-    teacher = (
-        torch.randn(N, TEACHER_WIDTH, dtype=HALF),
-        torch.randn(VOCABULARY, TEACHER_WIDTH, dtype=HALF),
-        None,
+    teacher = TeacherHead(
+        torch.randn(N, TEACHER_WIDTH, dtype=HALF), torch.randn(VOCABULARY, TEACHER_WIDTH, dtype=HALF)
     )
-    tensors = (hidden, head, None, *teacher, None, None, None, None)
+    given = Given(teacher, None, None, None)
+    solver = LinearKD(RowTerms(ForwardKL()), cast(Backend, Rows), None, None, None, given.layout, **options)
+    tensors = (hidden, head, None, *given.tensors)
     needs = tuple(tensor is hidden or tensor is head for tensor in tensors)
     with Device() as forward:
         _, gradients = solver.solve(tensors, torch.ones(N), needs)

@@ -26,8 +26,9 @@ from ..core.matmul import (
 )
 from ..core.rows import compact_rows, put_back, zero_where_dead
 from ..options import RowTerms
-from ..teachers import Form, Tail
-from .teacher_rows import CrossTermWork, RowOptions, RowTensors, part, row_work, take
+from ..teachers import TeacherHead, TeacherLogits, TeacherTopK
+from .inputs import Given
+from .teacher_rows import CrossTermWork, RowCall
 
 
 def _gradient_view(buffer: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:
@@ -45,9 +46,9 @@ class RowResults:
         wide = wide_dtype(like.dtype)
         self.table = torch.zeros((8 if stats else 1, rows), dtype=wide, device=like.device)
 
-    def stats(self, rows: slice) -> Tensor | None:
+    def stats(self, rows: slice) -> Tensor:
         """(5, R) for the row function to write to."""
-        return self.table[3:, rows] if self.with_stats else None
+        return self.table[3:, rows]
 
     def put(self, rows: slice, kd: Tensor, ce: Tensor) -> None:
         """Losses of some rows from their two terms."""
@@ -65,17 +66,14 @@ class RowResults:
 
 @dataclass(frozen=True)
 class LinearKD:
-    """`linear_kd_loss`: tensors are student hidden, weight, bias; the teacher's three (`teachers.Form`); labels; the
-    weights of `Decoupled`; the vocabulary's index map."""
+    """`linear_kd_loss`: tensors are student hidden, weight, bias, and those of `Given`."""
 
     terms: RowTerms
     backend: Backend
     chunk_bytes: int | None
     autocast: torch.dtype | None
     half_bound: float | None
-    form: Form = "full"
-    tail: Tail = "renormalize"
-    shared: int | None = None  # both vocabularies share their first ids; without a map
+    layout: Given
     stats: bool = False
     compact: bool = False  # gather the rows that count first, which makes the host wait once
     logit_dtype: torch.dtype | None = None  # of the buffers; None is float32
@@ -89,15 +87,14 @@ class LinearKD:
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradients of student hidden states, weight and bias."""
-        hidden, head, bias, *teacher, labels, target, non_target, vocab_map = tensors
+        hidden, head, bias, *others = tensors
         assert hidden is not None and head is not None
+        given = self.layout.filled(tuple(others))
         rows, vocabulary = hidden.shape[0], head.shape[0]
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
-        index = compact_rows(weight, labels, vocabulary) if self.compact else None
+        index = compact_rows(weight, given.labels, vocabulary) if self.compact else None
         hidden = hidden if index is None else hidden.index_select(0, index)
-        labels, weight = take(labels, index), take(weight, index)
-        target, non_target = take(target, index), take(non_target, index)
-        tensors_of_rows = RowTensors(bias, labels, weight, target, non_target, vocab_map)
+        valid = given.rows(weight, index)
         counted = hidden.shape[0]
         wide = wide_dtype(head.dtype)
         results = RowResults(counted, self.terms, self.stats, head)
@@ -114,17 +111,18 @@ class LinearKD:
         buffer = logit_buffer(min(size, counted), vocabulary, head, self.logit_dtype)
         gradient_dtype = self.logit_dtype or (head.dtype if half else wide)
         gradient = _gradient_view(buffer, gradient_dtype, vocabulary) if any(needs) else None
-        options = RowOptions(
+        call = RowCall(
             self.terms,
             self.backend,
-            self.form,
-            self.tail,
-            self.shared,
-            self.stats,
+            valid,
+            index,
+            given.vocab_map,
+            results.stats if self.stats else None,
+            bias,
             self.autocast,
             self.logit_dtype,
         )
-        work = row_work(options, tuple(teacher), index, len(buffer), hidden, tensors_of_rows, results.stats)
+        work = call.work(given.teacher, len(buffer), hidden, self.terms.reads_teacher(self.stats))
         for start in range(0, counted, size):
             here = slice(start, min(start + size, counted))
             chunk = here.stop - start
@@ -140,28 +138,24 @@ class LinearKD:
                 if isinstance(work, CrossTermWork):
                     work.add_to_hidden(d_hidden[here], here)
             if d_head is not None:
-                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], part(weight, here))
+                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], valid[here].weight)
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))
         d_hidden = None if d_hidden is None else put_back(d_hidden, index, rows)
-        return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * 7)
+        return results.values(rows, index), (d_hidden, d_head, d_bias, *(None,) * len(others))
 
 
 @dataclass(frozen=True)
 class LogitKD:
-    """`kd_loss`: tensors are student logits; the teacher's three (`teachers.Form`); labels; the weights of
-    `Decoupled`; the vocabulary's index map."""
+    """`kd_loss`: tensors are student logits, and those of `Given`."""
 
     terms: RowTerms
     backend: Backend
     autocast: torch.dtype | None
-    half_bound: float | None = None
-    form: Form = "full"
-    tail: Tail = "renormalize"
-    shared: int | None = None
+    half_bound: float | None
+    layout: Given
     stats: bool = False
-    stored: bool = False  # the teacher is logits, which are the same numbers when the gradient is computed
 
     @property
     def passed_on(self) -> int:
@@ -171,18 +165,26 @@ class LogitKD:
     @property
     def state_size(self) -> int:
         """Numbers per row that values keep for the gradient, which then takes one pass over both rows."""
-        return self.backend.ROW_STATE if self.stored and self.terms.kd_scale != 0.0 else 0
+        # The numbers of stored logits are the same when the gradient is computed.
+        stored = isinstance(self.layout.teacher, TeacherLogits)
+        return self.backend.ROW_STATE if stored and self.terms.kd_scale != 0.0 else 0
 
     def values(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Row losses, and the state of the rows."""
-        logits, teacher, options = self._rows(tensors, weight)
+        logits, teacher, labels, options = self._rows(tensors, weight)
         results = RowResults(len(logits), self.terms, self.stats, logits)
         state = torch.empty(
             (self.backend.ROW_STATE, len(logits)), dtype=results.table.dtype, device=logits.device
         )
         every = slice(0, len(logits))
         kd, ce = self.backend.kd_rows(
-            logits, teacher, tensors[4], self.terms, stats=results.stats(every), state=state, **options
+            logits,
+            teacher,
+            labels,
+            self.terms,
+            stats=results.stats(every) if self.stats else None,
+            state=state,
+            **options,
         )
         results.put(every, kd, ce)
         return results.values(len(logits), None), state
@@ -191,47 +193,53 @@ class LogitKD:
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...], state: Tensor
     ) -> Tensors:
         """The gradient of the student logits."""
-        logits, teacher, options = self._rows(tensors, weight)
+        logits, teacher, labels, options = self._rows(tensors, weight)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        self.backend.kd_gradient(logits, teacher, tensors[4], self.terms, state=state, grad=grad, **options)
+        self.backend.kd_gradient(logits, teacher, labels, self.terms, state=state, grad=grad, **options)
         return grad, *(None,) * (len(tensors) - 1)
 
-    def _rows(self, tensors: Tensors, weight: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Both sides' logits with a contiguous last axis, and what else the back end takes of stored teacher logits."""
-        student, teacher, _, _, _, target, non_target, vocab_map = tensors
-        assert student is not None and teacher is not None
+    def _rows(
+        self, tensors: Tensors, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+        """Both sides' logits with a contiguous last axis, labels, and what else the back end takes."""
+        given = self.layout.filled(tensors[1:])
+        assert tensors[0] is not None and isinstance(given.teacher, TeacherLogits)
         student, teacher = (
-            side if side.stride(-1) == 1 else side.contiguous() for side in (student, teacher)
+            side if side.stride(-1) == 1 else side.contiguous() for side in (tensors[0], given.teacher.logits)
         )
-        both = None if target is None or non_target is None else (target, non_target)
-        vocabularies = self.shared if vocab_map is None else vocab_map
-        return student, teacher, {"row_weight": weight, "vocab_map": vocabularies, "decoupled": both}
+        options = {"row_weight": weight, "vocab_map": given.vocab_map, "decoupled": given.decoupled}
+        return student, teacher, given.labels, options
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradient of the student logits."""
-        logits, *teacher, labels, target, non_target, vocab_map = tensors
+        logits, *others = tensors
         assert logits is not None
+        given = self.layout.filled(tuple(others))
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         rows, vocabulary = logits.shape
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs[0] else None
-        options = RowOptions(
-            self.terms, self.backend, self.form, self.tail, self.shared, self.stats, self.autocast
-        )
         # The work with labels only or with a top k overwrites its logits, and these are the caller's.
-        overwritten = self.form == "top_k"
-        if (
-            self.terms.kd_scale == 0.0
-        ):  # the gradient is that of the labels alone, whatever is counted beside it
+        overwritten = isinstance(given.teacher, TeacherTopK)
+        if self.terms.kd_scale == 0.0:  # the gradient is that of the labels alone, also beside statistics
             overwritten = not self.terms.student_transform.is_identity
+        reads_teacher = self.terms.reads_teacher(self.stats)
         # Stored teacher logits need no buffer, so their rows are one chunk.
         size = max(rows, 1)
-        if overwritten or (teacher[1] is not None and not options.labels_only):
+        if overwritten or (isinstance(given.teacher, TeacherHead | TeacherTopK) and reads_teacher):
             size = self.backend.chunk_rows(size, vocabulary, None, logits.device)
         results = RowResults(rows, self.terms, self.stats, logits)
-        tensors_of_rows = RowTensors(None, labels, weight, target, non_target, vocab_map)
-        work = row_work(options, tuple(teacher), None, min(size, rows), None, tensors_of_rows, results.stats)
+        call = RowCall(
+            self.terms,
+            self.backend,
+            given.rows(weight, None),
+            None,
+            given.vocab_map,
+            results.stats if self.stats else None,
+            autocast=self.autocast,
+        )
+        work = call.work(given.teacher, min(size, rows), None, reads_teacher)
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             grad = None if d_logits is None else d_logits[here]
@@ -239,4 +247,4 @@ class LogitKD:
             if overwritten:
                 source = source.clone() if grad is None else grad.copy_(source)
             results.put(here, *work(source, here, grad))
-        return results.values(rows, None), (d_logits, *(None,) * 7)
+        return results.values(rows, None), (d_logits, *(None,) * len(others))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,20 +59,22 @@ def teacher_cross_term(
     vocabulary = teacher.weight.shape[0] if isinstance(teacher, TeacherHead) else rows.shape[-1]
     teacher_checks.check_averaged_head(student_weight, student_bias, vocabulary, rows)
 
-    source, head, bias, transform = flat(rows), None, None, LogitTransform()
+    bias, transform = None, LogitTransform()
     if isinstance(teacher, TeacherHead):
-        head, bias = teacher.weight, teacher.bias
-        transform = LogitTransform(float(teacher.scale), teacher.softcap)
+        bias, transform = teacher.bias, LogitTransform(float(teacher.scale), teacher.softcap)
+        teacher = replace(teacher, hidden=flat(teacher.hidden))
+    else:
+        teacher = TeacherLogits(flat(teacher.logits))
     wide, device = wide_dtype(student_weight.dtype), student_weight.device
-    count = source.shape[0]
+    count = rows.numel() // max(rows.shape[-1], 1)
     cross = torch.zeros((count, student_weight.shape[1]), dtype=wide, device=device)
     mean_bias, entropy = torch.zeros((2, count), dtype=wide, device=device)
     with autocast_off(student_weight):
-        logits_of = TeacherLogitSource.prepare(source, head, None, None, min(CHUNK_ROWS, count))
+        logits_of = TeacherLogitSource.prepare(teacher, None, None, min(CHUNK_ROWS, count))
         for start in range(0, count, CHUNK_ROWS):
             here = slice(start, min(start + CHUNK_ROWS, count))
             logits = logits_of.logits(here)
-            logits = logits.to(wide) if head is not None else logits.to(wide, copy=True)
+            logits = logits.to(wide, copy=isinstance(teacher, TeacherLogits))  # they are overwritten
             transform_(logits, bias, transform, derivative=False)
             log_p = torch.log_softmax(logits.div_(temperature), -1)
             p = torch.exp(log_p, out=logits)

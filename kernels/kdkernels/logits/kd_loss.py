@@ -17,7 +17,7 @@ from ..divergences import Divergence
 from ..options import IGNORE_INDEX, Impl, LossOptions, Reduction
 from ..reference.logits import wide
 from ..stats import KDStats, in_shape
-from ..teachers import Teacher, TeacherCrossTerm, TeacherLogits
+from ..teachers import Teacher, TeacherCrossTerm
 from .by_rows import LogitKD
 from .diagnose import refuse_bad_rows
 from .problem import check_options, prepare
@@ -196,15 +196,12 @@ def kd_loss(
                 load_backend(problem.impl),
                 problem.autocast,
                 None,
-                *problem.form,
-                shared=problem.vocab_map if isinstance(problem.vocab_map, int) else None,
-                stats=return_stats,
-                stored=isinstance(problem.teacher, TeacherLogits),
+                problem.given.layout,
+                return_stats,
             )
-            tensors = (logits, *problem.teacher_tensors, *problem.row_tensors)
             loss, statistics = row_loss_and_rest(
                 solver,
-                tensors,
+                (logits, *problem.given.tensors),
                 counted.weight,
                 counted.denominator,
                 reduction,

@@ -241,16 +241,14 @@ def linear_kd_loss(
             values, statistics = reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
-            shared = problem.vocab_map if isinstance(problem.vocab_map, int) else None
+            layout = problem.given.layout
             half_bound = _half_bound(problem.terms, cast or student_weight.dtype)
             compact = not static_shapes and counted.weight is not None
             backend = load_backend(problem.impl)
             if shard is not None:
-                solver = ShardedKD(problem.terms, backend, cast, half_bound, shard, compact)
+                solver = ShardedKD(problem.terms, backend, cast, half_bound, layout, shard, compact)
             elif mode == "low_memory":
-                solver = LowMemoryKD(
-                    problem.terms, backend, chunk_bytes, cast, half_bound, shared=shared, compact=compact
-                )
+                solver = LowMemoryKD(problem.terms, backend, chunk_bytes, cast, half_bound, layout, compact)
             else:
                 solver = LinearKD(
                     problem.terms,
@@ -258,15 +256,12 @@ def linear_kd_loss(
                     chunk_bytes,
                     cast,
                     half_bound,
-                    *problem.form,
-                    shared=shared,
-                    stats=return_stats,
-                    compact=compact,
-                    logit_dtype=logit_dtype,
+                    layout,
+                    return_stats,
+                    compact,
+                    logit_dtype,
                 )
-            tensors = (
-                hidden, student_weight, student_bias, *problem.teacher_tensors, *problem.row_tensors
-            )  # fmt: skip
+            tensors = (hidden, student_weight, student_bias, *problem.given.tensors)
             loss, statistics = row_loss_and_rest(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
             )

@@ -7,7 +7,7 @@ and Decoupled when there is a gradient to write), one for the gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,8 +27,9 @@ from ..core.matmul import (
 from ..core.row_state import new_state
 from ..core.rows import compact_rows, equal_chunk, put_back, zero_where_dead
 from ..options import RowTerms
+from ..teachers import TeacherHead, TeacherLogits
 from . import tiles
-from .teacher_rows import part, take
+from .inputs import Given, Rows, slice_rows
 
 # Bytes of the two logit buffers together, and the rows of a tile: 8192 columns by default. On a GPU eight times as many: the
 # row work of 64 MiB takes less time than its launches.
@@ -76,9 +77,9 @@ class _Chunk:
             student = self.buffers[0][: len(self.hidden), : stop - start]
             head_logits(self.hidden, self.head[here], student)
             teacher: Tensor | None = None
-            options: dict[str, Any] = {"offset": start, "student_bias": part(self.bias, here)}
+            options: dict[str, Any] = {"offset": start, "student_bias": slice_rows(self.bias, here)}
             if start < self.shared:
-                options["teacher_bias"] = part(self.teacher_bias, here)
+                options["teacher_bias"] = slice_rows(self.teacher_bias, here)
                 if self.teacher_head is None:
                     teacher = self.teacher[:, here]
                 else:
@@ -89,36 +90,40 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class LowMemoryKD:
-    """`autograd.Solver`; tensors are student hidden, weight, bias; teacher source, weight, bias; labels; the weights of
-    `Decoupled`; None for an index map, which this mode does not take."""
+    """`autograd.Solver`; tensors are student hidden, weight, bias, and those of `Given`, without an index map."""
 
     terms: RowTerms
     backend: Backend
     tile_bytes: int | None
     autocast: torch.dtype | None
     half_bound: float | None
-    shared: int | None = None  # both vocabularies share their first ids
+    layout: Given
     compact: bool = False  # gather the rows that count first, which makes the host wait once
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses and the gradients of student hidden states, weight and bias."""
-        hidden, head, bias, source, teacher_head, teacher_bias, labels, target, non_target, _ = tensors
-        assert hidden is not None and head is not None and source is not None
+        hidden, head, bias, *others = tensors
+        given = self.layout.filled(tuple(others))
+        teacher = given.teacher
+        assert hidden is not None and head is not None and isinstance(teacher, TeacherLogits | TeacherHead)
+        teacher_head = teacher_bias = None
+        if isinstance(teacher, TeacherHead):
+            source, teacher_head, teacher_bias = teacher.hidden, teacher.weight, teacher.bias
+        else:
+            source = teacher.logits
         rows, vocabulary = hidden.shape[0], head.shape[0]
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
         if teacher_head is not None:
             source = source.to(self.autocast or source.dtype)
             teacher_head = teacher_head.to(self.autocast or teacher_head.dtype)
-        index = compact_rows(weight, labels, vocabulary) if self.compact else None
-        hidden, labels, weight, target, non_target = (
-            take(tensor, index) for tensor in (hidden, labels, weight, target, non_target)
-        )
-        assert hidden is not None
-        shared = vocabulary if self.shared is None else self.shared
+        index = compact_rows(weight, given.labels, vocabulary) if self.compact else None
+        hidden = hidden if index is None else hidden.index_select(0, index)
+        valid = given.rows(weight, index)
+        shared = given.vocab_map if isinstance(given.vocab_map, int) else vocabulary
         if not self.terms.reads_teacher(stats=False):
-            shared, target, non_target = 0, None, None  # no tile has anything of the teacher
+            shared, valid = 0, replace(valid, decoupled=None)  # no tile has anything of the teacher
         wide, counted = wide_dtype(head.dtype), hidden.shape[0]
         values = torch.zeros(counted, dtype=wide, device=hidden.device)
         of_head = torch.empty if counted else torch.zeros  # the first chunk writes it, the others add
@@ -150,25 +155,20 @@ class LowMemoryKD:
                 columns,
                 buffers,
             )
-            decoupled = None if target is None or non_target is None else (target[here], non_target[here])
-            values[here] = self._solve(
-                chunk, part(labels, here), decoupled, part(weight, here), gradients, here
-            )
+            values[here] = self._solve(chunk, valid[here], gradients, here)
         d_hidden = gradients[0]
         d_hidden = None if d_hidden is None else put_back(d_hidden, index, rows)
-        return put_back(values, index, rows), (d_hidden, *gradients[1:], *(None,) * 7)
+        return put_back(values, index, rows), (d_hidden, *gradients[1:], *(None,) * len(others))
 
     def _solve(
         self,
         chunk: _Chunk,
-        labels: Tensor | None,
-        decoupled: tuple[Tensor, Tensor] | None,
-        weight: Tensor | None,
+        rows: Rows,
         gradients: list[Tensor | None],
-        rows: slice,
+        here: slice,
     ) -> Tensor:
         """Row losses of a chunk; its gradients are added."""
-        terms, backend = self.terms, self.backend
+        terms, backend, labels, weight = self.terms, self.backend, rows.labels, rows.weight
         state = new_state(len(chunk.hidden), wide_dtype(chunk.head.dtype), chunk.hidden.device)
         for _, student, teacher, options in chunk.tiles():
             backend.tile_statistics(student, teacher, labels, terms, state, row_weight=weight, **options)
@@ -179,26 +179,24 @@ class LowMemoryKD:
                 if teacher is not None:
                     backend.tile_sums(student, teacher, labels, terms, state, row_weight=weight, **options)
         if wanted:
-            self._add_gradients(chunk, labels, decoupled, weight, state, summed, gradients, rows)
+            self._add_gradients(chunk, rows, state, summed, gradients, here)
         kd, ce = tiles.finish(
-            state, labels, terms, vocabulary=len(chunk.head), decoupled=decoupled, row_weight=weight
+            state, labels, terms, vocabulary=len(chunk.head), decoupled=rows.decoupled, row_weight=weight
         )
         return terms.loss(kd, ce)
 
     def _add_gradients(
         self,
         chunk: _Chunk,
-        labels: Tensor | None,
-        decoupled: tuple[Tensor, Tensor] | None,
-        weight: Tensor | None,
+        rows: Rows,
         state: Tensor,
         summed: bool,
         gradients: list[Tensor | None],
-        rows: slice,
+        places: slice,
     ) -> None:
         d_hidden, d_head, d_bias = gradients
         half = has_half_products(chunk.head)
-        kept = chunk.hidden if self.compact else zero_where_dead(chunk.hidden, weight)
+        kept = chunk.hidden if self.compact else zero_where_dead(chunk.hidden, rows.weight)
         for here, student, teacher, options in chunk.tiles():
             grad = student
             if half:
@@ -207,19 +205,19 @@ class LowMemoryKD:
             self.backend.tile_gradient(
                 student,
                 teacher,
-                labels,
+                rows.labels,
                 self.terms,
                 state,
                 vocabulary=len(chunk.head),
-                row_weight=weight,
-                decoupled=decoupled,
+                row_weight=rows.weight,
+                decoupled=rows.decoupled,
                 grad=grad,
                 add_value=not summed,
                 **options,
             )
             if d_hidden is not None:
-                add_hidden_gradient(d_hidden[rows], grad, chunk.head[here])
+                add_hidden_gradient(d_hidden[places], grad, chunk.head[here])
             if d_head is not None:
-                add_weight_gradient(d_head[here], grad, kept, first=rows.start == 0)
+                add_weight_gradient(d_head[here], grad, kept, first=places.start == 0)
             if d_bias is not None:
                 d_bias[here] += grad.sum(0, dtype=d_bias.dtype)

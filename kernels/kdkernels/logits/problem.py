@@ -16,8 +16,6 @@ from ..divergences import Decoupled, Divergence, resolve_divergence
 from ..options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
 from ..teachers import (
     CheckedTeacher,
-    Form,
-    Tail,
     Teacher,
     TeacherCrossTerm,
     TeacherHead,
@@ -25,6 +23,7 @@ from ..teachers import (
     TeacherTopK,
 )
 from . import option_checks, teacher_checks
+from .inputs import Given
 
 
 def check_options(
@@ -103,29 +102,9 @@ class Problem:
     return_stats: bool
 
     @property
-    def teacher_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The three tensors of `teachers.Form`."""
-        teacher = self.teacher
-        if isinstance(teacher, TeacherLogits):
-            return teacher.logits, None, None
-        if isinstance(teacher, TeacherHead):
-            return teacher.hidden, teacher.weight, teacher.bias
-        if isinstance(teacher, TeacherTopK):
-            return teacher.logprobs, teacher.indices, None
-        return teacher.cross, teacher.bias, teacher.entropy
-
-    @property
-    def form(self) -> tuple[Form, Tail]:
-        """What these tensors are."""
-        if isinstance(self.teacher, TeacherTopK):
-            return "top_k", self.teacher.tail
-        return "cross_term" if isinstance(self.teacher, TeacherCrossTerm) else "full", "renormalize"
-
-    @property
-    def row_tensors(self) -> tuple[Tensor | None, ...]:
-        """Labels, the weights of `Decoupled` and the vocabulary's index map."""
-        mapping = self.vocab_map if isinstance(self.vocab_map, Tensor) else None
-        return self.labels, *(self.decoupled or (None, None)), mapping
+    def given(self) -> Given:
+        """What goes with the student's tensors into a solver."""
+        return Given(self.teacher, self.labels, self.decoupled, self.vocab_map)
 
 
 def prepare(

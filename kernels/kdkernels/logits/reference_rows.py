@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import logits as reference
 from ..reference.sparse import cross_term_row_terms, top_k_row_terms
-from ..teachers import TeacherCrossTerm, TeacherTopK
+from ..teachers import TeacherCrossTerm, TeacherHead, TeacherTopK
 from .problem import Problem
 
 
@@ -31,12 +31,15 @@ def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> t
         assert hidden is not None
         kd, ce = cross_term_row_terms(hidden, logits, problem.teacher, labels, weight, terms)
     else:
-        source, head, bias = problem.teacher_tensors
-        teacher = reference.linear(
-            cast_to(source, problem.autocast if head is not None else None),
-            None if head is None else cast_to(head, problem.autocast),
-            bias,
-        ).to(logits.dtype)
+        teacher = problem.teacher
+        if isinstance(teacher, TeacherHead):
+            cast = problem.autocast
+            teacher = reference.linear(
+                cast_to(teacher.hidden, cast), cast_to(teacher.weight, cast), teacher.bias
+            )
+        else:
+            teacher = reference.wide(teacher.logits)
+        teacher = teacher.to(logits.dtype)
         mapping = problem.vocab_map
         kd, ce = reference.kd_row_terms(
             logits, teacher, labels, weight, terms, vocab_map=mapping, decoupled=problem.decoupled

@@ -28,8 +28,10 @@ from ..core.matmul import (
 from ..core.row_state import CE_SUM, LOGIT_SUM, STUDENT_MAX, STUDENT_SUM, VALUE, new_state
 from ..core.rows import compact_rows, equal_chunk, put_back, zero_where_dead
 from ..options import RowTerms
+from ..teachers import TeacherHead, TeacherLogits
 from . import tiles
-from .teacher_rows import TeacherLogitSource, part, take
+from .inputs import Given, Rows
+from .teacher_rows import TeacherLogitSource
 
 # Slots by what the ranks do with them. Slices, as a list of slots would be copied from the host, which then waits.
 _MAXIMA, _THEIR_SUMS = slice(STUDENT_MAX, STUDENT_SUM), slice(STUDENT_SUM, CE_SUM + 1)
@@ -83,13 +85,14 @@ def _merge_statistics(state: Tensor, temperature: float, group: dist.ProcessGrou
 
 @dataclass(frozen=True)
 class ShardedKD:
-    """`autograd.Solver`; tensors are student hidden, weight, bias; teacher source, weight, bias; labels; the weights of
-    `Decoupled`; None for an index map. Weights and biases are this rank's slices, as are stored teacher logits."""
+    """`autograd.Solver`; tensors are student hidden, weight, bias, and those of `Given`, without a map. Weights, biases and
+    stored teacher logits are this rank's shards."""
 
     terms: RowTerms
     backend: Backend
     autocast: torch.dtype | None
     half_bound: float | None
+    layout: Given
     shard: Shard
     compact: bool  # gather the rows that count first, which makes the host wait once
 
@@ -97,15 +100,15 @@ class ShardedKD:
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensors]:
         """Row losses, the same on every rank, and the gradients of student hidden states, weight and bias."""
-        hidden, head, bias, source, teacher_head, teacher_bias, labels, target, non_target, _ = tensors
-        assert hidden is not None and head is not None and source is not None
+        hidden, head, bias, *others = tensors
+        given = self.layout.filled(tuple(others))
+        teacher = given.teacher
+        assert hidden is not None and head is not None and isinstance(teacher, TeacherLogits | TeacherHead)
         rows, columns, wide = hidden.shape[0], head.shape[0], wide_dtype(head.dtype)
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
-        index = compact_rows(weight, labels, self.shard.total) if self.compact else None
-        hidden, labels, weight, target, non_target = (
-            take(tensor, index) for tensor in (hidden, labels, weight, target, non_target)
-        )
-        assert hidden is not None
+        index = compact_rows(weight, given.labels, self.shard.total) if self.compact else None
+        hidden = hidden if index is None else hidden.index_select(0, index)
+        valid = given.rows(weight, index)
         counted = hidden.shape[0]
         values = torch.zeros(counted, dtype=wide, device=hidden.device)
         allocate = (
@@ -117,55 +120,46 @@ class ShardedKD:
         half = has_half_products(head)
         size = equal_chunk(max(counted, 1), self.shard.chunk_rows)
         buffer = logit_buffer(min(size, counted), columns, head)
-        teacher = TeacherLogitSource.prepare(source, teacher_head, self.autocast, index, buffer.shape[0])
+        teacher_bias = teacher.bias if isinstance(teacher, TeacherHead) else None
+        logits_of = TeacherLogitSource.prepare(teacher, self.autocast, index, buffer.shape[0])
         for start in range(0, counted, size):
             here = slice(start, min(start + size, counted))
             logits = buffer[: here.stop - start, :columns]
             head_logits(hidden[here], head, logits)
             grad = buffer.view(head.dtype)[: here.stop - start, :columns] if half else logits
-            decoupled = None if target is None or non_target is None else (target[here], non_target[here])
             values[here] = self._rows(
-                logits,
-                teacher.logits(here),
-                part(labels, here),
-                bias,
-                teacher_bias,
-                decoupled,
-                part(weight, here),
-                grad if any(needs) else None,
+                logits, logits_of.logits(here), valid[here], bias, teacher_bias, grad if any(needs) else None
             )
             if d_hidden is not None:
                 hidden_gradient(grad, head, d_hidden[here])
             if d_head is not None:
-                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], part(weight, here))
+                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], valid[here].weight)
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias += grad.sum(0, dtype=wide)
         if d_hidden is not None:
             dist.all_reduce(d_hidden, dist.ReduceOp.SUM, self.shard.group)
             d_hidden = put_back(d_hidden, index, rows)
-        return put_back(values, index, rows), (d_hidden, d_head, d_bias, *(None,) * 7)
+        return put_back(values, index, rows), (d_hidden, d_head, d_bias, *(None,) * len(others))
 
     def _rows(
         self,
         student: Tensor,
         teacher: Tensor,
-        labels: Tensor | None,
+        rows: Rows,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
-        decoupled: tuple[Tensor, Tensor] | None,
-        row_weight: Tensor | None,
         grad: Tensor | None,
     ) -> Tensor:
         """(R,) row losses; `grad` receives the gradient of this rank's logits."""
         terms, backend, group = self.terms, self.backend, self.shard.group
         state = new_state(len(student), wide_dtype(student.dtype), student.device)
-        arguments = (student, teacher, labels, terms, state)
+        arguments = (student, teacher, rows.labels, terms, state)
         options: dict[str, Any] = {
             "offset": self.shard.offset,
             "student_bias": student_bias,
             "teacher_bias": teacher_bias,
-            "row_weight": row_weight,
+            "row_weight": rows.weight,
         }
         backend.tile_statistics(*arguments, **options)
         _merge_statistics(state, terms.temperature, group)
@@ -177,7 +171,7 @@ class ShardedKD:
             backend.tile_gradient(
                 *arguments,
                 vocabulary=self.shard.total,
-                decoupled=decoupled,
+                decoupled=rows.decoupled,
                 grad=grad,
                 add_value=not summed,
                 **options,
@@ -185,6 +179,11 @@ class ShardedKD:
         if not summed:
             dist.all_reduce(state[VALUE], dist.ReduceOp.SUM, group)
         kd, ce = tiles.finish(
-            state, labels, terms, vocabulary=self.shard.total, decoupled=decoupled, row_weight=row_weight
+            state,
+            rows.labels,
+            terms,
+            vocabulary=self.shard.total,
+            decoupled=rows.decoupled,
+            row_weight=rows.weight,
         )
         return terms.loss(kd, ce)
