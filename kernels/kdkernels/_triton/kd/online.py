@@ -165,7 +165,9 @@ def save_totals(state_ptr, stride, totals, ce_reference, ce_inverse, DIVERGENCE:
     tl.store(state_ptr + 6 * stride, totals.log_sum_gap)
     tl.store(state_ptr + 7 * stride, totals.mean)
     if DIVERGENCE == "skew_kl":
-        tl.store(state_ptr + 8 * stride, tl.where(totals.is_far, 1.0, 0.0))
+        tl.store(state_ptr + 8 * stride, tl.where(totals.far, 1.0, 0.0))
+    elif DIVERGENCE == "renyi":
+        tl.store(state_ptr + 8 * stride, totals.far)
     tl.store(state_ptr + 9 * stride, ce_reference)
     tl.store(state_ptr + 10 * stride, ce_inverse)
 
@@ -173,9 +175,11 @@ def save_totals(state_ptr, stride, totals, ce_reference, ce_inverse, DIVERGENCE:
 @triton.jit
 def load_totals(state_ptr, stride, DIVERGENCE: tl.constexpr):
     """What `save_totals` kept."""
-    is_far = False
+    far = False
     if DIVERGENCE == "skew_kl":
-        is_far = tl.load(state_ptr + 8 * stride) != 0.0
+        far = tl.load(state_ptr + 8 * stride) != 0.0
+    elif DIVERGENCE == "renyi":
+        far = tl.load(state_ptr + 8 * stride)
     totals = Totals(
         tl.load(state_ptr),
         tl.load(state_ptr + stride),
@@ -185,7 +189,7 @@ def load_totals(state_ptr, stride, DIVERGENCE: tl.constexpr):
         tl.load(state_ptr + 5 * stride),
         tl.load(state_ptr + 6 * stride),
         tl.load(state_ptr + 7 * stride),
-        is_far,
+        far,
     )
     return totals, tl.load(state_ptr + 9 * stride), tl.load(state_ptr + 10 * stride)
 
