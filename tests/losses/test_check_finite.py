@@ -10,9 +10,9 @@ from kdkernels import Decoupled, KDLoss, TeacherTopK, kd_loss, linear_kd_loss, t
 from kdkernels.options import Impl
 from tests.support.inputs import DEVICE, IMPLS, make_case
 
-NO_DISTRIBUTION = (
-    "has no finite distribution (a NaN, a +inf, or nothing but -inf among its logits); look for overflow in the "
-    "layers before, or for a learning rate that is too high"
+NO_SOFTMAX = (
+    ": its logits hold a NaN or a +inf, or nothing but -inf; earlier rows are fine. Look for overflow in the layers "
+    "before, or for a learning rate that is too high"
 )
 
 
@@ -33,15 +33,15 @@ def test_the_first_bad_row_and_its_side(value, reduction, impl: Impl) -> None:
     bad = student.clone()
     bad[1, 2], bad[1, 4] = value, value
     assert sentence(lambda: kd_loss(bad, teacher, **options)) == (
-        f"row 7 is the first of which the student {NO_DISTRIBUTION}"
+        f"row 7 has no finite softmax for the student{NO_SOFTMAX}"
     )
     bad = teacher.clone()
     bad[0, 3] = value
     assert sentence(lambda: kd_loss(student, bad, **options)) == (
-        f"row 3 is the first of which the teacher {NO_DISTRIBUTION}"
+        f"row 3 has no finite softmax for the teacher{NO_SOFTMAX}"
     )
     assert sentence(lambda: kd_loss(bad, bad, **options)) == (
-        f"row 3 is the first of which the student and the teacher {NO_DISTRIBUTION}"
+        f"row 3 has no finite softmax for the student and the teacher{NO_SOFTMAX}"
     )
 
 
@@ -54,7 +54,7 @@ def test_rows_that_do_not_count_are_not_looked_at(impl: Impl) -> None:
     assert linear_kd_loss(*arguments, **options).isfinite()
     case.student_hidden[6, 0] = math.nan
     text = sentence(lambda: linear_kd_loss(*arguments, **options))
-    assert text == f"row 6 is the first of which the student {NO_DISTRIBUTION}"
+    assert text == f"row 6 has no finite softmax for the student{NO_SOFTMAX}"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -82,7 +82,7 @@ def test_other_forms_of_a_teacher(impl: Impl) -> None:
                 case.student_hidden, case.student_weight, teacher, case.labels, check_finite=True, impl=impl
             )
         )
-        assert text == f"row 5 is the first of which the teacher {NO_DISTRIBUTION}"
+        assert text == f"row 5 has no finite softmax for the teacher{NO_SOFTMAX}"
 
 
 def test_without_it_the_loss_is_returned_as_it_is() -> None:

@@ -63,7 +63,7 @@ def test_num_items_in_batch() -> None:
     )
     refused(
         linear,
-        "num_items_in_batch gets no gradient; pass num_items_in_batch.detach()",
+        "num_items_in_batch must not require grad; pass num_items_in_batch.detach()",
         num_items_in_batch=torch.tensor(2.0, requires_grad=True),
     )
 
@@ -91,12 +91,12 @@ def test_sharded_vocabularies() -> None:
         **group,
     )
     for option, value, reason in (
-        ("impl", "reference", "takes the whole vocabulary; use impl='torch'"),
-        ("mode", "low_memory", "is for one process; a slice is small, use mode='fast'"),
-        ("return_stats", True, "is not supported yet; leave it at False"),
-        ("check_finite", True, "looks at whole rows; leave it at False"),
+        ("impl", "reference", "the reference takes the whole vocabulary; use impl='torch'"),
+        ("mode", "low_memory", "tiles are for one process; a shard is small, use mode='fast'"),
+        ("return_stats", True, "no rank has whole rows; leave it at False"),
+        ("check_finite", True, "no rank has whole rows; leave it at False"),
     ):
-        sentence = f"with vocab_group, {option}={value!r} {reason}"
+        sentence = f"{option}={value!r} is not supported with vocab_group: {reason}"
         refused(linear, sentence, NotImplementedError, **{**group, option: value})
 
 
@@ -156,7 +156,7 @@ def test_shapes_of_labels_and_weights() -> None:
     refused(linear, sentence, token_weight=zeros(13, 1))
     refused(
         linear,
-        "token_weight gets no gradient; pass token_weight.detach()",
+        "token_weight must not require grad; pass token_weight.detach()",
         token_weight=zeros(13).requires_grad_(),
     )
     refused(
@@ -171,7 +171,7 @@ def test_labels_out_of_range() -> None:
     labels = make_case().labels.masked_fill(make_case().labels == -100, 3)
     labels[4:6] = 67
     sentence = (
-        "labels must be in [0, 67) or equal to ignore_index, got 67 in 2 place(s), the first of them; "
+        "labels must be in [0, 67) or equal to ignore_index, got 67 (the first of 2 invalid labels); "
         "check the vocabulary and the padding of the labels"
     )
     refused(linear, sentence, labels=labels)

@@ -335,8 +335,8 @@ def test_bad_input() -> None:
         ),
         (
             {"heads": (2, 3)},
-            "one count of heads must be a multiple of the other, got 2 for the student and 3 for the teacher; "
-            "relation heads need not be the models' own: choose one count for both",
+            "of the two numbers of heads one must divide the other, got 2 for the student and 3 for the teacher; "
+            "relation heads need not be the attention heads: choose one number for both",
         ),
         (
             {"student_k": zeros(2, 5, 8)},

@@ -23,7 +23,7 @@ def test_what_decoupled_needs() -> None:
     refused(plain, sentence, labels=None, divergence=Decoupled())
     sentence = "Decoupled.target must have shape (13,) to go with student_logits (13, 67), got (12,)"
     refused(plain, sentence, divergence=Decoupled(zeros(12)))
-    sentence = "Decoupled.non_target gets no gradient; pass it .detach()ed"
+    sentence = "Decoupled.non_target must not require grad; pass its .detach()"
     refused(plain, sentence, divergence=Decoupled(1.0, zeros(13).requires_grad_()))
     refused(plain, "Decoupled.target must be finite, got nan", divergence=Decoupled(float("nan")))
 

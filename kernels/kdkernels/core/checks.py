@@ -88,7 +88,7 @@ def check_reduction(reduction: Reduction, num_items_in_batch: int | Tensor | Non
                 f"num_items_in_batch must be a number or a 0-D tensor, got shape {shape_of(num_items_in_batch)}"
             )
         if num_items_in_batch.requires_grad:
-            raise ValueError("num_items_in_batch gets no gradient; pass num_items_in_batch.detach()")
+            raise ValueError("num_items_in_batch must not require grad; pass num_items_in_batch.detach()")
         if not values_can_be_read(num_items_in_batch):
             return  # reading it would make the host wait, or break the graph
     number = num_items_in_batch.item() if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
@@ -190,7 +190,7 @@ def check_rows(
         check_tensor("token_weight", token_weight)
         check_per_row("token_weight", token_weight, student_name, student)
         if token_weight.requires_grad:
-            raise ValueError("token_weight gets no gradient; pass token_weight.detach()")
+            raise ValueError("token_weight must not require grad; pass token_weight.detach()")
 
 
 def check_per_row(name: str, tensor: Tensor, student_name: str, student: Tensor) -> None:

@@ -37,7 +37,8 @@ def pack(value: Any) -> Any:
     name = type(value).__name__
     if name not in RECORDS:
         raise ValueError(
-            f"a loss under torch.compile takes no {name}; call it outside of the compiled region"
+            f"a loss inside torch.compile cannot take an argument of type {name}; call the loss outside of the "
+            "compiled region"
         )
     return (name, *[pack(getattr(value, field)) for field in RECORDS[name][1]])
 

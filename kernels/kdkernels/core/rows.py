@@ -113,5 +113,5 @@ def refuse_labels(labels: Tensor, alive: Tensor, vocabulary: int) -> None:
         bad = labels[out_of_range]
         raise ValueError(
             f"labels must be in [0, {vocabulary}) or equal to ignore_index, got {int(bad[0])} "
-            f"in {bad.numel()} place(s), the first of them; check the vocabulary and the padding of the labels"
+            f"(the first of {bad.numel()} invalid labels); check the vocabulary and the padding of the labels"
         )

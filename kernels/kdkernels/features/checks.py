@@ -163,7 +163,7 @@ def check_relations(
             )
     if max(counts) % min(counts):
         raise ValueError(
-            f"one count of heads must be a multiple of the other, got {counts[0]} for the student and {counts[1]} "
-            "for the teacher; relation heads need not be the models' own: choose one count for both"
+            f"of the two numbers of heads one must divide the other, got {counts[0]} for the student and {counts[1]} for "
+            "the teacher; relation heads need not be the attention heads: choose one number for both"
         )
     return counts[0], counts[1]

@@ -65,9 +65,9 @@ def refuse_bad_rows(
             name for name, side in (("student", student_bad), ("teacher", teacher_bad)) if bool(side[row])
         ]
         raise FloatingPointError(
-            f"row {start + row} is the first of which the {' and the '.join(sides)} has no finite distribution "
-            "(a NaN, a +inf, or nothing but -inf among its logits); look for overflow in the layers before, or "
-            "for a learning rate that is too high"
+            f"row {start + row} has no finite softmax for the {' and the '.join(sides)}: its logits hold a NaN or a +inf, "
+            "or nothing but -inf; earlier rows are fine. Look for overflow in the layers before, or for a learning "
+            "rate that is too high"
         )
     value = float(loss[~torch.isfinite(loss)].flatten()[0])
     target, non_target = problem.decoupled or (None, None)

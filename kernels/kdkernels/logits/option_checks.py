@@ -81,18 +81,24 @@ def check_vocab_group(
     if group is None:
         return
     others = {
-        "impl='reference'": (impl == "reference", "takes the whole vocabulary; use impl='torch'"),
-        "mode='low_memory'": (mode == "low_memory", "is for one process; a slice is small, use mode='fast'"),
+        "impl='reference'": (
+            impl == "reference",
+            "the reference takes the whole vocabulary; use impl='torch'",
+        ),
+        "mode='low_memory'": (
+            mode == "low_memory",
+            "tiles are for one process; a shard is small, use mode='fast'",
+        ),
         "vocab_map": (
             vocab_map is not None,
-            "relates whole vocabularies; slice both heads to the shared ids",
+            "a map relates whole vocabularies; slice both heads to the shared ids",
         ),
-        "return_stats=True": (return_stats, "is not supported yet; leave it at False"),
-        "check_finite=True": (check_finite, "looks at whole rows; leave it at False"),
+        "return_stats=True": (return_stats, "no rank has whole rows; leave it at False"),
+        "check_finite=True": (check_finite, "no rank has whole rows; leave it at False"),
     }
     for name, (given, reason) in others.items():
         if given:
-            raise NotImplementedError(f"with vocab_group, {name} {reason}")
+            raise NotImplementedError(f"{name} is not supported with vocab_group: {reason}")
 
 
 def check_logit_dtype(

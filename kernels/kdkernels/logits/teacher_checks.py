@@ -242,7 +242,7 @@ def check_divergence(
         check_tensor(f"Decoupled.{name}", weight)
         check_per_row(f"Decoupled.{name}", weight, student_name, student)
         if weight.requires_grad:
-            raise ValueError(f"Decoupled.{name} gets no gradient; pass it .detach()ed")
+            raise ValueError(f"Decoupled.{name} must not require grad; pass its .detach()")
 
 
 def _check_divergence_of_top_k(divergence: Divergence, teacher: TeacherTopK) -> None:

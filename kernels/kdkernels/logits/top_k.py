@@ -118,6 +118,19 @@ class _Rows:
         constant = None if smoothing == 0.0 else of_ce * (-smoothing / self.logits.shape[1])
         return scaled * terms.kd_scale, of_ce, constant
 
+    def label_entry(
+        self, of_kd: Tensor | None, zero: Tensor, log_sum: Tensor, of_ce: Tensor, constant: Tensor | None
+    ) -> Tensor:
+        """(R, 1) the gradient at the label: the part of the divergence, and softmax minus target of the cross entropy.
+
+        `log_sum` is of all logits at temperature 1, relative to `zero`; `of_ce` and `constant` are those of `factors`.
+        """
+        assert self.label_logit is not None
+        entry = _softmax_entries(self.label_logit - zero.unsqueeze(1), log_sum, of_ce)
+        entry = entry if of_kd is None else of_kd + entry
+        entry = entry - ((1.0 - self.terms.label_smoothing) * of_ce).unsqueeze(1)
+        return entry if constant is None else entry + constant.unsqueeze(1)
+
     def finish(self, grad: Tensor, entries: Tensor | None, rounded: Tensor | None) -> None:
         """Put the label's entry (R, 1) into the gradient, go back through the softcap, and round it where that is due."""
         if entries is not None and self.labels is not None:
@@ -211,13 +224,10 @@ def top_k_rows(
     own = None
     if rows.labels is not None and rows.label_logit is not None and of_ce is not None:
         among = (indices == rows.labels) & kept
-        label_logit = rows.label_logit - zero.unsqueeze(1)
-        own = _softmax_entries(label_logit / temperature, others, factor)
+        own = _softmax_entries((rows.label_logit - zero.unsqueeze(1)) / temperature, others, factor)
         kept_own = (of_kd.unsqueeze(1) * of_kept).masked_fill(~among, 0.0).sum(1, keepdim=True)
         own = torch.where(among.any(1, keepdim=True), kept_own, own)
-        own = own + _softmax_entries(label_logit, log_sum, of_ce)
-        own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
-        own = own if constant is None else own + constant.unsqueeze(1)
+        own = rows.label_entry(own, zero, log_sum, of_ce, constant)
     grad.scatter_(1, indices, entries)
     rows.finish(grad, own, rounded)
     return kd.to(wide), ce
@@ -290,11 +300,9 @@ def cross_term_rows(
             logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad
         )
         if rows.label_logit is not None and of_ce is not None:
-            label_logit = rows.label_logit - zero.unsqueeze(1)
-            own = _softmax_entries(label_logit / temperature, statistics[1], factor)
-            own = own + _softmax_entries(label_logit, statistics[2], of_ce)
-            own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
-            own = own if constant is None else own + constant.unsqueeze(1)
+            label = (rows.label_logit - zero.unsqueeze(1)) / temperature
+            own = _softmax_entries(label, statistics[1], factor)
+            own = rows.label_entry(own, zero, statistics[2], of_ce, constant)
         rows.finish(grad, own, rounded)
     return kd.to(wide_dtype(logits.dtype)), ce
 
@@ -325,7 +333,5 @@ def label_rows(
     _, of_ce, constant = rows.factors()
     if grad is not None and rows.label_logit is not None and of_ce is not None:
         backend.softmax_gradient(logits, statistics, of_ce, None, constant, temperature=1.0, grad=grad)
-        own = _softmax_entries(rows.label_logit - zero.unsqueeze(1), log_sum, of_ce)
-        own = own - ((1.0 - terms.label_smoothing) * of_ce).unsqueeze(1)
-        rows.finish(grad, own if constant is None else own + constant.unsqueeze(1), rounded)
+        rows.finish(grad, rows.label_entry(None, zero, log_sum, of_ce, constant), rounded)
     return nothing, ce
