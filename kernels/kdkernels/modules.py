@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .logits.kd_loss import kd_loss
 from .logits.linear_kd_loss import linear_kd_loss
-from .logits.problem import check_options
+from .logits.problem import check_stored_options
 from .options import KDOptions, LinearKDOptions
 from .stats import KDStats
 from .teachers import Teacher
@@ -24,7 +24,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options: Unpack[KDOptions]) -> None:
         super().__init__()
-        check_options(**options)
+        check_stored_options("KDLoss", KDOptions.__optional_keys__, **options)
         self.options = options
 
     def forward(
@@ -63,7 +63,7 @@ class LinearKDLoss(nn.Module):
 
     def __init__(self, **options: Unpack[LinearKDOptions]) -> None:
         super().__init__()
-        check_options(**options)
+        check_stored_options("LinearKDLoss", LinearKDOptions.__optional_keys__, **options)
         self.options = options
 
     def forward(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import JSD, AlphaBeta, SkewKL, SkewReverseKL
+from kdkernels import JSD, AlphaBeta, SkewKL, SkewReverseKL, linear_kd_loss
 from tests.support.inputs import DEVICE, make_case
 from tests.support.refusals import linear, mse, plain, refused, zeros
 
@@ -20,8 +20,11 @@ def test_numbers(call) -> None:
     )
     refused(call, "temperature must be finite, got inf", temperature=float("inf"))
     refused(call, "temperature must be a plain number, got Tensor", temperature=torch.tensor(2.0))
-    for number in (1e30, 1e-30):
-        sentence = f"temperature must lie in [1e-06, 1e+06], where float32 holds its square, got {number:g}"
+    for number in (100.5, 1e30, 1e-30):
+        sentence = (
+            "temperature must lie in [1e-06, 100], where T squared times a divergence has its digits in float32, "
+            f"got {number:g}"
+        )
         refused(call, sentence, temperature=number)
     refused(call, f"kd_weight must be finite, got {10**400}", kd_weight=10**400)
     refused(call, "kd_weight must be finite, got nan", kd_weight=float("nan"))
@@ -34,7 +37,7 @@ def test_numbers(call) -> None:
 def test_choices(call) -> None:
     refused(call, "reduction must be one of 'mean', 'sum', 'none', got 'avg'", reduction="avg")
     refused(call, "impl must be one of 'triton', 'torch', 'reference', got 'cuda'", impl="cuda")
-    names = "forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd"
+    names = "forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, chi_squared"
     refused(
         call, f"divergence must be one of {names} or an object such as JSD(0.3), got 'kl'", divergence="kl"
     )
@@ -216,6 +219,20 @@ def test_devices() -> None:
 def test_sizes_of_chunks() -> None:
     refused(linear, "chunk_bytes must be above 0, got 0", chunk_bytes=0)
     refused(linear, "chunk_bytes must be a whole number, got 1.5", chunk_bytes=1.5)
+    sentence = "chunk_bytes must be at least 536, two float32 rows of 67 logits, got 535; leave it at None for the default"
+    for mode in ("fast", "low_memory"):
+        refused(linear, sentence, chunk_bytes=535, mode=mode)
+        assert linear(chunk_bytes=536, mode=mode).isfinite()
+    case = make_case(vocabulary=300)
+    refused(
+        linear_kd_loss,
+        "chunk_bytes must be at least 1024, two float32 rows of 128 logits, got 1; leave it at None for the default",
+        student_hidden=case.student_hidden,
+        student_weight=case.student_weight,
+        teacher=case.teacher,
+        mode="low_memory",
+        chunk_bytes=1,
+    )
 
 
 def test_features() -> None:

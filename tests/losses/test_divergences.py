@@ -213,13 +213,17 @@ def test_label_smoothing(divergence, temperature, smoothing, impl: Impl) -> None
 @pytest.mark.parametrize("impl", FAST_IMPLS)
 def test_decoupled_from_a_teacher_that_gives_the_others_nothing(impl: Impl, mode: Mode) -> None:
     """NCKD is 0 there, and so is its part of the gradient; TKD is not."""
-    hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(7, 4, device=DEVICE)
-    labels = torch.tensor([1, 2, 3], device=DEVICE)
-    teacher = torch.full((3, 7), -math.inf, device=DEVICE)
+    width = 7 if mode == "fast" else 150  # one row, and a tile of 128 columns with a ragged second one
+    hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(width, 4, device=DEVICE)
+    labels = torch.tensor([1, 2, width - 1], device=DEVICE)
+    teacher = torch.full((3, width), -math.inf, device=DEVICE)
     teacher[0, 1] = teacher[1, 2] = 0.0
-    teacher[2] = torch.randn(7)
+    teacher[2] = torch.randn(width)
     results = []
-    each: list[dict[str, Any]] = [{"impl": "reference"}, {"impl": impl, "mode": mode, "chunk_bytes": 64}]
+    each: list[dict[str, Any]] = [
+        {"impl": "reference"},
+        {"impl": impl, "mode": mode, "chunk_bytes": 8 * min(width, 128)},
+    ]
     for options in each:
         leaf = hidden.clone().requires_grad_()
         loss = linear_kd_loss(leaf, weight, teacher, labels, divergence=Decoupled(1.0, 2.0), **options)

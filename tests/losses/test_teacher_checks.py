@@ -1,5 +1,6 @@
 """Every refusal of a teacher by its text, and of what a divergence needs beside it."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +101,12 @@ def test_top_k_teachers() -> None:
             "TeacherTopK.logprobs must be log-probabilities, at most 0, got 3; take log_softmax over the whole "
             "vocabulary before the top k",
             teacher=top_k(logprobs=torch.full((13, 4), 3.0)),
+        )
+        refused(
+            plain,
+            "the probabilities of a row of TeacherTopK sum to 3, which leaves nothing for tail='bucket'; take log_softmax "
+            "over the whole vocabulary before the top k",
+            teacher=top_k(logprobs=torch.tensor([0.0, 0.0, 0.0, -math.inf]).expand(13, 4), tail="bucket"),
         )
 
 

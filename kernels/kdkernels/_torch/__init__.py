@@ -2,6 +2,7 @@
 
 from . import contextual
 from .features import direction_rows, mse_rows
+from .few_rows import few_rows
 from .relations import RELATION_STATE, relation_rows
 from .rows import ROW_STATE, kd_rows
 from .sizes import chunk_rows
@@ -14,6 +15,7 @@ __all__ = [
     "chunk_rows",
     "contextual",
     "direction_rows",
+    "few_rows",
     "kd_rows",
     "mse_rows",
     "relation_rows",

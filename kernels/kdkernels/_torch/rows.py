@@ -252,16 +252,18 @@ def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch
 
     block = _shared_block(rows, sums, plan, scratch, log_s, log_t, careful)
     plan.arithmetic.accumulate(block)
-    if not careful:
-        # One look at all sums; those that are not taken hold 1, which is in range.
-        totals = part[:CHECKED_SUMS].flatten().tolist()
-        exponentials = totals[: EXPONENTIAL_SUMS * part.shape[1]]
-        in_range = min(exponentials) > LEAST_SUM and max(exponentials) < MOST_SUM
-        if not (in_range and math.isfinite(sum(totals))):
-            return False
+    if not careful and not in_range(part):
+        return False
     if rows.grad is not None and rows.kd_factor is not None:
         _write_gradient(rows, rows.grad, rows.kd_factor, block, plan, scratch)
     return True
+
+
+def in_range(part: Tensor) -> bool:
+    """One look at all sums (len(Sums), R, 1); those that are not taken hold 1, which is in range."""
+    totals = part[:CHECKED_SUMS].flatten().tolist()
+    exponentials = totals[: EXPONENTIAL_SUMS * part.shape[1]]
+    return min(exponentials) > LEAST_SUM and max(exponentials) < MOST_SUM and math.isfinite(sum(totals))
 
 
 def _shared_block(

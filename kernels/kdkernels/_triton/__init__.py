@@ -10,12 +10,15 @@ from .launch import chunk_rows
 from .projection import mse_rows
 from .relations.rows import RELATION_STATE, relation_rows
 
+few_rows = None  # a launch costs as much for one row as for a thousand
+
 __all__ = [
     "RELATION_STATE",
     "ROW_STATE",
     "chunk_rows",
     "contextual",
     "direction_rows",
+    "few_rows",
     "kd_gradient",
     "kd_rows",
     "mse_rows",

@@ -89,7 +89,7 @@ class _NoSecondDerivative(Function):
         raise RuntimeError(DOUBLE_BACKWARD)
 
 
-def _without_second_derivative(gradients: Tensors, upstream: Tensor, inputs: Tensors) -> Tensors:
+def without_second_derivative(gradients: Tensors, upstream: Tensor, inputs: Tensors) -> Tensors:
     """The gradients; under create_graph they hang on `upstream` and `inputs` by a node that raises."""
     if not torch.is_grad_enabled():
         return gradients
@@ -218,6 +218,17 @@ def _row_weight(
     return (row_weight * weight).masked_fill_(weight == 0, 0.0)
 
 
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """`save_for_backward`. torch refuses tensors made under inference_mode; those, which never change, are kept beside."""
+    ctx.of_inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.of_inference else t for i, t in enumerate(tensors)))
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    """What `_keep` was given."""
+    return tuple(ctx.of_inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
+
+
 class GradientInForward(Function):
     """A mean or sum whose gradient is computed together with its value."""
 
@@ -236,7 +247,7 @@ class GradientInForward(Function):
         )
         ctx.solver, ctx.reduction, ctx.dtypes = solver, reduction, dtypes_of(tensors)
         # Read again only by a second backward and by a second derivative.
-        ctx.save_for_backward(weight, denominator, *tensors)
+        _keep(ctx, weight, denominator, *tensors)
         if rest is not None:
             ctx.mark_non_differentiable(rest)
         return loss, rest
@@ -245,10 +256,10 @@ class GradientInForward(Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         gradients, inputs = ctx.gradients, ()
         if gradients is None or torch.is_grad_enabled():
-            inputs = tuple(ctx.saved_tensors[2:])
+            inputs = _kept(ctx)[2:]
         with torch.no_grad():
             if gradients is None:
-                weight, denominator, *_ = ctx.saved_tensors
+                weight, denominator, *_ = _kept(ctx)
                 needs = tuple(ctx.needs_input_grad[4:])
                 _, _, gradients, _ = loss_and_gradients(
                     ctx.solver, inputs, weight, denominator, ctx.reduction, needs
@@ -257,7 +268,7 @@ class GradientInForward(Function):
             ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
             scaled = finish(gradients, factor, ctx.dtypes)
-        return None, None, None, None, *_without_second_derivative(scaled, upstream[0], inputs)
+        return None, None, None, None, *without_second_derivative(scaled, upstream[0], inputs)
 
 
 class RecomputeInBackward(Function):
@@ -274,7 +285,7 @@ class RecomputeInBackward(Function):
     ) -> tuple[Tensor, Tensor | None]:
         values, state = values_and_state(solver, tensors, weight)
         ctx.solver, ctx.reduction = solver, reduction
-        ctx.save_for_backward(weight, denominator, state, *tensors)
+        _keep(ctx, weight, denominator, state, *tensors)
         loss, rest = loss_and_rest(values, weight, denominator, reduction)
         if rest is not None:
             ctx.mark_non_differentiable(rest)
@@ -282,10 +293,10 @@ class RecomputeInBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        weight, denominator, state, *tensors = ctx.saved_tensors
+        weight, denominator, state, *tensors = _kept(ctx)
         inputs, needs = tuple(tensors), tuple(ctx.needs_input_grad[4:])
         with torch.no_grad():
             gradients = gradients_for(
                 ctx.solver, inputs, weight, denominator, ctx.reduction, upstream[0], needs, state
             )
-        return None, None, None, None, *_without_second_derivative(gradients, upstream[0], inputs)
+        return None, None, None, None, *without_second_derivative(gradients, upstream[0], inputs)

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..options import Impl, RowTerms
+from .compiling import recorded, transformed
+
+
+class FewRows(Protocol):
+    """The loss of a few rows in as few calls as it can be had."""
+
+    def __call__(
+        self,
+        student_logits: Tensor,  # (R, V), float32 or float64
+        teacher_logits: Tensor,  # (R, V) of the same dtype
+        labels: Tensor | None,  # (R,) int64, all of them in range; given with a cross entropy only
+        terms: RowTerms,  # without label smoothing and transforms
+        row_weight: float,  # multiplies every row's loss and gradient
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The sum of the weighted losses and the gradient (R, V); None for rows and divergences that need `kd_rows`."""
+        ...
 
 
 class Backend(Protocol):
@@ -59,6 +77,9 @@ class Backend(Protocol):
     ) -> None:
         """The gradient of logits whose values are known, in one pass."""
         ...
+
+    # `kd_rows` for a few rows without maps, biases, transforms and ignored rows; None where it would not be faster.
+    few_rows: FewRows | None
 
     @staticmethod
     def row_statistics(
@@ -203,6 +224,17 @@ class Backend(Protocol):
 
 def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> Impl:
     """The back end to use: as asked, or triton for CUDA and ROCm tensors and torch elsewhere."""
+    if device.type == "meta":
+        raise ValueError("tensors on the device meta have no values; move them to a real device")
+    if impl != "reference" and transformed():
+        raise NotImplementedError(
+            "transforms of torch.func (grad, vmap, jvp, ...) see through plain PyTorch only; use impl='reference' there, "
+            "or loss.backward()"
+        )
+    if impl != "reference" and recorded():
+        raise NotImplementedError(
+            "torch.jit.trace cannot record the fast back ends; use torch.compile, or impl='reference'"
+        )
     if impl is None:
         impl = "triton" if device.type == "cuda" else "torch"
     if impl == "triton":
@@ -218,6 +250,7 @@ def resolve_impl(impl: Impl | None, device: torch.device, dtype: torch.dtype) ->
     return impl
 
 
+@cache
 def load_backend(impl: Impl) -> Backend:
     """Import the back end; a missing triton is said in a sentence."""
     try:

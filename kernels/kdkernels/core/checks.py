@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import get_args
 
 import torch
@@ -13,8 +14,9 @@ from ..options import Impl, Reduction
 from .compiling import values_can_be_read
 from .rows import refuse_labels
 
-# Outside of these float32 does not hold T squared, or what a softmax at T leaves of the logits.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
+# Below, float32 does not hold T squared. Above, a divergence of 1 / T^2 has fewer than three digits in float32: its terms
+# are differences of log-probabilities that are all near log V.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 100.0
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,15 +38,24 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for the first keyword that the function does not have, with the nearest that it has."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1) or [one for one in known if one.startswith(name)]
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
+            raise TypeError(f"{function} has no keyword {name!r}; {hint}")
+
+
 def check_temperature(temperature: float) -> None:
-    """A number above 0 whose square float32 can hold and divide by."""
+    """A number above 0 at which float32 holds T squared and the digits of a divergence."""
     check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
     if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
         raise ValueError(
-            f"temperature must lie in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}], where float32 holds its square, got "
-            f"{temperature:g}"
+            f"temperature must lie in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}], where T squared times a divergence has "
+            f"its digits in float32, got {temperature:g}"
         )
 
 
@@ -108,6 +119,24 @@ def check_tensor(name: str, tensor: object) -> Tensor:
         )
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    check_dense(name, tensor)
+    return tensor
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """A tensor with strided memory."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has the layout {tensor.layout}; pass {name}.to_dense()")
+    if tensor.is_nested:
+        raise ValueError(f"{name} is a nested tensor; pad it and give the padding the label ignore_index")
+
+
+def check_integers(name: str, tensor: object, what: str) -> Tensor:
+    """An int64 or int32 tensor."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be an int64 tensor of {what}, got {kind}")
+    check_dense(name, tensor)
     return tensor
 
 
@@ -180,9 +209,7 @@ def check_rows(
             f"ce_weight is {ce_weight} but there are no labels; pass labels or set ce_weight=0.0"
         )
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"labels must be an int64 tensor of class ids, got {kind}")
+        check_integers("labels", labels, "class ids")
         check_per_row("labels", labels, student_name, student)
         if values_can_be_read(labels):
             refuse_labels(labels, labels != ignore_index, vocabulary)
@@ -225,6 +252,7 @@ def check_bool_mask(mask: object, student: Tensor, shape: Sequence[int], what: s
             f"mask must have shape {tuple(shape)}, one entry for each {what} of student {shape_of(student)}, "
             f"got {shape_of(mask)}"
         )
+    check_dense("mask", mask)
     check_device("mask", mask, student, "student")
 
 
@@ -235,3 +263,12 @@ def check_chunk_bytes(chunk_bytes: int | None) -> None:
     check_integer("chunk_bytes", chunk_bytes)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be above 0, got {chunk_bytes}")
+
+
+def check_chunk_holds(chunk_bytes: int | None, columns: int) -> None:
+    """At least one row of `columns` entries in each of the two float32 buffers."""
+    if chunk_bytes is not None and chunk_bytes < 8 * columns:
+        raise ValueError(
+            f"chunk_bytes must be at least {8 * columns}, two float32 rows of {columns} logits, got {chunk_bytes}; "
+            "leave it at None for the default"
+        )

@@ -1,4 +1,4 @@
-"""Whether `torch.compile` makes a graph at the moment, in which tensors have no values."""
+"""What works on the tensors at the moment besides eager PyTorch: `torch.compile`, `torch.func`, `torch.jit.trace`."""
 
 from __future__ import annotations
 
@@ -16,5 +16,15 @@ def making_a_graph() -> bool:
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """True where looking at values costs nothing: on a CPU, and not while a graph is made."""
-    return tensor.device.type == "cpu" and not making_a_graph()
+    """True where looking at values costs nothing: on a CPU, and neither while a graph is made nor under `vmap`."""
+    return tensor.device.type == "cpu" and not making_a_graph() and not transformed()
+
+
+def transformed() -> bool:
+    """True inside `torch.func.grad`, `vmap`, `jvp` and the like."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def recorded() -> bool:
+    """True inside `torch.jit.trace`."""
+    return torch._C._is_tracing()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import ParamSpec, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..options import Reduction
 from ..stats import KDStats
 from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_rest, solve
+from .checks import refuse_unknown
 from .compiling import making_a_graph
 from .packing import FUNCTIONS, pack
 
@@ -28,10 +30,13 @@ def traceable(function: Callable[P, R]) -> Callable[P, R]:
     """The function, and under `torch.compile` one node that calls it."""
     name = function.__name__
     FUNCTIONS[name] = function
+    known = signature(function).parameters
 
     @wraps(function)
     def entry(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_dynamo_compiling():
+            if not kwargs.keys() <= known.keys():
+                refuse_unknown(name, kwargs, known)
             return function(*args, **kwargs)
         from .graph import call  # imports the compiler, which eager users do not wait for
 

@@ -31,7 +31,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast makes of the inputs of a linear layer on this tensor's device; None when it is off."""
-    if not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or tensor.device.type == "meta":
+        return None
+    if not torch.is_autocast_enabled(tensor.device.type):
         return None
     return torch.get_autocast_dtype(tensor.device.type)
 

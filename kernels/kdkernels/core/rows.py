@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compiling import values_can_be_read
+
 
 @dataclass(frozen=True, eq=False)
 class Counted:
     """`weight` (N,) is 0 for rows that do not count; None means that every row counts once.
 
     `denominator` is what a mean divides by, 1 where there is nothing to divide, so that a loss in
-    which no row counts is a finite 0.
+    which no row counts is a finite 0. A given number of 0 stays 0 where rows count: on a device, where that cannot be
+    refused without making the host wait, the loss is infinite.
     """
 
     weight: Tensor | None
@@ -32,7 +35,7 @@ def count_rows(
     """Weights and denominator: `num_items` if given, else the sum of token weights, else the number of rows."""
     weight = None
     if token_weight is not None:
-        weight = token_weight.to(dtype)
+        weight = per_row(token_weight, dtype)
         if counted is not None:
             weight = weight.masked_fill(~counted, 0.0)
     elif counted is not None:
@@ -47,7 +50,25 @@ def count_rows(
         total = weight.sum()
     else:
         total = torch.full((), rows, dtype=dtype, device=device)
-    return Counted(weight, total.masked_fill(total == 0, 1.0))
+    empty = total == 0
+    if num_items is not None:
+        if values_can_be_read(total) and bool(empty) and rows and (weight is None or bool(weight.any())):
+            count = rows if weight is None else int((weight != 0).sum())
+            raise ValueError(
+                f"num_items_in_batch is 0, but {count} row(s) count here; pass the number of counted rows of all "
+                "micro-batches together"
+            )
+        if weight is not None:
+            empty = empty & ~weight.any()
+        elif rows:
+            empty = torch.zeros_like(empty)
+    return Counted(weight, total.masked_fill(empty, 1.0))
+
+
+def per_row(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) in the dtype of the loss, and no tensor of inference_mode, which plain autograd refuses to keep."""
+    values = values.reshape(-1).to(dtype)
+    return values.clone() if values.is_inference() else values
 
 
 def flat(tensor: Tensor) -> Tensor:

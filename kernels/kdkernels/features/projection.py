@@ -179,7 +179,7 @@ def _pairs_loss(
 
 
 def _check(pair: _Pair, project: Project, mask: Tensor | None) -> None:
-    cast = autocast_dtype(pair.student) if isinstance(pair.student, Tensor) else None
+    cast = autocast_dtype(checks.check_tensor("student", pair.student))
     check_features(pair.student, pair.teacher, pair.weight, pair.bias, project, same_dtype=cast is None)
     checks.check_bool_mask(mask, pair.student, pair.student.shape[:-1], "row")
 

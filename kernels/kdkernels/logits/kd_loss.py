@@ -20,11 +20,9 @@ from ..stats import KDStats, in_shape
 from ..teachers import Teacher, TeacherCrossTerm
 from .by_rows import LogitKD
 from .diagnose import refuse_bad_rows
+from .few_rows import SMALL_LOGITS, few_rows_loss
 from .problem import check_options, prepare
 from .reference_rows import reference_rows
-
-# Logits of at most this many elements keep their gradient from the forward pass of `kd_loss` everywhere: 256 KiB in float32.
-SMALL_LOGITS = 1 << 16
 
 
 def _gradient_with_value(logits: Tensor) -> bool:
@@ -103,7 +101,7 @@ def kd_loss(
         divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "chi_squared", or an
             object: ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(),
             AlphaBeta(alpha, beta), ChiSquared(), Renyi(alpha), Decoupled(target, non_target).
-        temperature: plain number above 0; both distributions of the divergence are taken at it. Default 1.0.
+        temperature: plain number in [1e-6, 100]; both distributions of the divergence are taken at it. Default 1.0.
         kd_weight: plain number, the factor of the divergence. With 0 the teacher is not read, whatever it holds, unless
             return_stats asks for numbers of it. Default 1.0.
         ce_weight: plain number, the factor of the student's cross entropy at temperature 1 over its whole vocabulary.
@@ -128,7 +126,8 @@ def kd_loss(
             "reference" (eager float32) are taken as asked, never replaced.
         return_stats: also return `KDStats`, numbers per token. Default False.
         check_finite: raise FloatingPointError when the loss is NaN or infinite, naming the first bad row and side; the
-            host waits for the device. Default False.
+            host waits for the device. Only the loss is looked at: beside a finite one the gradient of float16 logits may
+            overflow beyond 65,504, which torch.amp.GradScaler finds. Default False.
 
     Returns:
         Tensor: the loss in float32 (float64 for float64 inputs): 0-D, or (...) for reduction="none". Without a valid row a
@@ -170,6 +169,13 @@ def kd_loss(
         raise ValueError(
             "TeacherCrossTerm is a product with the student's head, which kd_loss does not see; use linear_kd_loss"
         )
+    plain = token_weight is None and vocab_map is None and not return_stats and not check_finite
+    if plain and (impl is None or impl == "torch"):
+        loss = few_rows_loss(
+            student_logits, teacher, labels, terms, ignore_index, reduction, num_items_in_batch
+        )
+        if loss is not None:
+            return loss
     problem = prepare(
         "student_logits",
         student_logits,

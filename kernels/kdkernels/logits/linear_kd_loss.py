@@ -20,7 +20,7 @@ from ..stats import KDStats, in_shape
 from ..teachers import Teacher
 from .by_rows import LinearKD
 from .diagnose import refuse_bad_rows
-from .low_memory import LowMemoryKD
+from .low_memory import LEAST_TILE, LowMemoryKD
 from .option_checks import check_logit_dtype
 from .problem import check_options, prepare
 from .reference_rows import cast_to, reference_rows
@@ -111,7 +111,7 @@ def linear_kd_loss(
         divergence: "forward_kl" (default), "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "chi_squared", or an
             object: ForwardKL(), ReverseKL(), JSD(beta), SkewKL(alpha), SkewReverseKL(alpha), TVD(),
             AlphaBeta(alpha, beta), ChiSquared(), Renyi(alpha), Decoupled(target, non_target).
-        temperature: plain number above 0, of both distributions of the divergence. Default 1.0.
+        temperature: plain number in [1e-6, 100], of both distributions of the divergence. Default 1.0.
         kd_weight: plain number, the factor of the divergence. With 0 (and without return_stats) the teacher is not read
             and its logits are not computed: plain training with chunked logits. Only a vocab_group still reads it.
             Default 1.0.
@@ -145,8 +145,8 @@ def linear_kd_loss(
             "low_memory" holds a tile of the vocabulary at a time and computes its logits twice or three times. It takes
             teachers with all their logits, and neither an index map nor return_stats.
         chunk_bytes: size of the two float32 buffers of logits together, which sets how many tokens, and in low-memory
-            mode how many columns, are worked on at a time. Default: chosen by the back end; for low memory
-            64 MiB, on GPUs 512 MiB.
+            mode how many columns, are worked on at a time; at least one row (128 of its columns in low-memory mode).
+            Default: chosen by the back end; for low memory 64 MiB, on GPUs 512 MiB.
         vocab_group: a process group of torch.distributed whose ranks hold the shards of the vocabulary in the order of
             their ranks: student_weight, student_bias and the teacher's weight and bias (or logits) are this rank's,
             hidden states, labels and everything else are the same on all ranks. Each rank gets the loss of the whole
@@ -193,7 +193,7 @@ def linear_kd_loss(
         vocab_group=vocab_group,
         logit_dtype=logit_dtype,
     )
-    cast = autocast_dtype(student_hidden) if isinstance(student_hidden, Tensor) else None
+    cast = autocast_dtype(checks.check_tensor("student_hidden", student_hidden))
     student_hidden, student_weight, student_bias = checks.check_head(
         "student",
         student_hidden,
@@ -211,6 +211,10 @@ def linear_kd_loss(
         rows = student_hidden.numel() // max(student_hidden.shape[-1], 1)
         chunk_rows = backend.chunk_rows(max(rows, 1), vocabulary, chunk_bytes, student_weight.device)
         shard = shard_of(vocab_group, rows, vocabulary, chunk_rows, student_weight.device)
+    else:
+        checks.check_chunk_holds(
+            chunk_bytes, min(vocabulary, LEAST_TILE) if mode == "low_memory" else vocabulary
+        )
     problem = prepare(
         "student_hidden",
         student_hidden,

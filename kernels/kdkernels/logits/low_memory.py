@@ -39,6 +39,8 @@ TILE_ROWS = 1024
 LEAST_COLUMNS = 1024
 # Multiples of which rows and columns of a tile are: products on a device are cut into blocks, rows read 16 at a time.
 ROW_STEP, COLUMN_STEP = 128, 16
+# Columns that the least `chunk_bytes` has to hold of one row: below that a call is nothing but Python.
+LEAST_TILE = 128
 
 
 def tile_shape(rows: int, vocabulary: int, tile_bytes: int | None, device: torch.device) -> tuple[int, int]:

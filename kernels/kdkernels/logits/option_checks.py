@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.checks import check_number
+from ..core.checks import check_integers, check_number
 from ..divergences import Divergence
 from ..options import LogitTransform
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherTopK
@@ -40,8 +40,7 @@ def check_vocab_map_kind(vocab_map: object) -> None:
         return
     if not isinstance(vocab_map, Tensor):
         raise ValueError(f"vocab_map must be None, 'shared_prefix' or an index tensor, got {vocab_map!r}")
-    if vocab_map.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"vocab_map must be an int64 tensor of teacher ids, got {vocab_map.dtype}")
+    check_integers("vocab_map", vocab_map, "teacher ids")
 
 
 def check_low_memory(teacher: object, vocab_map: object, return_stats: bool) -> None:

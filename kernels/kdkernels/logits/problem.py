@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import get_args
+from functools import lru_cache
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.backend import resolve_impl
 from ..core.matmul import autocast_dtype, wide_dtype
-from ..core.rows import Counted, count_rows, flat
+from ..core.rows import Counted, count_rows, flat, per_row
 from ..divergences import Decoupled, Divergence, resolve_divergence
 from ..options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
 from ..teachers import (
@@ -49,7 +51,58 @@ def check_options(
     vocab_group: object | None = None,
     logit_dtype: torch.dtype | None = None,
 ) -> RowTerms:
-    """Check everything that needs no tensor; the terms of a row, still without the teacher's transform."""
+    """Check everything that needs no tensor; the terms of a row, still without the teacher's transform.
+
+    Plain options are checked once for each distinct set: a training step gives the same ones as the last.
+    """
+    if num_items_in_batch is not None:
+        checks.check_reduction(reduction, num_items_in_batch)
+    option_checks.check_vocab_map_kind(vocab_map)
+    option_checks.check_vocab_group(
+        vocab_group,
+        impl=impl,
+        mode=mode,
+        vocab_map=vocab_map,
+        return_stats=return_stats,
+        check_finite=check_finite,
+    )
+    plain = (
+        divergence, temperature, kd_weight, ce_weight, label_smoothing, t_squared, ignore_index, reduction, softcap,
+        logit_scale, impl, return_stats, check_finite, static_shapes, mode, chunk_bytes, logit_dtype,
+    )  # fmt: skip
+    if isinstance(divergence, Decoupled):  # whose tensors a cache would keep
+        return _terms(*plain)
+    try:
+        return _terms_once(*plain)
+    except TypeError:  # no hash: a symbolic number of a graph, or what `_terms` has a sentence for
+        return _terms(*plain)
+
+
+def check_stored_options(module: str, known: frozenset[str], **options: Any) -> None:
+    """Check the options of a module, of which `known` are the names."""
+    checks.refuse_unknown(module, options, known)
+    check_options(**options)
+
+
+def _terms(
+    divergence: str | Divergence,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    t_squared: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    softcap: float | None,
+    logit_scale: float,
+    impl: Impl | None,
+    return_stats: bool,
+    check_finite: bool,
+    static_shapes: bool,
+    mode: Mode,
+    chunk_bytes: int | None,
+    logit_dtype: torch.dtype | None,
+) -> RowTerms:
     checks.check_temperature(temperature)
     checks.check_number("kd_weight", kd_weight)
     checks.check_number("ce_weight", ce_weight)
@@ -61,17 +114,8 @@ def check_options(
     checks.check_flag("static_shapes", static_shapes)
     checks.check_choice("mode", mode, get_args(Mode))
     checks.check_impl(impl)
-    checks.check_reduction(reduction, num_items_in_batch)
+    checks.check_choice("reduction", reduction, get_args(Reduction))
     checks.check_chunk_bytes(chunk_bytes)
-    option_checks.check_vocab_map_kind(vocab_map)
-    option_checks.check_vocab_group(
-        vocab_group,
-        impl=impl,
-        mode=mode,
-        vocab_map=vocab_map,
-        return_stats=return_stats,
-        check_finite=check_finite,
-    )
     if logit_dtype not in (None, torch.bfloat16):
         raise ValueError(
             f"logit_dtype must be None, which is float32, or torch.bfloat16, got {logit_dtype!r}"
@@ -85,6 +129,10 @@ def check_options(
         float(label_smoothing),
         student_transform=option_checks.check_transform("", "logit_scale", logit_scale, softcap),
     )
+
+
+# `typed`: True and 1 are equal, and one of them is no number here.
+_terms_once = lru_cache(maxsize=256, typed=True)(_terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +229,7 @@ def prepare(
 def _per_row(value: float | Tensor, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(N,) from a number or from one value per token."""
     if isinstance(value, Tensor):
-        return value.reshape(-1).to(dtype)
+        return per_row(value, dtype)
     return torch.full((rows,), float(value), dtype=dtype, device=device)
 
 
@@ -193,7 +241,8 @@ def _without_dead_entries(teacher: TeacherTopK, weight: Tensor | None) -> Teache
     free = torch.arange(teacher.indices.shape[1], device=teacher.indices.device)
     return replace(
         teacher,
-        logprobs=teacher.logprobs.masked_fill(dead, 0.0),
+        # Half of the probability is kept, so that the bucket has the other half.
+        logprobs=teacher.logprobs.masked_fill(dead, -math.log(2.0 * teacher.indices.shape[1])),
         indices=torch.where(dead, free, teacher.indices),
     )
 
