@@ -208,13 +208,20 @@ def test_the_highest_temperature(divergence, impl: Impl) -> None:
     """T squared times a divergence of 1 / T^2: all its digits are differences of log-probabilities near log V.
 
     A log-probability of 4 is off by two roundings, a row averages V of them: 2 * 4 u T^2 = 5e-3 at most, of 2 to 6.
-    Alpha-beta is a difference of sums of powers, each off by as much, divided by alpha * beta.
+    Alpha-beta is a difference of sums of powers, each off by as much, divided by alpha * beta. Rényi's is the logarithm of a
+    sum of exp(alpha log p_t + (1 - alpha) log p_s), off by as many of both logs and by one for itself, over alpha - 1.
     """
     student, teacher = 3.0 * torch.randn(4, 67, device=DEVICE), 2.0 * torch.randn(4, 67, device=DEVICE)
     options = {"divergence": divergence, "temperature": 100.0}
     exact, exact_gradient = solve(student.double(), teacher.double(), "reference", **options)
     rows, gradient = solve(student, teacher, impl, **options)
     divided_by = divergence.alpha * divergence.beta if isinstance(divergence, AlphaBeta) else 1.0
-    assert (rows - exact).abs().max().item() <= 8 * 2.0**-24 * 100.0**2 / divided_by
+    logs, slope = 1.0, 1.0
+    if isinstance(divergence, Renyi):
+        slope = abs(divergence.alpha - 1.0)
+        logs = divergence.alpha + slope + 1.0
+    assert (rows - exact).abs().max().item() <= 8 * 2.0**-24 * 100.0**2 * logs / slope / divided_by
     # T (p_s - p_t): probabilities of 1 / V, each off by 8 roundings of itself.
-    assert (gradient - exact_gradient).abs().max().item() <= 100.0 * 8 * 2.0**-24 * 2 / 67 / divided_by
+    assert (gradient - exact_gradient).abs().max().item() <= 100.0 * 8 * 2.0**-24 * (
+        1 + logs
+    ) / 67 / divided_by
