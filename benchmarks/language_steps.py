@@ -21,7 +21,7 @@ from benchmarks.operation import Operation, Step, training_step
 
 if TYPE_CHECKING:
     from kdtrain.models.language_teacher import LanguageTeacher
-    from kdtrain.tasks.code_lm.objective import LanguageObjective
+    from kdtrain.objective import Objective
     from kdtrain.tasks.code_lm.packing import PackedRows
     from kdtrain.teacher_cache.token_rows import CachedRows
 
@@ -126,12 +126,16 @@ def _teacher(case: Case) -> "LanguageTeacher":
 
 
 def _objective(case: Case, method: str, teacher: "LanguageTeacher | None", stored: Any = None) -> Any:
-    from kdtrain.tasks.code_lm.objective import LanguageObjective
+    from kdtrain.tasks.code_lm.outputs import LanguageModels
     from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
+    from kdtrain.tasks.code_lm.task import checked_objective, language_methods, shape_of
 
     student = _model(case, case.width, case.layers).train()
     recipe = LanguageMethodRecipe(name=method)  # type: ignore[arg-type]
-    return LanguageObjective(student, recipe, teacher, stored=stored).to(case.device)
+    shapes = {} if teacher is None else {"teacher": shape_of(teacher.model)}
+    methods = language_methods(recipe, shape_of(student), shapes)
+    models = LanguageModels(teacher, tail="bucket" if stored is None else stored.tail)
+    return checked_objective(student, methods, models).to(case.device)
 
 
 def _autocast(case: Case) -> AbstractContextManager[Any]:
@@ -140,9 +144,7 @@ def _autocast(case: Case) -> AbstractContextManager[Any]:
     return torch.autocast(case.device, getattr(torch, case.precision))
 
 
-def _step(
-    case: Case, objective: "LanguageObjective", rows: "PackedRows | CachedRows", loss_of: Any = None
-) -> Step:
+def _step(case: Case, objective: "Objective", rows: "PackedRows | CachedRows", loss_of: Any = None) -> Step:
     """The step of `kdtrain.loop`, in which `loss_of` may stand for the objective's own loss."""
     batches = itertools.cycle(torch.arange(BATCHES * case.rows).split(case.rows))
 
@@ -220,10 +222,10 @@ def store(case: Case, inputs: Inputs) -> Step:
     return step
 
 
-def _eager_logits(objective: "LanguageObjective", batch: Any) -> Tensor:
+def _eager_logits(objective: "Objective", batch: Any) -> Tensor:
     from kdtrain.models.heads import head_of, hidden_states
 
-    hidden, _ = hidden_states(objective.student, batch.input_ids, batch.position_ids, ())
+    hidden, _ = hidden_states(objective.student, batch.input_ids, batch.positions, ())  # type: ignore[arg-type]
     return F.linear(hidden, head_of(objective.student).weight).flatten(0, 1).float()
 
 
@@ -243,16 +245,18 @@ def plain_eager(case: Case, inputs: Inputs) -> Step:
 def eager(case: Case, inputs: Inputs) -> Step:
     """Forward KL and cross entropy, both logits whole: the lines that the fused loss replaces."""
     objective = _objective(case, "kd", _teacher(case))
-    recipe = objective.recipe
+    options = objective.plan[0].options
 
     def loss(batch: Any, divisor: int) -> Tensor:
         student, labels = _eager_logits(objective, batch), batch.labels.flatten()
         with torch.no_grad():
-            known, _ = objective.teacher_head(batch)
+            known = objective.models.teacher_outputs(
+                "teacher", batch, objective.teacher_layers["teacher"]
+            ).target
             teacher = F.log_softmax(F.linear(known.hidden, known.weight).flatten(0, 1).float(), -1)
         kd = F.kl_div(F.log_softmax(student, -1), teacher, reduction="none", log_target=True).sum(-1)
         ce = F.cross_entropy(student, labels, reduction="sum")
-        return (recipe.kd_weight * (kd * (labels != -100)).sum() + recipe.ce_weight * ce) / divisor
+        return (options.kd_weight * (kd * (labels != -100)).sum() + options.ce_weight * ce) / divisor
 
     return _step(case, objective, inputs.rows, loss)
 

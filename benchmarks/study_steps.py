@@ -49,39 +49,41 @@ SMOKE = (Case(2, 16, "roberta-0.6M", 16, 4),)
 
 def _contender(name: str) -> Any:
     def contender(case: Case, inputs: torch.Generator) -> Step:
-        from kdtrain.methods import method_class
+        from kdtrain.methods import build_methods, method_class
         from kdtrain.models.loading import Shape
-        from kdtrain.recipe import MethodRecipe
+        from kdtrain.objective import Objective, teacher_layers
+        from kdtrain.outputs import Batch
         from kdtrain.recipe.presets import STUDENTS, STUDY
-        from kdtrain.tasks.classification.objective import Batch, DistillationModel
+        from kdtrain.tasks.classification.outputs import Classifiers
 
         shape = STUDENTS[case.student]
-        recipe = MethodRecipe(name=name, **STUDY.get(name, {}).get("method", {}))
-        method = method_class(name)(
-            recipe,
+        options = method_class(name).Options.parse({"name": name, **STUDY.get(name, {}).get("method", {})})
+        methods = build_methods(
+            [options],
+            "classification",
             Shape(shape["layers"], shape["hidden_size"], True),
-            Shape(case.teacher_layers, case.teacher_width, True),
+            {"teacher": Shape(case.teacher_layers, case.teacher_width, True)},
         )
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=inputs).to(case.device)
 
-        layers, states, teacher_mask = len(method.teacher_layers), None, None
+        layers = teacher_layers(methods, "teacher")
         mask = torch.ones(case.rows, case.length, dtype=torch.int64, device=case.device)
-        if method.whole_sequences:
-            states = normal(case.rows, layers, case.length, case.teacher_width)
-            teacher_mask = mask.bool()
-        elif layers:
-            states = normal(case.rows, layers, case.teacher_width)
+        stored = {"logits": normal(case.rows, CLASSES)}
+        if layers.tokens:
+            stored["states"] = normal(case.rows, len(layers.tokens), case.length, case.teacher_width)
+            stored["mask"] = mask.bool()
+        elif layers.states:
+            stored["states"] = normal(case.rows, len(layers.states), case.teacher_width)
         batch = Batch(
             input_ids=torch.randint(300, (case.rows, case.length), generator=inputs).to(case.device),
-            attention_mask=mask,
             labels=torch.randint(CLASSES, (case.rows,), generator=inputs).to(case.device),
-            teacher_logits=normal(case.rows, CLASSES),
-            teacher_states=states,
-            teacher_mask=teacher_mask,
+            rows=torch.arange(case.rows),
+            attention_mask=mask,
+            stored={"teacher": stored},
         )
-        model = DistillationModel(_student(shape), method).to(case.device).train()
+        model = Objective(_student(shape), methods, Classifiers()).to(case.device).train()
         return training_step(model, lambda: model(batch, case.rows)[0])
 
     return contender

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdtrain.engine.zero import gathered_weights, loading_whole, spread_weights
+from kdtrain.engine.zero import gathered_weights, loading_whole, zero3_parameters
 from kdtrain.errors import KdtrainError
+from kdtrain.methods.base import Step
+from kdtrain.methods.kd import KDOptions, LogitDistillation
 from kdtrain.models.heads import check_model, mixes_documents
 from kdtrain.models.language_teacher import DTYPES, LanguageTeacher, load_language_teacher
 from kdtrain.models.vocabulary import match_vocabularies
-from kdtrain.tasks.code_lm.metrics import measured_rows
-from kdtrain.tasks.code_lm.objective import LanguageObjective, divergence_of
-from kdtrain.tasks.code_lm.packing import IGNORED, padded_batch
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
+from kdtrain.objective import Objective
+from kdtrain.outputs import IGNORED
+from kdtrain.tasks.code_lm.outputs import LanguageModels
+from kdtrain.tasks.code_lm.packing import padded_batch
+from kdtrain.tasks.code_lm.task import shape_of
 
 
 @dataclass
@@ -48,8 +51,8 @@ class KDConfig(TrainingArguments):
         default="fp32", metadata={"help": "fp32 or bf16, of a teacher given by name or folder"}
     )
 
-    def recipe(self) -> LanguageMethodRecipe:
-        """The same in the words of a recipe, checked there.
+    def options(self) -> KDOptions:
+        """The same as options of method kd.
 
         Raises:
             KdtrainError: a number out of range, or nothing to learn from.
@@ -58,13 +61,18 @@ class KDConfig(TrainingArguments):
             raise KdtrainError(
                 "kd_weight and ce_weight are both 0, so there is nothing to learn; set one of them above 0"
             )
-        return LanguageMethodRecipe(
-            divergence=self.divergence,  # type: ignore[arg-type]
-            beta=self.beta,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
+        divergence: dict[str, Any] = {"name": self.divergence}
+        if self.divergence == "jsd":
+            divergence["beta"] = self.beta
+        elif self.divergence in ("skew_kl", "skew_reverse_kl"):
+            divergence["alpha"] = self.alpha
+        return LogitDistillation.Options.parse(
+            {
+                "divergence": divergence,
+                "temperature": self.temperature,
+                "kd_weight": self.kd_weight,
+                "ce_weight": self.ce_weight,
+            }
         )
 
 
@@ -110,7 +118,7 @@ class KDTrainer(Trainer):
             refuse_lower_precision(teacher, args.teacher_precision)  # type: ignore[arg-type]
             if model is not None:
                 refuse_shared_weights(model, teacher)  # type: ignore[arg-type]
-        self.distillation: LanguageObjective | None = None
+        self.distillation: Objective | None = None
         super().__init__(model=model, args=args, **others)
         if args.n_gpu > 1:
             raise KdtrainError(
@@ -125,7 +133,7 @@ class KDTrainer(Trainer):
 
     def distil(self, model: PreTrainedModel, known: LanguageTeacher) -> None:
         """Make `model` the student: it is compared with the teacher, and its forward can do the loss."""
-        with gathered_weights(spread_weights(model).values()):
+        with gathered_weights(zero3_parameters(model).values()):
             check_model(model, "student", packing=False)
             mixing = {"student": mixes_documents(model), "teacher": mixes_documents(known.model)}
         sizes = [side.config.get_text_config().vocab_size for side in (model, known.model)]
@@ -137,19 +145,24 @@ class KDTrainer(Trainer):
                 f"the heads of student and teacher have {sizes[0]} and {sizes[1]} rows; name the teacher by its folder or hub id "
                 "and give processing_class, so that their tokens can be compared"
             )
-        self.distillation = LanguageObjective(model, self.args.recipe(), known, vocab_map=vocab_map)
+        self.known = known
+        models = LanguageModels(known, vocab_map)
+        self.distillation = Objective(model, [self.method(model, known)], models)
         model.forward = with_distillation(model.forward, self.distillation)
         mixing = " and ".join(side for side, mixes in mixing.items() if mixes)
         self.data_collator = partial(collate_counted, self.plain_collator, mixing=mixing)
+
+    def method(self, model: PreTrainedModel, teacher: LanguageTeacher) -> LogitDistillation:
+        """What `args` asks for now."""
+        return LogitDistillation(self.args.options(), shape_of(model), {"teacher": shape_of(teacher.model)})
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; every model that `model_init` makes learns from the teacher."""
         model = super().call_model_init(trial)
         check_kind(model, "student")
         if self.distillation is not None:  # the first is made before there is a teacher
-            assert self.distillation.teacher is not None
-            refuse_shared_weights(model, self.distillation.teacher.model)
-            self.distil(model, self.distillation.teacher)  # type: ignore[arg-type]
+            refuse_shared_weights(model, self.known.model)
+            self.distil(model, self.known)  # type: ignore[arg-type]
         return model
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -161,9 +174,9 @@ class KDTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list[Any], Any]:
         """As Trainer's; refuses a batch that holds nothing to learn, and reads what `args` says now."""
         assert self.distillation is not None
-        recipe = self.args.recipe()
-        if recipe != self.distillation.recipe:  # a search sets them when the model is there already
-            self.distillation.recipe, self.distillation.divergence = recipe, divergence_of(recipe)
+        (method,) = self.distillation.plan
+        if self.args.options() != method.options:  # a search sets them when the model is there already
+            self.distillation.learn_by([self.method(self.model, self.known)])  # type: ignore[arg-type]
         samples, count = super().get_batch_samples(*args, **options)
         if samples and isinstance(count, Tensor) and not count.any():
             raise KdtrainError(
@@ -183,7 +196,7 @@ class KDTrainer(Trainer):
         piece = padded_batch(inputs)
         if model.training:
             assert self.distillation is not None
-            self.distillation.start_step(self.state.global_step, self.state.max_steps)
+            self.distillation.step = Step(self.state.global_step, self.state.max_steps)
         divisor = (piece.labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss, _ = model(kd_piece=piece, kd_divisor=divisor)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -324,7 +337,7 @@ def collate_counted(
         )
     batch = padded_batch(inputs)
     shifted = batch.labels
-    behind = (batch.position_ids[:, 1:] == 0).cumsum(1) > 0
+    behind = (batch.positions[:, 1:] == 0).cumsum(1) > 0
     if mixing and bool((behind & (shifted[:, 1:] != IGNORED)).any()):
         raise KdtrainError(
             f"a batch holds a document behind padding or behind another document, which it sees in this {mixing}: nothing in "
@@ -357,7 +370,7 @@ def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeac
     if isinstance(teacher, str):
         with loading_whole():
             return load_language_teacher(teacher, precision, packing=False)
-    if spread_weights(teacher):
+    if zero3_parameters(teacher):
         raise KdtrainError(
             "ZeRO 3 has cut the teacher while it was loaded, and nothing puts it together to run; give KDTrainer its folder or "
             "hub id, or load it before KDConfig is made"
@@ -368,7 +381,7 @@ def open_teacher(teacher: PreTrainedModel | str, precision: str) -> LanguageTeac
     return LanguageTeacher(path, teacher, None)  # type: ignore[arg-type]
 
 
-def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -> Callable[..., Any]:
+def with_distillation(plain: Callable[..., Any], objective: Objective) -> Callable[..., Any]:
     """The model's own forward, and behind `kd_piece` the objective: what a loss uses is used inside the wrapped forward."""
     owner = getattr(plain, "__self__", None)
     if owner is not None:
@@ -380,7 +393,7 @@ def with_distillation(plain: Callable[..., Any], objective: LanguageObjective) -
     ) -> Any:
         if kd_piece is None:
             return plain(*args, **options)
-        return measured_rows(objective, kd_piece) if kd_measure else objective(kd_piece, kd_divisor)
+        return objective.measure(kd_piece) if kd_measure else objective(kd_piece, kd_divisor)
 
     # The words of the plain forward, by which Trainer chooses columns, but not the way back to it: accelerate's unwrap_model
     # goes back as far as it can, and the loss would be gone.

@@ -1,16 +1,16 @@
-"""The training loop: one function, top to bottom."""
+"""The training loop: one function, top to bottom, for every task and method."""
 
 import json
 import math
-import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import nn
 from transformers import get_scheduler
 
 from kdtrain.console import progress, say
@@ -18,15 +18,20 @@ from kdtrain.data.tokens import length_grouped_batches
 from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
 from kdtrain.engine.failures import tells_failures
 from kdtrain.engine.full_state import joined, load_state, whole_state
+from kdtrain.engine.gradients import give, gradient_sync, taken
+from kdtrain.engine.means import RunningMeans
+from kdtrain.engine.random import own_part, random_state, set_random_state
 from kdtrain.engine.run_folder import recipe_hash
-from kdtrain.engine.zero import piece_of_batch, prepared
 from kdtrain.errors import KdtrainError
+from kdtrain.evaluation.measure import peak_memory
 from kdtrain.evaluation.metrics import keep_lines
 from kdtrain.files import append_line
+from kdtrain.methods.base import Step
+from kdtrain.objective import Objective
 from kdtrain.recipe import TrainingRecipe
-from kdtrain.tasks.base import Evaluate, Objective, RunRecipe, TrainingData
+from kdtrain.tasks.base import RunRecipe, TrainingData
 
-SMALLER_IS_BETTER = ("loss", "divergence")
+SMALLER_IS_BETTER = ("loss", "divergence", "perplexity")
 
 
 @tells_failures
@@ -34,23 +39,29 @@ def train(
     recipe: RunRecipe,
     model: Objective,
     data: TrainingData,
-    evaluate: Evaluate,
+    evaluate: Callable[[nn.Module], dict[str, float]],
     folder: Path,
     accelerator: Accelerator,
 ) -> Position:
     """Train `model` as the recipe says and leave it with its best weights, whatever the task.
 
-    Writes `metrics.jsonl` and `checkpoints/` into `folder`; where those hold an unfinished run, goes on from there
-    exactly as if it had never stopped. Gives the last position, which names the best step.
+    Writes `metrics.jsonl` and `checkpoints/` into `folder`; where those hold an unfinished run, resumes exactly as if
+    it had never stopped.
+
+    Args:
+        evaluate: metrics of the model as accelerate wrapped it; every process takes part and gets the same.
+
+    Returns:
+        The last position, which names the best step.
     """
     # ---- set up
     options = recipe.training
     device, main = accelerator.device, accelerator.is_main_process
     steps_per_epoch = math.ceil(len(data.lengths) / options.batch_size)
-    total_steps = min(options.max_steps or options.epochs * steps_per_epoch, options.epochs * steps_per_epoch)
+    total_steps = options.max_steps or options.epochs * steps_per_epoch
     evaluate_every = options.evaluate_every or steps_per_epoch
-    cuts = options.accumulation * accelerator.num_processes
-    names = model.names
+    save_every = options.save_steps or evaluate_every
+    splits = options.accumulation * accelerator.num_processes
 
     plain = model.to(device)
     optimizer: Any = torch.optim.AdamW(parameter_groups(plain, options), lr=options.learning_rate, fused=True)
@@ -62,12 +73,17 @@ def train(
         num_training_steps=total_steps,
     )
     # The scheduler stays outside of prepare(), which would step it once per process.
-    model, optimizer = prepared(accelerator, plain, optimizer, options)
+    wrapped, optimizer = accelerator.prepare(plain, optimizer)
     parameters = list(plain.parameters())
+    groups = plain.gradient_groups
+    if len(groups) > 1 and options.precision == "fp16":
+        raise KdtrainError(
+            "a method that combines gradients cannot compare those that training.precision fp16 scales; use bf16 or fp32"
+        )
 
     checkpoints, metrics_path = folder / "checkpoints", folder / "metrics.jsonl"
     torch.manual_seed(recipe.seed * 1000 + accelerator.process_index)
-    position, sums = Position(), torch.zeros(len(names) + 2, device=device)
+    position, running = Position(), RunningMeans(device)
     run = recipe_hash(recipe)
     tell = say if main else lambda text: None
     resumed = load_checkpoint(
@@ -75,39 +91,44 @@ def train(
     )
     if resumed is not None:
         position, tensors = resumed
-        sums = own_part(tensors, accelerator)
+        running = RunningMeans(device, own_part(tensors, accelerator))
     if main:
         keep_lines(metrics_path, position.step)
         if position.step:
             say(f"resumed at step {position.step} of {total_steps}")
-    epoch, plan, means = -1, [], []
+    epoch, plan = -1, []
     evaluated = saved = position.step
     window = replace(position)
-    model.train()
+    wrapped.train()
 
     with progress(total_steps, folder.name, initial=position.step, show=main) as bar:
         while True:
-            step = position.step
+            step = Step(position.step, total_steps, position.step / steps_per_epoch)
+            last = step.number == total_steps or position.waited == options.early_stopping_patience
 
             # ---- evaluate
-            if step > evaluated and (step % evaluate_every == 0 or step == total_steps):
-                metrics = evaluate(model, accelerator)
-                check_finite(metrics["loss"], step, options)  # no line may have been logged yet
+            if step.number > evaluated and (step.number % evaluate_every == 0 or last):
+                metrics = evaluate(wrapped)
+                check_finite(metrics["loss"], step.number, options)  # no line may have been logged yet
                 value = metrics[options.best_metric] * (-1 if options.best_metric in SMALLER_IS_BETTER else 1)
+                position.waited += 1
                 if position.best_value is None or value > position.best_value:
-                    position.best_step, position.best_value = step, value
+                    position.best_step, position.best_value, position.waited = step.number, value, 0
                     state = whole_state(plain)
                     if main:
-                        save_best(checkpoints, step, state)
+                        save_best(checkpoints, step.number, state)
                 if main:
-                    append_line(metrics_path, json.dumps({"step": step, **prefixed("valid", metrics)}))
-                    say(f"{folder.name}: step {step}/{total_steps} {describe(metrics)}")
-                model.train()
-                evaluated = step
+                    append_line(metrics_path, json.dumps({"step": step.number, **prefixed("valid", metrics)}))
+                    say(f"{folder.name}: step {step.number}/{total_steps} {describe(metrics)}")
+                plain.after_evaluate(step, metrics)
+                last = last or position.waited == options.early_stopping_patience
+                wrapped.train()
+                evaluated = step.number
 
             # ---- save
-            if step > saved and evaluated == step:
-                tensors = {"random": random_state(device), "sums": sums}
+            if step.number > saved and (step.number % save_every == 0 or last):
+                assert running.sums is not None
+                tensors = {"random": random_state(device), "sums": running.sums}
                 tensors = {name: accelerator.gather(value[None]).cpu() for name, value in tensors.items()}  # type: ignore[union-attr]
                 state, optimizer_state = whole_state(plain), whole_state(optimizer)
                 if main:
@@ -123,54 +144,57 @@ def train(
                     )
                 del state, optimizer_state
                 accelerator.wait_for_everyone()
-                saved = step
+                saved = step.number
 
-            if step == total_steps:
+            if last:
                 break
 
             # ---- step
             started = time.perf_counter()
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
+            if step.number // steps_per_epoch != epoch:
+                epoch = step.number // steps_per_epoch
                 plan = length_grouped_batches(data.lengths, options.batch_size, recipe.seed, epoch)
-            batch_rows = plan[step % steps_per_epoch]
-            mine = batch_rows.tensor_split(cuts)[accelerator.process_index :: accelerator.num_processes]
-            # Every process takes part in every exchange: an empty piece runs one row and counts it as nothing.
-            # DDP averages, the loss is a sum.
-            shares = [accelerator.num_processes if len(piece) else 0 for piece in mine]
-            pieces = (data.batch(piece if len(piece) else batch_rows[:1], device) for piece in mine)
-            plain.start_step(step, total_steps)
-            pieces, divisor = plain.look_ahead(pieces, mine, batch_rows, data.count(batch_rows), accelerator)
-            for number, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
-                with piece_of_batch(accelerator, model, last=number == len(mine) - 1):
-                    loss, terms = model(piece, divisor)
-                    accelerator.backward(loss * share)
-                sums[:-2] += terms * (share / (divisor * accelerator.num_processes))
-                sums[-2] += loss.detach() * (share / accelerator.num_processes)
+            rows = plan[step.number % steps_per_epoch]
+            batch = plain.prepare_step(wrapped, step, rows, data, accelerator, splits)
+            draws = random_state(device) if len(groups) > 1 else None
+            gradients = []
+            for group in groups:
+                if gradients and draws is not None:
+                    set_random_state(draws)  # the groups are parts of one loss, under one dropout
+                for number, (micro_batch, scale) in enumerate(batch, start=1):
+                    with gradient_sync(accelerator, wrapped, last=number == len(batch), groups=len(groups)):
+                        loss, values = wrapped(micro_batch, batch.divisor, group)
+                        accelerator.backward(loss * scale)
+                    running.add(loss, values, scale=scale / accelerator.num_processes, divisor=batch.divisor)
+                if len(groups) > 1:
+                    gradients.append(taken(parameters, accelerator))
+            if gradients:
+                give(parameters, plain.combine(gradients))
             norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
-            sums[-1] += 0.0 if norm is None else joined(norm)  # None under DeepSpeed, which clips for itself
+            step_values = running.end_step(None if norm is None else joined(norm))
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            plain.after_step(step, lambda values=step_values: running.step_values(values, accelerator))
             position.step += 1
-            position.tokens += int(data.lengths[batch_rows].sum())
-            log_now = position.step % options.log_every == 0
-            if log_now:  # the only place that waits for the device
-                means = accelerator.reduce(sums, "sum").div(options.log_every).tolist()  # type: ignore[union-attr]
+            position.tokens += int(data.lengths[batch.rows].sum())
+            means: dict[str, float] = {}
+            if position.step % options.log_every == 0:  # the only place that waits for the device
+                means = running.means(accelerator, options.log_every)
             position.seconds += time.perf_counter() - started
             bar.update()
 
             # ---- log
-            if log_now:
+            if means:
                 seconds = position.seconds - window.seconds
-                loss = means[-2]
+                loss, norm = means.pop("loss"), means.pop("grad_norm")
                 check_finite(loss, position.step, options)
                 line = {
                     "step": position.step,
                     "epoch": round(position.step / steps_per_epoch, 4),
                     "loss": loss,
-                    **{f"loss/{name}": mean for name, mean in zip(names, means, strict=False)},
-                    "grad_norm": means[-1] / accelerator.num_processes,
+                    **{f"loss/{name}": mean for name, mean in means.items()},
+                    "grad_norm": norm,
                     "lr": scheduler.get_last_lr()[0],
                     "tokens": position.tokens,
                     "tokens_per_second": round((position.tokens - window.tokens) / seconds, 1),
@@ -180,7 +204,6 @@ def train(
                 if main:
                     append_line(metrics_path, json.dumps(line))
                 bar.note(f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s")
-                sums.zero_()
                 window = replace(position)
 
     # ---- the best weights stay
@@ -198,21 +221,6 @@ def check_finite(loss: float, step: int, options: TrainingRecipe) -> None:
         )
 
 
-def describe_training(position: Position, accelerator: Accelerator) -> dict[str, Any]:
-    """What the training took."""
-    return {
-        "steps": position.step,
-        "best_step": position.best_step,
-        "seconds": round(position.seconds, 2),
-        "tokens": position.tokens,
-        "tokens_per_second": round(position.tokens / position.seconds, 1),
-        "peak_memory_bytes": peak_memory(accelerator.device),
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def parameter_groups(model: torch.nn.Module, options: TrainingRecipe) -> list[dict[str, Any]]:
     """Matrices decay; biases and norms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -220,46 +228,6 @@ def parameter_groups(model: torch.nn.Module, options: TrainingRecipe) -> list[di
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The state of the generators that dropout draws from, as one row of bytes."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states).to(device)
-
-
-def set_random_state(state: Tensor) -> None:
-    """The inverse of `random_state`."""
-    size = len(torch.get_rng_state())
-    # Copies: torch 2.13 reads a view from the start of its storage, which is the state of another process.
-    torch.set_rng_state(state[:size].clone())
-    if len(state) > size:
-        torch.cuda.set_rng_state(state[size:].clone())
-
-
-def own_part(tensors: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-    """This process's running sums out of a checkpoint's tensors; its random state is set.
-
-    Where another number of processes goes on, the sums are shared out evenly and dropout draws anew.
-    """
-    sums, count = tensors["sums"].to(accelerator.device), accelerator.num_processes
-    if len(sums) == count:
-        set_random_state(tensors["random"][accelerator.process_index])
-        return sums[accelerator.process_index]
-    if accelerator.is_main_process:
-        say(
-            f"the checkpoint is of {len(sums)} processes, {count} go on: the same steps, up to the order of sums"
-        )
-    return sums.sum(0) / count
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by tensors on a GPU, by the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -21,16 +21,19 @@ def legend_beside(figure: Figure, axes: Axes) -> None:
 
 
 def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Draw training loss and validation accuracy over steps, one line a run, into a PNG."""
+    """Draw training loss, and validation accuracy (or loss, of language models) over steps, one line a run, into a PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name, folder in runs.items():
-        lines = read_metrics(folder)
+    every = {name: read_metrics(folder) for name, folder in runs.items()}
+    metric = (
+        "accuracy" if any("valid/accuracy" in line for lines in every.values() for line in lines) else "loss"
+    )
+    for name, lines in every.items():
         training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        valid = [(line["step"], line["valid/accuracy"]) for line in lines if "valid/accuracy" in line]
+        valid = [(line["step"], line[f"valid/{metric}"]) for line in lines if f"valid/{metric}" in line]
         left.plot(*zip(*training, strict=True), label=name) if training else None
         right.plot(*zip(*valid, strict=True), marker="o", label=name) if valid else None
     left.set(xlabel="optimizer steps", ylabel="training loss")
-    right.set(xlabel="optimizer steps", ylabel="validation accuracy")
+    right.set(xlabel="optimizer steps", ylabel=f"validation {metric}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -36,31 +36,21 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = recipe_from_dict(content)
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
-    from kdtrain.tasks.classification.prepare import (
-        build_method,
-        cache_identity,
-        cached_rows,
-        open_teacher,
-        prepare_cache,
-        start_accelerator,
-    )
-    from kdtrain.tasks.classification.splits import load_classification
+    from kdtrain.engine.accelerator import start_accelerator
+    from kdtrain.tasks.classification.task import Classification
     from kdtrain.teacher_cache.row_build import verify_cache
 
-    data = load_classification(recipe.data)
-    teacher = open_teacher(recipe, data)
-    assert teacher is not None
-    method = build_method(recipe, teacher)
-    device = start_accelerator(recipe).device
-    cache = prepare_cache(recipe, data, teacher, method, device)
+    run = Classification(recipe)
+    device = start_accelerator(recipe.training).device
+    cache = run.build_cache(device)
     say(f"teacher cache: {len(cache)} rows in {cache.folder}")
     if arguments.verify:
-        rows, identity = cached_rows(recipe, data, method), cache_identity(recipe, data, teacher, method)
+        assert run.teacher is not None
         count = verify_cache(
             cache,
-            teacher,
-            identity,
-            rows,
+            run.teacher,
+            run.cache_identity(),
+            run.cached_rows,
             count=arguments.rows,
             seed=recipe.seed,
             device=device,
@@ -77,25 +67,30 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
             f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden, topk, "
             "cross_term or shards"
         )
-    from kdtrain.tasks.classification.prepare import start_accelerator
-    from kdtrain.tasks.code_lm.run import prepare, stored_signals
+    from kdtrain.engine.accelerator import start_accelerator
+    from kdtrain.tasks.code_lm.task import CodeLM
     from kdtrain.teacher_cache.token_build import verify_language_cache
 
-    device = start_accelerator(recipe).device
-    parts = prepare(recipe)
-    if parts.shards is not None:
-        say(parts.shards.shards.words)
+    run = CodeLM(recipe)
+    device = start_accelerator(recipe.training).device
+    run.identity()
+    if run.shards is not None:
+        say(run.shards.shards.words)
         if arguments.verify:
-            parts.shards.shards.verify()
+            run.shards.shards.verify()
             say("teacher shards: all values are log-probabilities of different tokens")
         return 0
-    assert parts.teacher is not None
-    for stored in stored_signals(recipe, parts, device):
+    if run.stored is None:
+        raise KdtrainError(
+            f"{arguments.recipe} learns nothing from the teacher, so nothing is stored; set method.name to kd"
+        )
+    assert run.teacher is not None
+    for stored in run.stored_signals(device):
         say(f"teacher cache: {len(stored.cache)} rows in {stored.cache.folder}")
         if arguments.verify:
             count = verify_language_cache(
                 stored.cache,
-                parts.teacher,
+                run.teacher,
                 stored.rows,
                 count=arguments.rows,
                 seed=recipe.seed,

@@ -63,7 +63,7 @@ def examine_classification(content: dict[str, Any]) -> list[Finding]:
     from kdtrain.recipe import recipe_from_dict
 
     recipe = recipe_from_dict(content)
-    from kdtrain.tasks.classification.checks import examine_recipe
+    from kdtrain.doctor.classification import examine_recipe
 
     return examine_recipe(recipe)
 
@@ -73,12 +73,12 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
     from kdtrain.study.plan import study_from_dict, unfold
 
     study = study_from_dict(content)
+    from kdtrain.doctor.classification import examine_recipe
     from kdtrain.study.shared import make_data, shared_cache
-    from kdtrain.tasks.classification.checks import examine_recipe
-    from kdtrain.tasks.classification.materials import Materials
+    from kdtrain.tasks.base import SharedInputs
 
     findings: dict[Finding, str] = {}
-    materials = Materials()
+    shared = SharedInputs()
     for cell in unfold(study):
         place = f"{cell.task}, {cell.student}, {cell.method}"
         if cell.recipe.seed != study.seeds[0]:
@@ -86,7 +86,7 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
         teacher = replace(cell.recipe.teacher, cache=shared_cache(study, cell))
         try:
             make_data(study.tasks[cell.task], cell)
-            for finding in examine_recipe(replace(cell.recipe, teacher=teacher), materials):
+            for finding in examine_recipe(replace(cell.recipe, teacher=teacher), shared):
                 findings.setdefault(finding, place)
         except KdtrainError as error:
             findings.setdefault(wrong(str(error)), place)

@@ -9,12 +9,12 @@ from kdtrain.recipe import Recipe, describe_fields, read_recipe, task_of
 from kdtrain.tasks.code_lm.recipe import LanguageRecipe
 from kdtrain.tasks.masked_lm.recipe import MaskedRecipe
 
-TASKS = {
-    "classification": (Recipe, "kdtrain.recipe:recipe_from_dict", "kdtrain.tasks.classification.run:run"),
-    "masked_lm": (MaskedRecipe, "kdtrain.tasks.masked_lm.recipe:masked_recipe_from_dict", "kdtrain.tasks.masked_lm.run:run_masked"),
-    "code_lm": (LanguageRecipe, "kdtrain.tasks.code_lm.recipe:language_recipe_from_dict", "kdtrain.tasks.code_lm.run:run_language"),
-}  # fmt: skip
-"""By a recipe's `task`: what it holds, the function that reads it, and the one that runs it (which loads torch)."""
+READERS = {
+    "classification": (Recipe, "kdtrain.recipe:recipe_from_dict"),
+    "masked_lm": (MaskedRecipe, "kdtrain.tasks.masked_lm.recipe:masked_recipe_from_dict"),
+    "code_lm": (LanguageRecipe, "kdtrain.tasks.code_lm.recipe:language_recipe_from_dict"),
+}
+"""By a recipe's `task`: its class, and the function that reads it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n\n".join(
         f"fields of a recipe of task {task}, with their defaults:\n{describe_fields(kind)}"
-        for task, (kind, _, _) in TASKS.items()
+        for task, (kind, _) in READERS.items()
     )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --training.learning_rate 3e-4")
 
@@ -35,11 +35,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise KdtrainError(
             f"{arguments.recipe} is a study of many runs; start it with kdtrain study {arguments.recipe}"
         )
-    if task not in TASKS:
-        raise KdtrainError(f"kdtrain train knows the tasks {', '.join(TASKS)}, got task: {task}")
-    _, reader, runner = TASKS[task]
-    recipe = _named(reader)(content)  # a wrong recipe is told before torch is loaded
-    _named(runner)(recipe)
+    if task not in READERS:
+        raise KdtrainError(f"kdtrain train knows the tasks {', '.join(READERS)}, got task: {task}")
+    recipe = _named(READERS[task][1])(content)  # a wrong recipe is refused before torch is loaded
+    from kdtrain.run import run
+
+    run(recipe)
     return 0
 
 

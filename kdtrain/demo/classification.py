@@ -12,7 +12,6 @@ from kdtrain.console import say
 from kdtrain.data.exceptions import build_exceptions
 from kdtrain.data.tokens import tokenize
 from kdtrain.demo.report import Entry, write_report
-from kdtrain.evaluation.classification import latency_ms
 from kdtrain.evaluation.linear_baseline import bag_of_tokens
 from kdtrain.files import folder_bytes
 from kdtrain.models.loading import parameter_count
@@ -25,8 +24,9 @@ from kdtrain.recipe import (
     TeacherRecipe,
     TrainingRecipe,
 )
+from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.classification.run import run
+from kdtrain.tasks.classification.metrics import latency_ms
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
 
 SHIPPED_TEACHER = Path(__file__).parent.parent / "teacher"

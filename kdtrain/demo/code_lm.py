@@ -15,6 +15,7 @@ from kdtrain.demo.code_lm_report import write_language_report
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic
 from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
+from kdtrain.run import run
 from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -23,7 +24,6 @@ from kdtrain.tasks.code_lm.recipe import (
     LanguageTeacherRecipe,
     LanguageTrainingRecipe,
 )
-from kdtrain.tasks.code_lm.run import run_language
 
 TITLES = {
     "ce": "student, next tokens only (CE)",
@@ -81,13 +81,13 @@ def language_demo(output: Path, plan: LanguageDemoPlan | None = None) -> str:
     say("2/4 teacher")
     teacher = demo_recipe(output, plan, "teacher", plan.teacher, plan.teacher_steps)
     forget_peak()
-    summaries = {"teacher": run_language(teacher)}
+    summaries = {"teacher": run(teacher)}
     say(f"3/4 students: {', '.join(plan.methods)}, {plan.steps} steps each")
     for name, method in plan.methods.items():
         recipe = demo_recipe(output, plan, name, plan.student, plan.steps)
         known = LanguageTeacherRecipe(path=str(output / "runs" / "teacher" / "student"))
         forget_peak()
-        summaries[name] = run_language(replace(recipe, teacher=known, method=method))
+        summaries[name] = run(replace(recipe, teacher=known, method=method))
     say("4/4 report")
     titles = {"teacher": "teacher", **{name: TITLES.get(name, name) for name in plan.methods}}
     return write_language_report(

@@ -13,15 +13,12 @@ from kdtrain.files import human_bytes, write_atomic, write_json
 from kdtrain.models.language_teacher import load_causal
 from kdtrain.models.loading import load_tokenizer
 from kdtrain.plots import legend_beside, plt, save_figure
-from kdtrain.summary import installed_versions
-from kdtrain.tasks.code_lm.run import LanguageSummary
+from kdtrain.summary import Summary, installed_versions
 
 NEW_TOKENS = 32
 
 
-def write_language_report(
-    output: Path, summaries: Mapping[str, LanguageSummary], prompts: Sequence[str]
-) -> str:
+def write_language_report(output: Path, summaries: Mapping[str, Summary], prompts: Sequence[str]) -> str:
     """Write report.md, report.json and learning_curves.png; give the Markdown."""
     data = next(iter(summaries.values())).data
     versions = installed_versions()
@@ -49,7 +46,7 @@ def write_language_report(
         output / "report.json",
         {
             "models": {
-                name: {"student": one.student, "test": one.test, "training": one.training}
+                name: {"student": one.student, "valid": one.valid, "training": one.training}
                 for name, one in summaries.items()
             },
             "data": data,
@@ -61,8 +58,8 @@ def write_language_report(
     return text
 
 
-def _row(name: str, summary: LanguageSummary) -> str:
-    found, training = summary.test, summary.training
+def _row(name: str, summary: Summary) -> str:
+    found, training = summary.valid, summary.training
     cells = [
         name,
         f"{summary.student['parameters'] / 1e6:.2f} M",
@@ -78,7 +75,7 @@ def _row(name: str, summary: LanguageSummary) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _completions(output: Path, summaries: Mapping[str, LanguageSummary], prompts: Sequence[str]) -> list[str]:
+def _completions(output: Path, summaries: Mapping[str, Summary], prompts: Sequence[str]) -> list[str]:
     models = {
         name: load_causal(str(output / "runs" / one.name / "student"), "student").eval()
         for name, one in summaries.items()

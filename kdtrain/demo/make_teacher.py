@@ -21,10 +21,9 @@ from kdtrain.data.exceptions import build_exceptions
 from kdtrain.files import atomic_folder, write_json
 from kdtrain.models.loading import load_classifier, load_tokenizer, parameter_count
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
+from kdtrain.run import run
 from kdtrain.summary import Summary, installed_versions
-from kdtrain.tasks.classification.run import run
 from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, MaskedTrainingRecipe
-from kdtrain.tasks.masked_lm.run import MaskedSummary, run_masked
 
 SHAPE = StudentRecipe(
     vocab_size=8000,
@@ -68,7 +67,7 @@ def make_teacher(
     plan = plan or TeacherPlan()
     if not (work / "data" / "dataset.json").exists():
         build_exceptions(work / "data", trees, site_packages=site_packages)
-    run_masked(
+    run(
         MaskedRecipe(
             data=MaskedDataRecipe(
                 kind="exceptions",
@@ -104,7 +103,7 @@ def export(work: Path, teacher: Path, summary: Summary) -> None:
 
 def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, Any]:
     """What the teacher is, what it was trained on and how well it does."""
-    pretraining = MaskedSummary.load(work / "pretrained")
+    pretraining = Summary.load(work / "pretrained")
     data = json.loads((work / "data" / "dataset.json").read_text())
     return {
         "made": date.today().isoformat(),
@@ -116,7 +115,7 @@ def describe(work: Path, model: PreTrainedModel, summary: Summary) -> dict[str, 
         "valid": summary.valid,
         "fine_tuning": {"rows": data["rows"], "labels": data["labels"]["train"], **summary.training},
         "pretraining": {
-            **pretraining.test,
+            **pretraining.valid,
             **pretraining.training,
             **{name: pretraining.data[name] for name in ("rows", "functions", "sources")},
         },

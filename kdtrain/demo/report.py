@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdtrain.evaluation.classification import bootstrap_interval, classification_metrics, paired_difference
+from kdtrain.evaluation.measure import bootstrap_interval, paired_difference
 from kdtrain.files import human_bytes, write_atomic, write_json
 from kdtrain.plots import accuracy_against_size, learning_curves
 from kdtrain.summary import installed_versions
+from kdtrain.tasks.classification.metrics import classification_metrics
 from kdtrain.tasks.classification.splits import ClassificationData
 
 

@@ -13,10 +13,9 @@ from kdtrain.doctor.memory_plan import ModelShape, plan_step
 from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes
 from kdtrain.models.heads import head_of, hidden_states
-from kdtrain.tasks.code_lm.metrics import token_sums
-from kdtrain.tasks.code_lm.packing import IGNORED, LanguageBatch
+from kdtrain.outputs import IGNORED, Batch
 from kdtrain.tasks.code_lm.recipe import LanguageRecipe, language_recipe_from_dict
-from kdtrain.tasks.code_lm.run import Prepared, prepare
+from kdtrain.tasks.code_lm.task import CodeLM
 
 CPU = torch.device("cpu")
 
@@ -28,27 +27,29 @@ class LanguageSubject:
     recipe: LanguageRecipe
 
     @cached_property
-    def parts(self) -> Prepared:
+    def run(self) -> CodeLM:
         """Data, tokenizer and models; refuses what a run would refuse."""
-        return prepare(self.recipe)
+        run = CodeLM(self.recipe)
+        run.identity()
+        return run
 
     @cached_property
-    def sample(self) -> LanguageBatch:
+    def sample(self) -> Batch:
         """A few held-out rows."""
-        rows = self.parts.valid
+        rows = self.run.rows[1]
         return rows.batch(torch.arange(min(4, len(rows))), CPU)
 
 
 def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
     """How the heads line up; that the tokens are equal was verified one by one."""
-    if subject.parts.teacher is None:
+    if subject.run.teacher is None:
         return
-    sizes = [head_of(model).weight.shape[0] for model in (subject.parts.student, subject.parts.teacher.model)]
-    vocab_map = subject.parts.objective.vocab_map
+    sizes = [head_of(model).weight.shape[0] for model in (subject.run.student, subject.run.teacher.model)]
+    vocab_map = subject.run.models.vocab_map
     if vocab_map is None:
         yield note(f"student and teacher have the same {sizes[0]} tokens, compared one by one")
         return
-    shared = subject.parts.objective.shared
+    shared = subject.run.models.shared(subject.run.student)
     yield note(
         f"the heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows; ids 0 to {shared - 1} are the same tokens, compared "
         "one by one, and the divergence is taken over those; the cross entropy is over all of the student's"
@@ -57,13 +58,13 @@ def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
 
 def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
     """A padding token that is the end-of-text token."""
-    tokenizer = subject.parts.tokenizer
+    tokenizer = subject.run.tokenizer
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield note(
             f"padding and end of text are one token ({tokenizer.eos_token!r}); here labels never depend on it, elsewhere it "
             "teaches a student not to stop"
         )
-    labels = subject.parts.train.labels
+    labels = subject.run.rows[0].labels
     if isinstance(tokenizer.eos_token_id, int) and not bool((labels == tokenizer.eos_token_id).any()):
         yield wrong(
             "no document ends in a counted end-of-text token, so the student would not learn to stop; look at the completions"
@@ -72,12 +73,12 @@ def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
 
 def labels_are_shifted_once(subject: LanguageSubject) -> Iterator[Finding]:
     """The teacher (or a started student) has to find the next token likelier than the one after it, or the same one."""
-    parts, batch = subject.parts, subject.sample
-    model = parts.teacher.model if parts.teacher is not None else parts.student
-    if parts.teacher is None and subject.recipe.student.path is None:
+    run, batch = subject.run, subject.sample
+    model = run.student if run.teacher is None else run.teacher.model
+    if run.teacher is None and subject.recipe.student.path is None:
         return  # a new student knows nothing yet
     with torch.no_grad():
-        hidden, _ = hidden_states(model, batch.input_ids, batch.position_ids)
+        hidden, _ = hidden_states(model, batch.input_ids, batch.positions)
     log_p = head_of(model).logits(hidden.float()).log_softmax(-1)
     counted = batch.labels != IGNORED
     losses = {}
@@ -102,7 +103,7 @@ def labels_are_shifted_once(subject: LanguageSubject) -> Iterator[Finding]:
 
 def documents_fit(subject: LanguageSubject) -> Iterator[Finding]:
     """How full the rows are, and how many documents go on in another row."""
-    rows = subject.parts.train
+    rows = subject.run.rows[0]
     full = float(rows.lengths.sum()) / (len(rows) * subject.recipe.data.max_length)
     share = float(rows.counted.sum()) / float(rows.lengths.sum())
     yield note(f"{len(rows)} rows, {full:.0%} full; {share:.0%} of their tokens are learned from")
@@ -117,9 +118,9 @@ def documents_fit(subject: LanguageSubject) -> Iterator[Finding]:
 
 def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
     """Shape and ties of both heads; that they give the models' own logits was verified."""
-    models = {"student": subject.parts.student}
-    if subject.parts.teacher is not None:
-        models["teacher"] = subject.parts.teacher.model
+    models = {"student": subject.run.student}
+    if subject.run.teacher is not None:
+        models["teacher"] = subject.run.teacher.model
     for side, model in models.items():
         head = head_of(model)
         tied = head.weight is model.get_input_embeddings().weight
@@ -133,24 +134,22 @@ def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
 
 def first_loss_is_finite(subject: LanguageSubject) -> Iterator[Finding]:
     """The untrained student's loss on held-out rows."""
-    objective, batch = subject.parts.objective, subject.sample
     with torch.no_grad():
-        hidden, _ = hidden_states(subject.parts.student, batch.input_ids, batch.position_ids)
-        sums = token_sums(objective, hidden, objective.teacher_head(batch)[0], batch.labels)
+        sums = subject.run.models.measure(subject.run.student, subject.sample).sum(0)
     loss, divergence = (float(value / sums[3]) for value in sums[:2])
     if not torch.isfinite(sums).all():
         yield wrong(
             f"the first loss is not finite (cross entropy {loss}, divergence {divergence}); a checkpoint is damaged"
         )
-    elif subject.parts.teacher is not None:
+    elif subject.run.teacher is not None:
         yield note(f"before training: cross entropy {loss:.2f}, divergence from the teacher {divergence:.2f}")
 
 
 def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
     """What one device holds in a step."""
-    recipe, parts = subject.recipe, subject.parts
-    student = ModelShape.of(parts.student.config)
-    teacher = None if parts.teacher is None else ModelShape.of(parts.teacher.model.config)
+    recipe, run = subject.recipe, subject.run
+    student = ModelShape.of(run.student.config)
+    teacher = None if run.teacher is None else ModelShape.of(run.teacher.model.config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = plan_step(student, teacher, recipe, 1, sharded=False, device=device)
     words = (
@@ -174,16 +173,13 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
 
 def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
     """What the stored signals of the teacher take."""
-    from kdtrain.teacher_cache.token_cache import Signal
-
-    parts, teacher = subject.parts, subject.recipe.teacher
-    if parts.shards is not None:
-        yield note(parts.shards.shards.words)
-    if parts.teacher is None or teacher.signal in ("online", "shards") or subject.recipe.method.name == "ft":
+    run = subject.run
+    if run.shards is not None:
+        yield note(run.shards.shards.words)
+    if run.stored is None:
         return
-    signal = Signal.for_run(teacher.signal, parts.objective, subject.recipe)
-    held_out = Signal.for_run("hidden", parts.objective, subject.recipe)
-    tokens, measured = (int(rows.lengths.sum()) for rows in (parts.train, parts.valid))
+    signal, held_out = run.signal(run.stored), run.signal("hidden")
+    tokens, measured = (int(rows.lengths.sum()) for rows in run.rows[:2])
     yield note(
         f"the teacher cache takes {signal.bytes_per_token} bytes a token ({signal.words()}), "
         f"{human_bytes(tokens * signal.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
@@ -208,7 +204,7 @@ def examine_language(content: dict[str, Any]) -> list[Finding]:
     """All findings of one run; where it could not start, only why."""
     subject = LanguageSubject(language_recipe_from_dict(content))
     try:
-        _ = subject.parts
+        _ = subject.run
     except KdtrainError as error:
         return [wrong(str(error))]
     return list(examine(subject, CHECKS))

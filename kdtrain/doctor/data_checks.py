@@ -6,14 +6,15 @@ import torch
 
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import Subject
+from kdtrain.outputs import IGNORED
 from kdtrain.tasks.classification.pairs import PairRows
-from kdtrain.tasks.classification.rows import UNLABELLED, TextRows
+from kdtrain.tasks.classification.rows import TextRows
 
 
 def classes_are_there(subject: Subject) -> Iterator[Finding]:
     """Classes that training never shows, and how far the largest gets alone."""
     data = subject.data
-    seen = data.train.labels[data.train.labels != UNLABELLED]
+    seen = data.train.labels[data.train.labels != IGNORED]
     counts = torch.bincount(seen, minlength=len(data.classes))
     missing = [data.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
     if missing:

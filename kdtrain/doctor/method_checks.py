@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models.loading import parameter_count, shape_of
 from kdtrain.models.students import build_student
-from kdtrain.tasks.classification.objective import Batch, DistillationModel, Method
+from kdtrain.objective import Objective
+from kdtrain.outputs import Batch
+from kdtrain.tasks.classification.outputs import Classifiers
 from kdtrain.tasks.classification.pairs import PairRows
-from kdtrain.tasks.classification.prepare import student_insert, training_rows
 from kdtrain.teacher_cache.row_build import teacher_outputs
 
 
@@ -23,10 +23,9 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
     recipe, data = subject.recipe, subject.data
     torch.manual_seed(recipe.seed)
     student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
-    rows = len(training_rows(recipe, data, subject.method))
+    rows = len(subject.task.training_rows)
     training = recipe.training
-    steps = -(-rows // training.batch_size) * training.epochs
-    steps = min(steps, training.max_steps or steps)
+    steps = training.max_steps or -(-rows // training.batch_size) * training.epochs
     yield note(
         f"{data.name}: {rows:,} rows to train on, {steps:,} steps of {training.batch_size}; student of "
         f"{parameter_count(student):,} parameters, about {human_bytes(16 * parameter_count(student))} for weights, "
@@ -36,18 +35,18 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
 
 def loss_ignores_padding(subject: Subject) -> Iterator[Finding]:
     """The loss of one batch with 0 and with 7 more columns of padding, dropout off."""
-    recipe, data, method = subject.recipe, subject.data, subject.method
+    recipe, data = subject.recipe, subject.data
     torch.manual_seed(recipe.seed)
     student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
-    model = DistillationModel(student, method).eval()
+    model = Objective(student, subject.methods, Classifiers()).eval()
     rows, index = (
         subject.student_rows(recipe.student.max_length - 7),
         torch.arange(min(4, len(subject.sample))),
     )
     input_ids, mask = rows.batch(index)
-    batch = Batch(input_ids, mask, subject.sample.labels[index])
-    if subject.teacher is not None and method.needs_teacher:
-        batch = replace(batch, **teacher_part(subject, method, index))
+    batch = Batch(input_ids, subject.sample.labels[index], index, mask)
+    if subject.teacher is not None and subject.task.learns_from_teacher:
+        batch = replace(batch, stored={"teacher": teacher_part(subject, index)})
     pad = (rows.texts if isinstance(rows, PairRows) else rows).pad_id
     wider = replace(
         batch,
@@ -62,25 +61,21 @@ def loss_ignores_padding(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def teacher_part(subject: Subject, method: Method, index: Tensor) -> dict[str, Any]:
-    """The fields of a batch that come from the teacher."""
-    teacher = subject.teacher
+def teacher_part(subject: Subject, index: Tensor) -> dict[str, Tensor]:
+    """The outputs of the teacher of the given rows of the sample, as they are stored."""
+    teacher, task = subject.teacher, subject.task
     assert teacher is not None
-    sequences = method.whole_sequences
     outputs = teacher_outputs(
-        teacher, subject.teacher_rows(), index, method.teacher_layers, CPU, sequences=sequences
+        teacher, subject.teacher_rows(), index, task.stored_layers, CPU, sequences=task.stores_sequences
     )
-    fields: dict[str, Any] = {"teacher_logits": outputs.logits}
+    found = {"logits": outputs.logits}
     if outputs.states is not None and outputs.lengths is not None:
         parts = outputs.states.split(outputs.lengths.flatten().tolist())
-        fields["teacher_states"] = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(
-            1, 2
-        )
-        width = fields["teacher_states"].shape[2]
-        fields["teacher_mask"] = torch.arange(width) < outputs.lengths.flatten()[:, None]
+        found["states"] = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(1, 2)
+        found["mask"] = torch.arange(found["states"].shape[2]) < outputs.lengths.flatten()[:, None]
     elif outputs.states is not None:
-        fields["teacher_states"] = outputs.states.flatten(0, 1)
-    return fields
+        found["states"] = outputs.states.flatten(0, 1)
+    return found
 
 
 def correlation_has_a_gradient(subject: Subject) -> Iterator[Finding]:
@@ -127,10 +122,11 @@ def soft_labels_weigh_something(subject: Subject) -> Iterator[Finding]:
 
 def layers_meet(subject: Subject) -> Iterator[Finding]:
     """Which layers are compared."""
-    method, teacher = subject.method, subject.teacher
-    if not method.student_layers or teacher is None:
+    teacher = subject.teacher
+    needs = [method.needs() for method in subject.methods]
+    pairs = [pair for need in needs for pair in (*need.layers, *need.tokens)]
+    if not pairs or teacher is None:
         return
-    pairs = list(zip(method.student_layers, method.teacher_layers, strict=True))
     layers = shape_of(teacher.model.config).layers
     own = subject.recipe.student.layers
     if not subject.recipe.method.layer_map and subject.recipe.student.path is None and layers % own:
@@ -149,7 +145,7 @@ def layers_meet(subject: Subject) -> Iterator[Finding]:
 def tokens_meet(subject: Subject) -> Iterator[Finding]:
     """CKD compares the i-th token of one tokenizer with the i-th of another."""
     recipe, teacher = subject.recipe, subject.teacher
-    if not subject.method.whole_sequences or teacher is None:
+    if not subject.task.stores_sequences or teacher is None:
         return
     ours, theirs = (
         rows.texts if isinstance(rows, PairRows) else rows
@@ -169,7 +165,7 @@ def tokens_meet(subject: Subject) -> Iterator[Finding]:
             f"{subject.data.focus}, to {limits[0]} tokens for the student and {limits[1]} for the teacher: they begin at "
             "different places; set teacher.max_length to student.max_length"
         )
-    inserted = len(student_insert(recipe.student, subject.tokenizer))
+    inserted = len(subject.task.inserted(subject.tokenizer))
     if inserted:
         yield suspicious(
             f"method ckd compares tokens place by place, and the student reads {inserted} inserted tokens of its own: all "

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kdtrain.methods.base import Method
 from kdtrain.models.loading import load_tokenizer
 from kdtrain.models.teachers import Teacher
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import Recipe
-from kdtrain.tasks.classification.materials import Materials
-from kdtrain.tasks.classification.objective import Method
+from kdtrain.tasks.base import SharedInputs
 from kdtrain.tasks.classification.pairs import Rows, tokenize_split
-from kdtrain.tasks.classification.prepare import build_method, student_insert
 from kdtrain.tasks.classification.rows import TextRows
 from kdtrain.tasks.classification.splits import ClassificationData
+from kdtrain.tasks.classification.task import Classification
 from kdtrain.teacher_cache.row_build import teacher_outputs
 
 SAMPLE = 200
@@ -29,23 +29,28 @@ class Subject:
     """A recipe with everything it names, opened when a check first asks for it."""
 
     recipe: Recipe
-    materials: Materials = field(default_factory=Materials)
+    shared: SharedInputs = field(default_factory=SharedInputs)
     """data and teacher, and what was made of them; subjects of one study share it"""
+
+    @cached_property
+    def task(self) -> Classification:
+        """The run."""
+        return Classification(self.recipe, self.shared)
 
     @property
     def data(self) -> ClassificationData:
         """The data set."""
-        return self.materials.data(self.recipe)
+        return self.task.data
 
     @property
     def teacher(self) -> Teacher | None:
         """The teacher, if the recipe names one."""
-        return self.materials.teacher(self.recipe)
+        return self.task.teacher
 
-    @cached_property
-    def method(self) -> Method:
-        """The method, told both shapes."""
-        return build_method(self.recipe, self.teacher)
+    @property
+    def methods(self) -> list[Method]:
+        """The methods, told the shapes of both sides."""
+        return self.task.methods
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -66,7 +71,7 @@ class Subject:
             )
 
         key = ("a tokenizer like the student's", self.recipe.data, student.vocab_size, student.max_length)
-        return self.materials.once(key, make)
+        return self.shared.once(key, make)
 
     @cached_property
     def sample(self) -> TextRows:
@@ -77,7 +82,7 @@ class Subject:
     def student_rows(self, limit: int | None = None) -> Rows:
         """The sample in the student's tokens."""
         student = self.recipe.student
-        insert = student_insert(student, self.tokenizer)
+        insert = self.task.inserted(self.tokenizer)
         return tokenize_split(
             self.sample, self.tokenizer, limit or student.max_length, self.data.focus, insert
         )
@@ -108,4 +113,4 @@ class Subject:
                 ]
             )
 
-        return self.materials.once(("the teacher's answers", self.recipe.data, self.recipe.teacher), ask)
+        return self.shared.once(("the teacher's answers", self.recipe.data, self.recipe.teacher), ask)

@@ -10,7 +10,6 @@ from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models.loading import shape_of
 from kdtrain.tasks.classification.pairs import PairRows
-from kdtrain.tasks.classification.prepare import cache_folder, cached_rows
 from kdtrain.teacher_cache.row_build import teacher_outputs
 
 
@@ -37,7 +36,7 @@ def teacher_answers_alike(subject: Subject) -> Iterator[Finding]:
     rows = subject.teacher_rows()
     order = torch.argsort(rows.lengths)
     index = torch.stack([order[0], order[-1]])
-    layers = subject.method.teacher_layers[-1:]
+    layers = subject.task.stored_layers[-1:]
     outputs = [teacher_outputs(subject.teacher, rows, index, layers, CPU) for _ in range(2)]
     alone = teacher_outputs(subject.teacher, rows, index[:1], layers, CPU)
     if not torch.equal(outputs[0].logits, outputs[1].logits):
@@ -50,20 +49,20 @@ def teacher_answers_alike(subject: Subject) -> Iterator[Finding]:
 
 def cache_fits(subject: Subject) -> Iterator[Finding]:
     """What the teacher's outputs take on disk."""
-    teacher, method, data = subject.teacher, subject.method, subject.data
+    teacher, task, data = subject.teacher, subject.task, subject.data
     if teacher is None:
         return
-    count = len(cached_rows(subject.recipe, data, method))
-    layers = len({*subject.recipe.teacher.layers, *method.teacher_layers})
+    count = len(task.cached_rows)
+    layers = len({*subject.recipe.teacher.layers, *task.stored_layers})
     rows = subject.teacher_rows()
     lengths = (rows.texts if isinstance(rows, PairRows) else rows).lengths.double()
     parts = 2 if data.pairs else 1
-    each = float(lengths.mean()) if method.whole_sequences or subject.recipe.teacher.sequences else 1.0
+    each = float(lengths.mean()) if task.stores_sequences or subject.recipe.teacher.sequences else 1.0
     size = 2 if subject.recipe.teacher.dtype == "float16" else 4
     need = count * (
         16 + 4 * len(data.classes) + parts * each * layers * shape_of(teacher.model.config).width * size
     )
-    place = cache_folder(subject.recipe)
+    place = task.cache_folder
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     text = f"the teacher's outputs take about {human_bytes(need)} ({count:,} rows) below {place}"

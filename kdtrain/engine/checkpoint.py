@@ -41,6 +41,8 @@ class Position:
     best_step: int = 0
     best_value: float | None = None
     """of the metric that chooses the best checkpoint; larger is better"""
+    waited: int = 0
+    """evaluations since the best one"""
 
 
 def save_checkpoint(

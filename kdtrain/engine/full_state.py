@@ -1,20 +1,10 @@
-"""Whole tensors out of models and optimizers that FSDP2 or DeepSpeed has sharded, and back. Without shards nothing is copied."""
+"""Whole tensors out of models and optimizers that FSDP2 has sharded, and back. Without shards nothing is copied."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from kdtrain.engine.zero import (
-    flat_parts,
-    gathered_weights,
-    load_zero_state,
-    spread_weights,
-    whole_zero_state,
-    written_flat,
-)
-from kdtrain.errors import KdtrainError
 
 
 def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
@@ -24,14 +14,8 @@ def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
     Shards are joined one at a time; only the first process keeps the result, on the host.
     """
     if isinstance(owner, nn.Module):
-        again, spread = repeated_names(owner), spread_weights(owner)
-        return {
-            name: _gathered(spread[name]) if name in spread else _whole(value)
-            for name, value in owner.state_dict().items()
-            if name not in again
-        }
-    if (flat := flat_parts(owner)) is not None:
-        return whole_zero_state(owner, *flat)
+        again = repeated_names(owner)
+        return {name: _whole(value) for name, value in owner.state_dict().items() if name not in again}
     state = owner.state_dict()
     joined = {
         i: {name: _whole(value) for name, value in entry.items()} for i, entry in state["state"].items()
@@ -40,28 +24,16 @@ def whole_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a model the weights that `whole_state` gave, cut as the model is cut. All processes take part."""
+    """Give a model the weights that `whole_state` gave, sharded as the model is. All processes take part."""
     own = model.state_dict()
-    spread = {name: weight for name, weight in spread_weights(model).items() if name in state}
-    for name, weight in spread.items():
-        with gathered_weights([weight], change=True):
-            weight.data.copy_(state[name])
-    state = {name: value for name, value in state.items() if name not in spread}
     state = {name: _cut_as(own[name], value) if name in own else value for name, value in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - repeated_names(model) - spread.keys():
+    if unexpected or set(missing) - repeated_names(model):
         raise RuntimeError(f"weights that do not fit: missing {missing}, unexpected {unexpected}")
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that `whole_state` gave, cut as its parameters are cut."""
-    if (flat := flat_parts(optimizer)) is not None:
-        load_zero_state(optimizer, *flat, state)
-        return
-    if written_flat(state):
-        raise KdtrainError(
-            "the checkpoint was written under DeepSpeed, which cuts the optimizer's state otherwise; go on under DeepSpeed"
-        )
+    """Give an optimizer the state that `whole_state` gave, sharded as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         i: {
@@ -93,12 +65,6 @@ def _whole(value: Tensor) -> Tensor:
         return value
     whole = joined(value)
     return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)
-
-
-def _gathered(weight: nn.Parameter) -> Tensor:
-    with gathered_weights([weight]):
-        first = torch.distributed.get_rank() == 0
-        return weight.detach().to("cpu", copy=True) if first else weight.new_empty(0)
 
 
 def _cut_as(model: Tensor, value: Tensor) -> Tensor:

@@ -1,31 +1,27 @@
 """A finished language-model run measured anew: the student as a user loads it, in float32."""
 
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdtrain.checksums import check_sealed, seal_again
-from kdtrain.data.tokens import token_budget_batches
+from kdtrain.engine.accelerator import start_accelerator
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluation.classification import MEASURE_ANOTHER, RESAMPLES
+from kdtrain.evaluation.measure import MEASURE_ANOTHER, bootstrap_interval, median_ms, now, paired_difference
+from kdtrain.evaluation.rows import measured_rows
 from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.models.loading import load_tokenizer, parameter_count
-from kdtrain.tasks.classification.prepare import start_accelerator
+from kdtrain.outputs import Batch
 from kdtrain.tasks.code_lm.documents import load_held_out
-from kdtrain.tasks.code_lm.metrics import EVALUATION_TOKENS, measured_rows
-from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.packing import PackedRows
 from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe, load_language_recipe
-from kdtrain.tasks.code_lm.run import open_models, packed
+from kdtrain.tasks.code_lm.task import CodeLM
 
 PREDICTIONS = "predictions/valid.safetensors"
 LATENCY_ROWS = 20
@@ -47,33 +43,29 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     check_sealed(folder, MEASURE_ANOTHER, "student")
     recipe = load_language_recipe(folder / "recipe.yaml")
     recipe = replace(recipe, student=LanguageStudentRecipe(path=str(folder / "student")))
-    tokenizer = load_tokenizer(str(folder / "student"), "student")
-    rows = packed(load_held_out(recipe.data, tokenizer), recipe)
-    objective = open_models(recipe, tokenizer)
-    accelerator = start_accelerator(recipe)
-    objective.student.to(accelerator.device).eval()
-    if objective.teacher is not None:
-        objective.teacher.place(accelerator)
-    sums = measure_rows(objective, rows, accelerator.device)
+    run = CodeLM(recipe)
+    run.tokenizer = tokenizer = load_tokenizer(str(folder / "student"), "student")
+    rows = run.packed(load_held_out(recipe.data, tokenizer))
+    student, models = run.student, run.models
+    accelerator = start_accelerator(recipe.training)
+    student.to(accelerator.device).eval()
+    if run.teacher is not None:
+        run.teacher.place(accelerator)
+    sums = measured_rows(
+        lambda batch: models.measure(student, batch), rows, accelerator, tokens=run.evaluation_tokens
+    )
     write_tensors(folder / PREDICTIONS, {"sums": sums, "tokens": rows.tokens, "labels": rows.labels})
     seal_again(folder, PREDICTIONS, MEASURE_ANOTHER)
-    total, found = sums.sum(0).tolist(), sums.numpy()
-    loss = total[0] / total[3]
-    metrics = {
-        "rows": len(rows),
-        "tokens": int(total[3]),
-        "loss": loss,
-        "loss_interval": list(interval_per_token(found[:, 0], found[:, 3])),
-        "perplexity": math.exp(min(loss, 80.0)),
-    }
-    if objective.teacher is not None:
-        metrics |= {"divergence": total[1] / total[3], "agreement": total[2] / total[3]}
+    found = sums.numpy()
     return {
-        **metrics,
-        "parameters": parameter_count(objective.student),
+        "rows": len(rows),
+        "tokens": int(found[:, 3].sum()),
+        "loss_interval": list(bootstrap_interval(found[:, 0], found[:, 3])),
+        **language_metrics(sums, teacher=run.teacher is not None),
+        "parameters": parameter_count(student),
         "bytes": folder_bytes(folder / "student"),
-        "latency_ms": row_latency_ms(objective.student, rows),
-        "generated_per_second": generated_per_second(objective.student, rows),
+        "latency_ms": row_latency_ms(student, rows),
+        "generated_per_second": generated_per_second(student, rows),
     }
 
 
@@ -95,44 +87,20 @@ def compare_language_runs(folder: Path, other: Path) -> tuple[float, float, floa
     found = [load_file(measured_file(run)) for run in (folder, other)]
     if any(not torch.equal(found[0][name], found[1][name]) for name in ("tokens", "labels")):
         raise KdtrainError(f"{folder} and {other} were measured on different held-out rows")
-    mine, its = (run["sums"].numpy() for run in found)
-    difference = mine[:, 0] - its[:, 0]
-    return float(difference.sum() / mine[:, 3].sum()), *interval_per_token(difference, mine[:, 3])
+    sums, others = (run["sums"].numpy() for run in found)
+    return paired_difference(sums[:, 0], others[:, 0], sums[:, 3])
 
 
-@torch.inference_mode()
-def measure_rows(objective: LanguageObjective, rows: PackedRows, device: torch.device) -> Tensor:
-    """(rows, 4) float64 on the host: the sums of `row_sums` for every row."""
-    sums = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for index in token_budget_batches(rows.lengths, EVALUATION_TOKENS):
-        sums[index] = measured_rows(objective, rows.batch(index, device)).cpu()
-    return sums
-
-
-def interval_per_token(
-    sums: np.ndarray, counts: np.ndarray, *, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of sums.sum() / counts.sum(), both (rows,), with whole rows drawn anew."""
-    generator = np.random.default_rng(seed)
-    chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
-    means = [sums[index].sum() / counts[index].sum() for index in chosen]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@torch.inference_mode()
 def row_latency_ms(model: PreTrainedModel, rows: PackedRows) -> float:
-    """Median milliseconds from one row to the logits of the token behind it, over rows spread over the split."""
+    """Median milliseconds from one row to the logits of the token after it, over rows spread over the split."""
     device = next(model.parameters()).device
     chosen = torch.linspace(0, len(rows) - 1, min(LATENCY_ROWS, len(rows))).long()
-    times = []
-    for index in [*chosen[:2], *chosen]:  # the first two warm up
-        batch = rows.batch(index[None], device)
-        start = now(device)
-        hidden, _ = hidden_states(model, batch.input_ids, batch.position_ids)
+
+    def next_token(batch: Batch) -> None:
+        hidden, _ = hidden_states(model, batch.input_ids, batch.positions)
         head_of(model).logits(hidden[:, -1])
-        times.append(now(device) - start)
-    return float(np.median(times[2:]) * 1000)
+
+    return median_ms(next_token, [rows.batch(index[None], device) for index in chosen], device, warm_up=2)
 
 
 @torch.inference_mode()
@@ -148,10 +116,3 @@ def generated_per_second(model: PreTrainedModel, rows: PackedRows) -> float:
         start = now(device)
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
     return new / (now(device) - start)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

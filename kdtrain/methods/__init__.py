@@ -1,13 +1,18 @@
 """The methods, one file each; a new one is a file and a row in this table."""
 
+from collections.abc import Mapping, Sequence
+
 from kdtrain.errors import KdtrainError
+from kdtrain.methods.base import Method, has_hook
 from kdtrain.methods.ckd import ContextualDistillation
 from kdtrain.methods.dist import CorrelationDistillation
 from kdtrain.methods.ft import FineTuning
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.kd_features import FeatureDistillation
 from kdtrain.methods.pkd import PatientDistillation
-from kdtrain.tasks.classification.objective import Method
+from kdtrain.methods.relations import RelationDistillation
+from kdtrain.models.loading import Shape
+from kdtrain.recipe.base import MethodOptions
 
 METHODS: dict[str, type[Method]] = {
     "ft": FineTuning,
@@ -16,11 +21,60 @@ METHODS: dict[str, type[Method]] = {
     "dist": CorrelationDistillation,
     "pkd": PatientDistillation,
     "ckd": ContextualDistillation,
+    "relations": RelationDistillation,
 }
 
 
 def method_class(name: str) -> type[Method]:
-    """The class behind a recipe's `method.name`."""
+    """The class of a recipe's `method.name`."""
     if name not in METHODS:
         raise KdtrainError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def check_methods(options: Sequence[MethodOptions], task: str) -> None:
+    """Refuse what can be told from a recipe alone, before anything is loaded.
+
+    Raises:
+        KdtrainError: a method that the task cannot serve, two that make batches, or one that combines gradients beside others.
+    """
+    kinds = [method_class(one.name) for one in options]
+    for one, kind in zip(options, kinds, strict=True):
+        if task not in kind.tasks:
+            raise KdtrainError(
+                f"method {one.name} is for task {' or '.join(sorted(kind.tasks))}, got task: {task}; choose another method.name"
+            )
+    for hook, verb in (("make_batch", "make batches"), ("select", "select rows")):
+        names = [one.name for one, kind in zip(options, kinds, strict=True) if has_hook(kind, hook)]
+        if len(names) > 1:
+            raise KdtrainError(
+                f"the methods {' and '.join(names)} both {verb}, and only one may; leave one of them out"
+            )
+    combining = [one.name for one, kind in zip(options, kinds, strict=True) if kind.gradient_groups]
+    if combining and len(kinds) > 1:
+        raise KdtrainError(
+            f"method {combining[0]} combines the gradients of its own terms and cannot be used beside another method; leave "
+            f"{next(one.name for one in options if one.name != combining[0] or len(combining) > 1)} out"
+        )
+
+
+def build_methods(
+    options: Sequence[MethodOptions], task: str, student: Shape, teachers: Mapping[str, Shape]
+) -> list[Method]:
+    """The methods of a recipe, told the shapes of the models.
+
+    Raises:
+        KdtrainError: as `check_methods`; or a method reads a teacher that the recipe does not name.
+    """
+    check_methods(options, task)
+    methods = []
+    for one in options:
+        kind = method_class(one.name)
+        names = kind.teachers_of(one)
+        missing = [name for name in names if name not in teachers]
+        if missing:
+            raise KdtrainError(
+                f"method {one.name} needs a teacher; set {missing[0]}.path to a folder or hub id"
+            )
+        methods.append(kind(one, student, {name: teachers[name] for name in names}))
+    return methods

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdkernels import TeacherHead
-from kdtrain.engine.zero import spreads_weights
+from kdtrain.engine.zero import is_zero3
 from kdtrain.models.heads import Head, check_model, decoder_layers, head_of, hidden_states
 from kdtrain.models.loading import load_model, load_tokenizer, parameter_count, weights_hash
-from kdtrain.tasks.code_lm.packing import LanguageBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,10 +40,12 @@ class LanguageTeacher:
         return parameter_count(self.model)
 
     @torch.no_grad()
-    def hidden(self, batch: LanguageBatch, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """What enters its head, (B, N, D_t), and the outputs of the given layers, in the precision of its weights."""
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            return hidden_states(self.model, batch.input_ids, batch.position_ids, layers)
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The input of the head, (B, N, D_t), and the outputs of the given layers, in the precision of the weights."""
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return hidden_states(self.model, input_ids, position_ids, layers)
 
     def with_hidden(self, hidden: Tensor) -> TeacherHead:
         """Its distribution for these hidden states, in the form that the losses take."""
@@ -68,7 +69,7 @@ class LanguageTeacher:
         PyTorch shards them in both: DeepSpeed has but one engine for a model and its optimizer. Embeddings and head stay whole on every process: the loss reads all of the head in every step.
         """
         self.model.to(accelerator.device)
-        spread = accelerator.is_fsdp2 or spreads_weights(accelerator)
+        spread = accelerator.is_fsdp2 or is_zero3(accelerator)
         if not spread or not any(
             isinstance(module, nn.ModuleList) and len(module) for module in self.model.base_model.modules()
         ):

@@ -1,6 +1,6 @@
 """A masked language model as body, transform and decoder, so that its logits exist for some rows at a time only.
 
-hidden = hidden_tokens(model, input_ids, attention_mask, predicted)    # (hidden tokens, D), what enters the encoder's head
+hidden = states_at_masked(model, input_ids, attention_mask, predicted)    # (masked tokens, D), what enters the encoder's head
 logits = head.decoder(head.transform(hidden))                          # equal to model(...).logits[predicted]
 """
 
@@ -45,8 +45,8 @@ def masked_head(model: PreTrainedModel) -> MaskedHead | None:
     return None
 
 
-def hidden_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
-    """(hidden tokens, D): the encoder's output at the tokens to be predicted, before the head."""
+def states_at_masked(model: PreTrainedModel, ids: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
+    """(masked tokens, D): the encoder's output at the tokens to be predicted, before the head."""
     encoder: Any = model.base_model
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state[predicted]
 
@@ -66,7 +66,7 @@ def check_masked_head(model: PreTrainedModel) -> None:
     decoder = head.decoder
     ids = (torch.arange(8, device=decoder.weight.device) * 7 + 3).remainder(decoder.out_features)[None]
     mask = torch.ones_like(ids)
-    logits = decoder(head.transform(hidden_tokens(model, ids, mask, mask.bool())))
+    logits = decoder(head.transform(states_at_masked(model, ids, mask, mask.bool())))
     own = model(input_ids=ids, attention_mask=mask).logits[0]
     model.train(training)
     worst = float((logits - own).abs().max())

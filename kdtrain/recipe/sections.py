@@ -196,7 +196,7 @@ class TrainingRecipe:
     """Steps, optimizer and how often to look."""
 
     epochs: int = option(5, "passes over the rows")
-    max_steps: int | None = option(None, "stop (and finish the schedule) after this many optimizer steps")
+    max_steps: int | None = option(None, "optimizer steps of the whole run; wins over epochs")
     batch_size: int = option(32, "rows of one optimizer step, over all pieces and processes")
     accumulation: int = option(
         1, "pieces a batch is cut into on each process; changes memory, never the result"
@@ -212,6 +212,10 @@ class TrainingRecipe:
     evaluate_every: int | None = option(
         None, "steps between evaluations and checkpoints; each epoch by default"
     )
+    save_steps: int | None = option(None, "steps between checkpoints; as often as evaluations by default")
+    early_stopping_patience: int | None = option(
+        None, "stop after this many evaluations in a row without a better one; never by default"
+    )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     best_metric: Literal["accuracy", "f1", "top3", "macro_f1", "loss"] = option(
         "accuracy", "what the best checkpoint is best in"
@@ -220,6 +224,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         positive(self, "training", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate")
         positive(self, "training", "clip_norm", "evaluate_every", "log_every")
+        positive(self, "training", "save_steps", "early_stopping_patience")
         if not 0 <= self.warmup < 1:
             raise KdtrainError(
                 f"training.warmup is a share of the steps and lies in [0, 1), got {self.warmup}"

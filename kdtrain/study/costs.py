@@ -54,9 +54,7 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     costs: list[Cost] = []
     # A fresh fork for each model, from a server that has loaded the libraries and nothing else.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["kdtrain.evaluation.classification", "kdtrain.tasks.classification.materials"]
-    )
+    context.set_forkserver_preload(["kdtrain.tasks.classification.task"])
     with progress(len(jobs), "costs", unit="models") as bar:
         for job in jobs:
             with ProcessPoolExecutor(
@@ -78,21 +76,21 @@ def _start(path: list[str], threads: int, parent: int) -> None:
 
 
 def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) -> list[Cost]:
-    from kdtrain.evaluation.classification import latency_ms
     from kdtrain.models.loading import load_classifier, load_tokenizer
-    from kdtrain.tasks.classification.materials import Materials
+    from kdtrain.tasks.classification.metrics import latency_ms
+    from kdtrain.tasks.classification.pairs import tokenize_split
+    from kdtrain.tasks.classification.task import Classification
 
-    recipe, materials = recipe_from_dict(content), Materials()
-    data = materials.data(recipe)
+    recipe = recipe_from_dict(content)
+    run = Classification(recipe)
+    data = run.data
     index = torch.linspace(0, len(data.test) - 1, min(ROWS, len(data.test))).long().tolist()
     split = data.test.select(index)
     costs = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         before = _reset_peak(device)
         if teacher:
-            from kdtrain.tasks.classification.pairs import tokenize_split
-
-            loaded = materials.teacher(recipe)
+            loaded = run.teacher
             assert loaded is not None
             model, rows = (
                 loaded.model,
@@ -101,7 +99,9 @@ def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) ->
         else:
             folder = str(Path(recipe.output) / "student")
             model = load_classifier(folder, "student")
-            rows = materials.tokens(recipe, "costs", split, load_tokenizer(folder, "student"))
+            tokenizer = load_tokenizer(folder, "student")
+            limit = recipe.student.max_length
+            rows = tokenize_split(split, tokenizer, limit, data.focus, run.inserted(tokenizer))
         torch.nn.Module.to(model.eval(), device)
         speed = _rows_per_second(model, rows, device)
         peak = _peak(device) - before

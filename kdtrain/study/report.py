@@ -101,9 +101,9 @@ def introduction(tasks: Sequence[TaskResult]) -> str:
 def results_table(task: TaskResult) -> Table:
     """One task: every student under every method."""
     others = [name for name in ("accuracy", "f1", "top3", "macro_f1") if name != task.metric]
-    known = task.entries[0].summaries[0].test
+    known = task.entries[0].summaries[0].metrics
     others = [name for name in others if name in known and not (name == "top3" and "f1" in known)]
-    agreement = all("agreement" in one.test for entry in task.entries for one in entry.summaries)
+    agreement = all("agreement" in one.metrics for entry in task.entries for one in entry.summaries)
     headers = ["student", "method", "parameters", NAMES[task.metric], "against FT", "p", "retained"]
     headers += [NAMES[name] for name in others] + (["agrees with teacher"] if agreement else [])
     best = {
@@ -232,7 +232,7 @@ def run_lines(tasks: Sequence[TaskResult]) -> list[dict[str, Any]]:
             "method": entry.method,
             "seed": summary.seed,
             "parameters": entry.parameters,
-            **{f"test_{name}": value for name, value in summary.test.items() if isinstance(value, float)},
+            **{f"test_{name}": value for name, value in summary.metrics.items() if isinstance(value, float)},
             **{f"valid_{name}": value for name, value in summary.valid.items() if isinstance(value, float)},
             **{
                 name: summary.training[name]

@@ -31,7 +31,7 @@ class Entry:
 
     def values(self, name: str) -> list[float]:
         """A test metric of every seed."""
-        return [summary.test[name] for summary in self.summaries]
+        return [summary.metrics[name] for summary in self.summaries]
 
     def mean(self, name: str | None = None) -> float:
         """Mean over seeds of a test metric, the headline by default."""

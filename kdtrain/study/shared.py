@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.console import say
+from kdtrain.engine.accelerator import start_accelerator
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import method_class
 from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.study.plan import Cell, StudyRecipe
-from kdtrain.tasks.classification.materials import Materials
-from kdtrain.tasks.classification.prepare import build_method, cache_folder, start_accelerator, training_rows
+from kdtrain.tasks.base import SharedInputs
 from kdtrain.tasks.classification.splits import ClassificationData
-from kdtrain.teacher_cache.row_build import build_cache
-from kdtrain.teacher_cache.row_cache import Identity
+from kdtrain.tasks.classification.task import Classification, method_options
 
 
 def prepare(study: StudyRecipe, cells: list[Cell]) -> list[Cell]:
@@ -26,12 +25,12 @@ def prepare(study: StudyRecipe, cells: list[Cell]) -> list[Cell]:
     for task, about in study.tasks.items():
         own = [cell for cell in cells if cell.task == task]
         make_data(about, own[0])
-        materials = Materials()
-        data = materials.data(own[0].recipe)
+        shared = SharedInputs()
+        data = Classification(own[0].recipe, shared).data
         rows = ", ".join(f"{len(getattr(data, name)):,} {name}" for name in ("train", "valid", "test"))
         say(f"{task}: {data.name}, {rows} rows, {len(data.classes)} classes, measured by {data.metric}")
         own = [with_tokenizer(study, cell, data) for cell in own]
-        ready += with_cache(study, own, materials)
+        ready += with_cache(study, own, shared)
     return ready
 
 
@@ -71,42 +70,32 @@ def shared_cache(study: StudyRecipe, cell: Cell) -> str:
     return cell.recipe.teacher.cache or str(Path(study.output) / "teacher-cache" / cell.task)
 
 
-def with_cache(study: StudyRecipe, cells: list[Cell], materials: Materials) -> list[Cell]:
+def with_cache(study: StudyRecipe, cells: list[Cell], shared: SharedInputs) -> list[Cell]:
     """The cells of one task with one cache that holds what any of them needs."""
     first = cells[0].recipe
-    data, teacher = materials.data(first), materials.teacher(first)
-    if teacher is None:
-        needy = [cell for cell in cells if method_class(cell.recipe.method.name).needs_teacher]
+    if first.teacher.path is None:
+        needy = [cell for cell in cells if reads_teacher(cell)]
         if needy:
             raise KdtrainError(
                 f"method {needy[0].method} needs a teacher; set tasks.{needy[0].task}.teacher.path"
             )
         return cells
-    methods = [build_method(cell.recipe, teacher) for cell in cells]
-    layers = tuple(sorted({layer for method in methods for layer in method.teacher_layers}))
-    sequences = first.teacher.sequences or any(method.whole_sequences for method in methods)
+    runs = [Classification(cell.recipe, shared) for cell in cells]
+    layers = {layer for run in runs for layer in run.stored_layers}
     given = replace(
         first.teacher,
         cache=shared_cache(study, cells[0]),
         layers=tuple(sorted({*first.teacher.layers, *layers})),
-        sequences=sequences,
+        sequences=first.teacher.sequences or any(run.stores_sequences for run in runs),
     )
     cells = [replace(cell, recipe=replace(cell.recipe, teacher=given)) for cell in cells]
-    rows = data.valid + data.test
-    for cell, method in zip(cells, methods, strict=True):
-        if method.needs_teacher:
-            rows = training_rows(cell.recipe, data, method) + data.valid + data.test
-            break
-    recipe = cells[0].recipe
-    identity = Identity.of(
-        teacher, focus=data.focus, dtype=given.dtype, layers=given.layers, sequences=sequences
-    )
-    build_cache(
-        cache_folder(recipe),
-        teacher,
-        identity,
-        rows,
-        batch_tokens=given.batch_tokens,
-        device=start_accelerator(recipe).device,
-    )
+    # The first that learns from the teacher has training rows too; every other one only measures.
+    chosen = next((cell for cell in cells if reads_teacher(cell)), cells[0])
+    Classification(chosen.recipe, shared).build_cache(start_accelerator(chosen.recipe.training).device)
     return cells
+
+
+def reads_teacher(cell: Cell) -> bool:
+    """Whether the method of a cell reads the teacher."""
+    options = method_options(cell.recipe.method)
+    return bool(method_class(options.name).teachers_of(options))

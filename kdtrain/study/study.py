@@ -8,7 +8,8 @@ from kdtrain.study.report import write_report
 from kdtrain.study.results import collect
 from kdtrain.study.shared import prepare
 from kdtrain.study.work import run_cells
-from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.base import SharedInputs
+from kdtrain.tasks.classification.task import Classification
 
 
 def run_study(study: StudyRecipe) -> str:
@@ -21,8 +22,8 @@ def run_study(study: StudyRecipe) -> str:
     """
     folder = Path(study.output)
     cells = prepare(study, unfold(study))
-    materials = Materials()
-    data = {cell.task: materials.data(cell.recipe) for cell in cells}
+    shared = SharedInputs()
+    data = {cell.task: Classification(cell.recipe, shared).data for cell in cells}
     run_cells(cells, data, study.workers, folder / "logs")
     tasks = collect(cells, {task: one.metric for task, one in data.items()})
     return write_report(folder.name, tasks, measure_costs(cells, folder), folder)

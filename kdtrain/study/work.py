@@ -17,13 +17,12 @@ import yaml
 from kdtrain.console import progress, say
 from kdtrain.engine.run_folder import RECIPE, has_ended, read_identity
 from kdtrain.errors import KdtrainError
-from kdtrain.methods import method_class
 from kdtrain.recipe import recipe_from_dict, recipe_to_dict
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 from kdtrain.summary import Summary
-from kdtrain.tasks.classification.prepare import cache_folder
 from kdtrain.tasks.classification.splits import ClassificationData
+from kdtrain.tasks.classification.task import Classification
 from kdtrain.teacher_cache.shards import read_manifest
 
 
@@ -48,7 +47,7 @@ def run_cells(
     if not todo:
         return
     # Runs over whole sequences take the longest and go first, so that no core is left waiting for the last of them.
-    todo.sort(key=lambda cell: not method_class(cell.recipe.method.name).whole_sequences)
+    todo.sort(key=lambda cell: cell.recipe.method.name != "ckd")
     devices = torch.cuda.device_count()
     workers = min(workers or devices or os.cpu_count() or 1, len(todo))
     threads = max(1, torch.get_num_threads() // workers)
@@ -99,7 +98,7 @@ def is_finished(cell: Cell, fingerprint: str) -> bool:
 
 def _same_teacher(cell: Cell) -> bool:
     """Whether the run learned from the teacher whose outputs the study holds now."""
-    manifest = read_manifest(cache_folder(cell.recipe))
+    manifest = read_manifest(Classification(cell.recipe).cache_folder)
     if cell.recipe.teacher.path is None or manifest is None:
         return True
     return read_identity(Path(cell.recipe.output)).get("teacher") == manifest["teacher_weights"]
@@ -119,18 +118,18 @@ def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, p
     end_with(parent)
 
 
-_materials: Any = None
+_shared: Any = None
 
 
 def _run_cell(content: dict[str, Any]) -> str:
     """One run in a worker; what it made serves the next ones of the same task."""
-    global _materials
-    from kdtrain.tasks.classification.materials import Materials
-    from kdtrain.tasks.classification.run import run
+    global _shared
+    from kdtrain.run import run
+    from kdtrain.tasks.base import SharedInputs
 
     recipe = recipe_from_dict(content)
-    _materials = _materials or Materials()
-    summary = run(recipe, _materials)
+    _shared = _shared or SharedInputs()
+    summary = run(recipe, _shared)
     # The student is saved; what only served to go on from is not needed any more.
     for pattern in ("step-*", "best-*"):
         for folder in (Path(recipe.output) / "checkpoints").glob(pattern):

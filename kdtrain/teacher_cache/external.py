@@ -28,7 +28,8 @@ from kdtrain.errors import KdtrainError
 from kdtrain.models.language_student import SAMPLE_CODE
 from kdtrain.models.loading import load_tokenizer
 from kdtrain.models.vocabulary import match_vocabularies
-from kdtrain.tasks.code_lm.packing import LanguageBatch, PackedRows
+from kdtrain.outputs import Batch
+from kdtrain.tasks.code_lm.packing import PackedRows
 from kdtrain.teacher_cache.shards import MANIFEST, map_shard
 from kdtrain.teacher_cache.token_rows import kept_tokens
 
@@ -277,9 +278,19 @@ class ShardRows:
         """(rows,) int64, tokens of each row."""
         return self.rows.lengths
 
-    def batch(self, index: Tensor, device: torch.device) -> LanguageBatch:
-        """The given rows, padded, with the teacher's kept tokens."""
+    def batch(
+        self,
+        index: Tensor,
+        device: torch.device,
+        *,
+        step: int = 0,
+        stored: bool = True,
+        whole: Tensor | None = None,
+    ) -> Batch:
+        """The given rows, padded, with the stored top-k entries of the teacher."""
         batch = self.rows.batch(index, device)
+        if not stored:
+            return batch
         numbers, width = index.tolist(), batch.input_ids.shape[1]
         for row in self.unchecked & set(numbers):
             for place in self.places[row]:
@@ -293,7 +304,8 @@ class ShardRows:
             for side in (0, 1)
         )
         inside = torch.arange(width) < self.lengths[index][:, None]
-        return replace(batch, teacher_top=kept_tokens(logprobs, ids, inside, device))
+        logprobs, indices = kept_tokens(logprobs, ids, inside, device)
+        return replace(batch, stored={"teacher": {"logprobs": logprobs, "indices": indices}})
 
     def count(self, index: Tensor) -> int:
         """Labels that count in these rows."""

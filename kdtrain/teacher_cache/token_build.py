@@ -108,7 +108,8 @@ def teacher_signal(
     teacher: LanguageTeacher, signal: Signal, rows: PackedRows, index: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
     """The stored tensors of these rows, each (B, N, ...), on the host."""
-    hidden, _ = teacher.hidden(rows.batch(index, device))
+    batch = rows.batch(index, device)
+    hidden, _ = teacher.hidden(batch.input_ids, batch.positions)
     if not bool(hidden.isfinite().all()):
         raise KdtrainError(
             f"the teacher {teacher.path} gives values that are not finite; its weights are damaged"

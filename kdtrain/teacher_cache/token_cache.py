@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from kdtrain.errors import KdtrainError
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_teacher import LanguageTeacher
-from kdtrain.tasks.code_lm.objective import LanguageObjective
 from kdtrain.tasks.code_lm.packing import PackedRows
 from kdtrain.tasks.code_lm.recipe import LanguageRecipe, LanguageTeacherRecipe
 from kdtrain.teacher_cache.shards import MANIFEST, check_manifest, map_shard, read_manifest, shard_paths
@@ -161,17 +160,23 @@ class Signal:
         )
 
     @classmethod
-    def for_run(cls, kind: Kind, objective: LanguageObjective, recipe: LanguageRecipe) -> "Signal":
-        """What a run with this objective stores of its teacher."""
-        assert objective.teacher is not None
-        rows = head_of(objective.student).weight.shape[0]
-        if kind == "cross_term" and rows > objective.shared:
+    def for_run(
+        cls,
+        kind: Kind,
+        teacher: LanguageTeacher,
+        student: PreTrainedModel,
+        shared: int,
+        recipe: LanguageRecipe,
+    ) -> "Signal":
+        """What a run with this student stores of the teacher, with whom it shares ids 0 to shared - 1."""
+        rows = head_of(student).weight.shape[0]
+        if kind == "cross_term" and rows > shared:
             raise KdtrainError(
-                f"the student's head has {rows} rows, of which the teacher shares {objective.shared}; a cross-term would compare over "
+                f"the student's head has {rows} rows, of which the teacher shares {shared}; a cross-term would compare over "
                 "all of them and not, as the teacher itself would, over the shared ones; set teacher.signal: hidden"
             )
-        frozen = FrozenHead.of(objective.student, recipe) if kind == "cross_term" else None
-        return cls.of(kind, objective.teacher, recipe.teacher, shared=objective.shared, frozen=frozen)
+        frozen = FrozenHead.of(student, recipe) if kind == "cross_term" else None
+        return cls.of(kind, teacher, recipe.teacher, shared=shared, frozen=frozen)
 
     @property
     def bytes_per_token(self) -> int:

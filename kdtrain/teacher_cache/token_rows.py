@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdtrain.tasks.code_lm.packing import LanguageBatch, PackedRows
+from kdtrain.outputs import Batch
+from kdtrain.tasks.code_lm.packing import PackedRows
 from kdtrain.teacher_cache.token_cache import TENSORS, LanguageCache, row_keys
 
 
@@ -28,18 +29,27 @@ class CachedRows:
         """(rows,) int64, tokens of each row."""
         return self.rows.lengths
 
-    def batch(self, index: Tensor, device: torch.device) -> LanguageBatch:
+    def batch(
+        self,
+        index: Tensor,
+        device: torch.device,
+        *,
+        step: int = 0,
+        stored: bool = True,
+        whole: Tensor | None = None,
+    ) -> Batch:
         """The given rows, padded, with what is stored of the teacher."""
         batch = self.rows.batch(index, device)
+        if not stored:
+            return batch
         keys, width = [self.keys[i] for i in index.tolist()], batch.input_ids.shape[1]
         found = tuple(self.cache.read(name, keys, width) for name in TENSORS[self.cache.signal.kind])
         if self.cache.signal.kind == "topk":
             inside = torch.arange(width) < self.lengths[index][:, None]
-            return replace(batch, teacher_top=kept_tokens(found[0], found[1], inside, device))
-        found = tuple(tensor.to(device) for tensor in found)
-        if self.cache.signal.kind == "hidden":
-            return replace(batch, teacher_hidden=found[0])
-        return replace(batch, teacher_cross=found)
+            found = kept_tokens(found[0], found[1], inside, device)
+        names = TENSORS[self.cache.signal.kind]
+        outputs = {name: tensor.to(device) for name, tensor in zip(names, found, strict=True)}
+        return replace(batch, stored={"teacher": outputs})
 
     def count(self, index: Tensor) -> int:
         """Labels that count in these rows."""

@@ -25,7 +25,11 @@ from transformers import (
     Starcoder2Config,
 )
 
+from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.objective import Objective
+from kdtrain.run import run
+from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -34,7 +38,7 @@ from kdtrain.tasks.code_lm.recipe import (
     LanguageTeacherRecipe,
     LanguageTrainingRecipe,
 )
-from kdtrain.tasks.code_lm.run import run_language
+from kdtrain.tasks.code_lm.task import CodeLM, checked_objective, language_methods, shape_of
 
 VOCABULARY = 300
 SHAPE: dict[str, Any] = {
@@ -128,7 +132,7 @@ def language_recipe(
 def language_teacher(language_recipe: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student of that run, which serves as a teacher."""
     folder = tmp_path_factory.mktemp("language_teacher")
-    run_language(replace(language_recipe, output=str(folder / "run")))
+    run(replace(language_recipe, output=str(folder / "run")))
     return folder / "run" / "student"
 
 
@@ -141,3 +145,26 @@ def language_distillation(language_recipe: LanguageRecipe, language_teacher: Pat
         teacher=LanguageTeacherRecipe(path=str(language_teacher)),
         method=LanguageMethodRecipe(name="kd_features", features=("hidden", "attention", "values")),
     )
+
+
+def opened(recipe: LanguageRecipe) -> CodeLM:
+    """A run with everything opened and checked, and nothing written."""
+    run = CodeLM(recipe)
+    run.identity()
+    return run
+
+
+def objective_of(
+    student: PreTrainedModel,
+    section: LanguageMethodRecipe,
+    teacher: PreTrainedModel | None,
+    stored: LanguageTeacherRecipe | None = None,
+) -> Objective:
+    """A student and the methods of a recipe, with a frozen teacher."""
+    known = None
+    if teacher is not None:
+        known = LanguageTeacher("teacher", teacher.eval().requires_grad_(False), None)  # type: ignore[arg-type]
+    shapes = {} if teacher is None else {"teacher": shape_of(teacher)}
+    tail = "bucket" if stored is None else stored.tail
+    models = LanguageModels(known, tail=tail, temperature=section.temperature)
+    return checked_objective(student, language_methods(section, shape_of(student), shapes), models)

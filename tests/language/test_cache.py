@@ -14,8 +14,10 @@ from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
 from kdtrain.models.heads import head_of
 from kdtrain.recipe import save_recipe
+from kdtrain.run import run
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
-from kdtrain.tasks.code_lm.run import prepare, run_language, stored_signals
+from kdtrain.tasks.code_lm.task import CodeLM
+from tests.language.conftest import opened
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +54,11 @@ def test_hidden_states_and_all_tokens_equal_the_online_teacher(
     recipe: LanguageRecipe, tmp_path: Path
 ) -> None:
     """Hidden states in float32 are exact; the likeliest tokens are when all of the vocabulary is kept."""
-    run_language(recipe)
+    run(recipe)
     wanted = losses(Path(recipe.output))
     for signal, options in (("hidden", {}), ("topk", {"top_k": 286, "tail": "renormalize"})):
         found = stored(recipe, tmp_path / signal, signal, **options)
-        run_language(found)
+        run(found)
         assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5)
     manifest = json.loads((tmp_path / "topk" / "cache" / "topk" / "manifest.json").read_text())
     assert manifest["covered_probability"] == pytest.approx(1.0, abs=1e-6)
@@ -79,12 +81,12 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
         teacher=replace(recipe.teacher, path=str(tmp_path / "padded")),
         output=str(tmp_path / "online"),
     )
-    run_language(padded)
+    run(padded)
     wanted = losses(tmp_path / "online")
     for signal, options in (("cross_term", {}), ("topk", {"top_k": 286, "tail": "renormalize"})):
-        run_language(stored(padded, tmp_path / signal, signal, **options))
+        run(stored(padded, tmp_path / signal, signal, **options))
         assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5), signal
-    started = head_of(prepare(padded).student).weight
+    started = head_of(CodeLM(padded).student).weight
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "cross_term" / "run" / "student")
     assert torch.equal(head_of(trained).weight, started), "the head is as it was"
     manifest = json.loads((tmp_path / "cross_term" / "cache" / "cross_term" / "manifest.json").read_text())
@@ -94,7 +96,7 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
     with pytest.raises(
         KdtrainError, match="the student's head has 300 rows, of which the teacher shares 286;"
     ):
-        prepare(stored(replace(recipe, student=more), tmp_path / "more", "cross_term"))
+        opened(stored(replace(recipe, student=more), tmp_path / "more", "cross_term"))
 
 
 def test_cross_term_states_its_cost_and_its_conditions(
@@ -124,21 +126,21 @@ def test_cross_term_states_its_cost_and_its_conditions(
         assert main([*command, *options]) == 2
         assert sentence in capsys.readouterr().err, options
     with pytest.raises(KdtrainError, match=r"set student.frozen_head: true \(or student.lora_rank\)"):
-        run_language(stored(recipe, tmp_path, "cross_term"))
+        run(stored(recipe, tmp_path, "cross_term"))
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
 def test_second_writer_is_refused(recipe: LanguageRecipe, tmp_path: Path) -> None:
     """While another process holds the folder, nothing is written; what it left is used afterwards."""
     found = stored(recipe, tmp_path, "hidden")
-    parts = prepare(found)
+    parts = opened(found)
     with (
         writing(tmp_path / "cache" / "hidden", "the teacher cache", "teacher.cache"),
         pytest.raises(KdtrainError, match=r"another run \(process \d+\) is writing the teacher cache"),
     ):
-        stored_signals(found, parts, torch.device("cpu"))
+        parts.stored_signals(torch.device("cpu"))
     assert not list(tmp_path.rglob("shard-*"))
-    stored_signals(found, parts, torch.device("cpu"))
+    parts.stored_signals(torch.device("cpu"))
 
 
 def test_command_states_the_cost_and_verifies(
@@ -155,7 +157,7 @@ def test_command_states_the_cost_and_verifies(
         "the tokens kept of each distribution (teacher.top_k) is 8 there and 9 here"
         in capsys.readouterr().err
     )
-    run_language(found)
+    run(found)
     assert "teacher cache: " not in capsys.readouterr().err, "nothing was computed twice"
     (tmp_path / "cache" / "topk" / "manifest.json").unlink()
     assert main(["cache", str(tmp_path / "recipe.yaml")]) == 2
@@ -165,24 +167,25 @@ def test_command_states_the_cost_and_verifies(
 def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) -> None:
     """Kept tokens are the likeliest of the row they are read for, and a damaged file is told."""
     found = stored(recipe, tmp_path, "topk", top_k=5)
-    parts = prepare(found)
-    rows, _ = stored_signals(found, parts, torch.device("cpu"))
+    parts = opened(found)
+    rows, _ = parts.stored_signals(torch.device("cpu"))
     index = torch.tensor([2, 0])
     batch = rows.batch(index, torch.device("cpu"))
-    assert parts.teacher is not None and batch.teacher_top is not None
-    hidden, _ = parts.teacher.hidden(batch)
+    assert parts.teacher is not None
+    outputs = batch.stored["teacher"]
+    hidden, _ = parts.teacher.hidden(batch.input_ids, batch.positions)
     log_p = parts.teacher.head.logits(hidden).log_softmax(-1)
     inside = torch.arange(hidden.shape[1]) < rows.lengths[index][:, None]
     torch.testing.assert_close(
-        batch.teacher_top[0][inside], log_p.topk(5).values[inside], rtol=1e-4, atol=1e-4
+        outputs["logprobs"][inside], log_p.topk(5).values[inside], rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(
-        log_p.gather(-1, batch.teacher_top[1])[inside], batch.teacher_top[0][inside], rtol=1e-4, atol=1e-4
+        log_p.gather(-1, outputs["indices"])[inside], outputs["logprobs"][inside], rtol=1e-4, atol=1e-4
     )
     path = next((tmp_path / "cache" / "topk").glob("shard-*"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(KdtrainError, match=r"is damaged .*; delete this one file and it is computed again"):
-        stored_signals(found, parts, torch.device("cpu"))
+        parts.stored_signals(torch.device("cpu"))
 
 
 def test_reverse_kl_is_refused_where_tokens_that_were_not_kept_have_no_probability(

@@ -17,10 +17,8 @@ from kdtrain.doctor.code_lm import LanguageSubject, examine_language
 from kdtrain.doctor.memory_plan import ModelShape, plan_step
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_student import recompute_layers
-from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.outputs import Batch
 from kdtrain.recipe import recipe_to_dict, save_recipe
-from kdtrain.tasks.code_lm.objective import LanguageObjective
-from kdtrain.tasks.code_lm.packing import LanguageBatch
 from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -30,6 +28,7 @@ from kdtrain.tasks.code_lm.recipe import (
     LanguageTrainingRecipe,
     load_language_recipe,
 )
+from tests.language.conftest import objective_of
 
 
 def findings(recipe: LanguageRecipe) -> dict[str, str]:
@@ -78,7 +77,7 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
     )
     assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
     kept = replace(cached, teacher=replace(cached.teacher, signal="topk", top_k=4))
-    tokens = LanguageSubject(kept).parts.valid.lengths.sum()
+    tokens = LanguageSubject(kept).run.rows[1].lengths.sum()
     assert said(findings(kept), f"for {tokens} held-out tokens (32 hidden values in bfloat16)") == "note"
     # Labels alone store nothing, whatever the signal asks for.
     alone = replace(
@@ -150,14 +149,12 @@ def measured_and_planned(
 ) -> tuple[int, int]:
     """Peak bytes of real steps, weights included, over rows of documents of the given lengths; and the plan's total."""
     student, teacher = (AutoModelForCausalLM.from_config(config) for config in configs)
-    teacher.eval().requires_grad_(False)
     if checkpointing:
         recompute_layers(student)
-    objective = LanguageObjective(student, LanguageMethodRecipe(), LanguageTeacher("teacher", teacher, None))  # type: ignore[arg-type]
-    objective.train()
+    objective = objective_of(student, LanguageMethodRecipe(), teacher).train()
     ids = torch.randint(configs[0].vocab_size, (rows, sum(lengths)))
     places = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1)
-    batch = LanguageBatch(ids, places, ids.roll(-1, 1))
+    batch = Batch(ids, ids.roll(-1, 1), torch.arange(rows), position_ids=places)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     with PeakMemory() as memory:
         for _ in range(steps):
@@ -249,9 +246,5 @@ def test_shipped_recipe_and_configurations_are_read() -> None:
     recipe = load_language_recipe(folder / "code-lm-kd.yaml")
     assert recipe.training.batch_size % (8 * recipe.training.accumulation) == 0
     assert load_config_from_file(str(folder / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"
-    config: Any = load_config_from_file(str(folder / "accelerate" / "deepspeed.yaml"))
-    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
-    config = load_config_from_file(str(folder / "accelerate" / "deepspeed-zero3.yaml"))
-    assert config.deepspeed_config["zero_stage"] == 3 and not config.deepspeed_config["zero3_init_flag"]
-    config = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
+    config: Any = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2

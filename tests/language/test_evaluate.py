@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.evaluation.code_lm import interval_per_token
+from kdtrain.evaluation.measure import bootstrap_interval
+from kdtrain.run import run
+from kdtrain.summary import Summary
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
-from kdtrain.tasks.code_lm.run import LanguageSummary, run_language
 
 
 def test_runs_are_measured_and_compared(
@@ -25,7 +26,7 @@ def test_runs_are_measured_and_compared(
     recipe = replace(
         language_distillation, training=training, method=LanguageMethodRecipe(), output=str(student)
     )
-    run_language(recipe)
+    run(recipe)
     assert main(["evaluate", str(student), "--against", str(teacher)]) == 2
     captured = capsys.readouterr()
     assert f"{teacher} has not been measured yet; run kdtrain evaluate {teacher} first" in captured.err
@@ -37,7 +38,7 @@ def test_runs_are_measured_and_compared(
     found, known = ({}, {})
     for folder, name in ((teacher, "teacher"), (student, "student")):
         found[name] = json.loads((folder / "evaluation.json").read_text())
-        known[name] = LanguageSummary.load(folder).test
+        known[name] = Summary.load(folder).valid
         for metric, value in known[name].items():
             assert found[name][metric] == pytest.approx(value, rel=1e-5), (name, metric)
         low, high = found[name]["loss_interval"]
@@ -56,7 +57,7 @@ def test_rows_of_one_token_are_measured(language_recipe: LanguageRecipe, tmp_pat
     """A student that reads one token at a time is asked to continue it, too."""
     training = replace(language_recipe.training, max_steps=2, evaluate_every=2)
     data = replace(language_recipe.data, max_length=1)
-    run_language(replace(language_recipe, data=data, training=training, output=str(tmp_path)))
+    run(replace(language_recipe, data=data, training=training, output=str(tmp_path)))
     assert main(["evaluate", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["generated_per_second"] > 0
 
@@ -64,6 +65,6 @@ def test_rows_of_one_token_are_measured(language_recipe: LanguageRecipe, tmp_pat
 def test_interval_weighs_rows_by_their_tokens() -> None:
     """Rows that all have one loss leave no doubt, whatever their lengths; rows that differ do."""
     counts = np.array([1.0, 10.0, 100.0])
-    assert interval_per_token(2.5 * counts, counts) == pytest.approx((2.5, 2.5))
-    low, high = interval_per_token(np.array([1.0, 20.0, 300.0]), counts)
+    assert bootstrap_interval(2.5 * counts, counts) == pytest.approx((2.5, 2.5))
+    low, high = bootstrap_interval(np.array([1.0, 20.0, 300.0]), counts)
     assert 1.0 <= low < 2.0 < high <= 3.0

@@ -83,7 +83,7 @@ def test_collated_batches_are_read_right() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     labels = torch.where(mask == 1, ids, IGNORED)
     batch = padded_batch({"input_ids": ids, "labels": labels, "attention_mask": mask})
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+    assert batch.positions.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
     assert batch.labels.tolist() == [[-100, -100, 6, 7, -100], [6, 7, -100, -100, -100]]
     places = torch.tensor([[0, 1, 0, 1, 2]])
     packed = padded_batch({"input_ids": ids[1:], "labels": ids[1:], "position_ids": places})
@@ -144,7 +144,7 @@ def test_positions_that_count_through_the_padding_in_front() -> None:
     assert batch.labels.tolist() == padded_batch(inputs).labels.tolist() == [[-100, -100, 6, 7, 9, -100]]
     model = tiny("llama")
     with torch.no_grad():
-        hidden, _ = hidden_states(model, batch.input_ids, batch.position_ids)
+        hidden, _ = hidden_states(model, batch.input_ids, batch.positions)
         alone = model.base_model(input_ids=ids[:, 2:]).last_hidden_state
     torch.testing.assert_close(hidden[:, 2:], alone)
 
@@ -184,7 +184,7 @@ def test_a_copied_student_runs_its_own_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "others", "words"),
     [
-        ({"divergence": "kl"}, {}, r"method.divergence is 'kl'; it is one of forward_kl"),
+        ({"divergence": "kl"}, {}, r"method.divergence must be one of forward_kl, .*, got 'kl'"),
         ({"divergence": "jsd", "beta": 1.5}, {}, r"method.divergence jsd: JSD needs 0 < beta < 1, got 1.5"),
         ({"label_smoothing_factor": 0.1}, {}, r"label_smoothing_factor is 0.1"),
         ({}, {"compute_metrics": len}, r"compute_metrics would never be called"),

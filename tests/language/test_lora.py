@@ -15,9 +15,10 @@ from kdtrain.hf_trainer import KDConfig, KDTrainer
 from kdtrain.models.heads import check_model
 from kdtrain.models.lora import adapted_layers
 from kdtrain.recipe import save_recipe
+from kdtrain.run import run
+from kdtrain.summary import Summary
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
-from kdtrain.tasks.code_lm.run import LanguageSummary, prepare, run_language
-from tests.language.conftest import tiny
+from tests.language.conftest import opened, tiny
 from tests.language.test_cache import losses, stored
 from tests.language.test_processes import FSDP2, finish, launch
 from tests.language.trainer_steps import tokens
@@ -62,20 +63,20 @@ def test_needs(recipe: LanguageRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         KdtrainError, match=r"student.lora_rank needs peft, which is not installed; pip install"
     ):
-        prepare(recipe)
+        opened(recipe)
 
 
 @pytest.mark.xdist_group("programs")
 def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageRecipe) -> None:
     peft = pytest.importorskip("peft")
-    parts = prepare(recipe)
+    parts = opened(recipe)
     trained = {name for name, parameter in parts.objective.named_parameters() if parameter.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert len(adapted_layers(parts.student)) == 2 * 7
-    summary = run_language(recipe)
+    summary = run(recipe)
     folder = Path(recipe.output)
     found = losses(folder)
-    assert found[-1] < 0.9 * found[0] and summary.test["loss"] == LanguageSummary.load(folder).test["loss"]
+    assert found[-1] < 0.9 * found[0] and summary.valid["loss"] == Summary.load(folder).valid["loss"]
 
     base = load_file(Path(str(recipe.student.path)) / "model.safetensors")
     student = load_file(folder / "student" / "model.safetensors")
@@ -90,7 +91,7 @@ def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageReci
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, again(ids).logits, rtol=1e-4, atol=1e-4)
     assert summary.student["parameters"] == sum(tensor.numel() for tensor in plain.parameters())
-    assert evaluate_language_run(folder)["loss"] == pytest.approx(summary.test["loss"], rel=1e-4)
+    assert evaluate_language_run(folder)["loss"] == pytest.approx(summary.valid["loss"], rel=1e-4)
 
 
 def test_frozen_head_takes_a_cross_term(recipe: LanguageRecipe, tmp_path: Path) -> None:
@@ -99,9 +100,9 @@ def test_frozen_head_takes_a_cross_term(recipe: LanguageRecipe, tmp_path: Path) 
     student = replace(recipe.student, lora_dropout=0.0)
     training = replace(recipe.training, max_steps=3, evaluate_every=3, log_every=1)
     short = replace(recipe, student=student, training=training)
-    run_language(replace(short, output=str(tmp_path / "online")))
+    run(replace(short, output=str(tmp_path / "online")))
     found = stored(short, tmp_path, "cross_term")
-    run_language(found)
+    run(found)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
     save_recipe(replace(found, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
     finish(launch(tmp_path / "recipe.yaml", FSDP2))
@@ -133,4 +134,4 @@ def test_wrong_layers(recipe: LanguageRecipe) -> None:
         (("lm_head",), r"student.lora_targets \['lm_head'\] adapt the head, which has to stay one matrix"),
     ):
         with pytest.raises(KdtrainError, match=sentence):
-            prepare(replace(recipe, student=replace(recipe.student, lora_targets=targets)))
+            opened(replace(recipe, student=replace(recipe.student, lora_targets=targets)))

@@ -43,7 +43,7 @@ def test_rows_hold_every_label_once(lengths: list[int], room: int, packing: bool
     assert sorted(rows.labels[rows.labels != IGNORED].tolist()) == sorted(wanted[wanted != IGNORED].tolist())
     assert int(rows.lengths.max()) <= room
     batch = rows.batch(torch.arange(len(rows)), CPU, width=room + 2)
-    for ids, places, labels, length in zip(*(t.tolist() for t in (batch.input_ids, batch.position_ids, batch.labels)),
+    for ids, places, labels, length in zip(*(t.tolist() for t in (batch.input_ids, batch.positions, batch.labels)),
                                            rows.lengths.tolist(), strict=True):  # fmt: skip
         assert (
             places[0] == 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kdkernels import teacher_cross_term
 from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
@@ -13,10 +13,10 @@ from kdkernels._triton.launch import chunk_rows as triton_chunk_rows
 from kdtrain.doctor.memory_plan import ModelShape, chunk_rows, plan_step
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_student import recompute_layers
-from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.models.lora import add_adapters
-from kdtrain.tasks.code_lm.objective import LanguageObjective
-from kdtrain.tasks.code_lm.packing import LanguageBatch
+from kdtrain.objective import Objective
+from kdtrain.outputs import Batch
+from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.recipe import (
     LanguageDataRecipe,
     LanguageMethodRecipe,
@@ -25,6 +25,7 @@ from kdtrain.tasks.code_lm.recipe import (
     LanguageTeacherRecipe,
     LanguageTrainingRecipe,
 )
+from tests.language.conftest import objective_of
 from tests.language.test_doctor import PeakMemory
 
 PLAIN = LanguageRecipe(
@@ -58,22 +59,24 @@ def test_rows_of_a_chunk_are_those_of_the_losses(vocabulary: int) -> None:
         assert wanted == pytest.approx(chunk_rows(vocabulary, device), rel=0.01)  # chunks are made equal
 
 
-def stored(batch: LanguageBatch, recipe: LanguageRecipe, objective: LanguageObjective) -> LanguageBatch:
+def stored(batch: Batch, recipe: LanguageRecipe, objective: Objective) -> Batch:
     """The batch with what the recipe stores of the teacher, whose layers are then given up."""
-    teacher = objective.teacher
+    models, student = objective.models, objective.student
+    assert isinstance(models, LanguageModels) and isinstance(student, PreTrainedModel)
+    teacher = models.teacher
     assert teacher is not None
-    hidden, _ = teacher.hidden(batch)
+    hidden, _ = teacher.hidden(batch.input_ids, batch.positions)
     if recipe.teacher.signal == "hidden":
-        batch = replace(batch, teacher_hidden=hidden)
+        outputs = {"hidden": hidden}
     elif recipe.teacher.signal == "topk":
         kept = teacher.head.logits(hidden).log_softmax(-1).topk(64)
-        batch = replace(batch, teacher_top=(kept.values, kept.indices))
+        outputs = {"logprobs": kept.values, "indices": kept.indices}
     else:
-        head = head_of(objective.student).weight.requires_grad_(False)
+        head = head_of(student).weight.requires_grad_(False)
         found = teacher_cross_term(teacher.with_hidden(hidden), head)
-        batch = replace(batch, teacher_cross=(found.cross, found.bias, found.entropy))
+        outputs = {"cross": found.cross, "bias": found.bias, "entropy": found.entropy}
     teacher.release()
-    return batch
+    return replace(batch, stored={"teacher": outputs})
 
 
 # Most of it in the heads, most of it in the layers.
@@ -95,16 +98,15 @@ def test_plan_is_near_the_measured_peak(name: str, vocabulary: int, width: int, 
         for size in (width, 2 * width)
     ]
     student, model = (AutoModelForCausalLM.from_config(config) for config in configs)
-    teacher = LanguageTeacher("teacher", model.eval().requires_grad_(False), None)  # type: ignore[arg-type]
     if recipe.student.lora_rank:
         pytest.importorskip("peft")
         add_adapters(student, recipe.student)
     if recipe.training.checkpointing:
         recompute_layers(student)
-    known = None if recipe.teacher.path is None else teacher
-    objective = LanguageObjective(student, recipe.method, known, stored=recipe.teacher).train()
+    known = None if recipe.teacher.path is None else model
+    objective = objective_of(student, recipe.method, known, recipe.teacher).train()
     ids = torch.randint(vocabulary, (4, 256))
-    batch = LanguageBatch(ids, torch.arange(256).expand(4, -1), ids.roll(-1, 1))
+    batch = Batch(ids, ids.roll(-1, 1), torch.arange(4), position_ids=torch.arange(256).expand(4, -1))
     if known is not None and recipe.teacher.signal != "online":
         with torch.no_grad():
             batch = stored(batch, recipe, objective)
@@ -127,8 +129,8 @@ def test_plan_is_near_the_measured_peak(name: str, vocabulary: int, width: int, 
     assert plan.total == pytest.approx(measured, rel=0.2)
 
 
-def tensors_of(batch: LanguageBatch) -> list[Tensor]:
+def tensors_of(batch: Batch) -> list[Tensor]:
     """Every tensor of a batch."""
-    values = [batch.input_ids, batch.position_ids, batch.labels, batch.teacher_hidden]
-    values += [*(batch.teacher_top or ()), *(batch.teacher_cross or ())]
+    values = [batch.input_ids, batch.positions, batch.labels]
+    values += [value for outputs in batch.stored.values() for value in outputs.values()]
     return [value for value in values if value is not None]

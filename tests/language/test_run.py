@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import read_metrics
+from kdtrain.methods.base import Step
+from kdtrain.methods.ft import FineTuning
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import load_recipe, save_recipe
-from kdtrain.tasks.code_lm.objective import LanguageObjective
+from kdtrain.run import run
+from kdtrain.summary import Summary
 from kdtrain.tasks.code_lm.recipe import (
     LanguageMethodRecipe,
     LanguageRecipe,
@@ -21,13 +24,12 @@ from kdtrain.tasks.code_lm.recipe import (
     LanguageTeacherRecipe,
     load_language_recipe,
 )
-from kdtrain.tasks.code_lm.run import LanguageSummary, prepare, run_language
-from tests.language.conftest import tiny
+from tests.language.conftest import opened, tiny
 
 
 def test_teacher_learns_and_loads_plainly(language_teacher: Path, sources: list[str]) -> None:
     folder = language_teacher.parent
-    summary = LanguageSummary.load(folder)
+    summary = Summary.load(folder)
     losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
     assert losses[-1] < 0.6 * losses[0]
     for name in ("recipe.yaml", "metrics.jsonl", "summary.json", "checkpoints"):
@@ -38,8 +40,8 @@ def test_teacher_learns_and_loads_plainly(language_teacher: Path, sources: list[
     ids = tokenizer(sources[12], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
-    assert float(loss) < 1.5 * summary.test["loss"]
-    assert summary.test["loss"] == min(
+    assert float(loss) < 1.5 * summary.valid["loss"]
+    assert summary.valid["loss"] == min(
         line["valid/loss"] for line in read_metrics(folder) if "valid/loss" in line
     )
 
@@ -49,16 +51,16 @@ def test_distilled_student_comes_nearer_to_its_teacher(
 ) -> None:
     recipe = replace(language_distillation, output=str(tmp_path / "run"))
     recipe = replace(recipe, training=replace(recipe.training, precision="bf16", checkpointing=True))
-    summary = run_language(recipe)
+    summary = run(recipe)
     found = [
         line["valid/divergence"] for line in read_metrics(tmp_path / "run") if "valid/divergence" in line
     ]
-    assert found[-1] < 0.7 * found[0] and 0 < summary.test["agreement"] <= 1
+    assert found[-1] < 0.7 * found[0] and 0 < summary.valid["agreement"] <= 1
     student = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert not [name for name in student if "projection" in name or "teacher" in name]
     assert set(load_file(tmp_path / "run" / "projection.safetensors")) == {
-        "projections.0.weight",
-        "projections.0.bias",
+        "methods.0.projections.0.weight",
+        "methods.0.projections.0.bias",
     }
 
 
@@ -90,17 +92,17 @@ def test_what_does_not_fit_is_told(
     other: PreTrainedTokenizerFast = train_tokenizer(sources[:3], vocab_size=300, max_length=64)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(KdtrainError, match=r"the tokenizers of student and teacher differ: id \d+ is"):
-        run_language(replace(recipe, student=replace(recipe.student, tokenizer=str(tmp_path / "other"))))
+        run(replace(recipe, student=replace(recipe.student, tokenizer=str(tmp_path / "other"))))
     with pytest.raises(KdtrainError, match=r"method kd needs a teacher; set teacher.path"):
         replace(recipe, method=LanguageMethodRecipe(), teacher=replace(recipe.teacher, path=None))
     with pytest.raises(KdtrainError, match=r"teacher.path: there is no folder /nowhere"):
-        run_language(replace(recipe, teacher=replace(recipe.teacher, path="/nowhere")))
+        run(replace(recipe, teacher=replace(recipe.teacher, path="/nowhere")))
     model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=300, hidden_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, intermediate_size=16))  # fmt: skip
     model.save_pretrained(tmp_path / "qwen2")
     student = LanguageStudentRecipe(path=str(tmp_path / "qwen2"), tokenizer=recipe.teacher.path)
     with pytest.raises(KdtrainError, match=r"family qwen2 would be loaded with a Qwen2Tokenizer, which cuts"):
-        run_language(replace(recipe, student=student))
+        run(replace(recipe, student=student))
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
@@ -119,12 +121,12 @@ def test_tokens_added_for_the_student_alone(language_distillation: LanguageRecip
         training=replace(language_distillation.training, max_steps=2, evaluate_every=2),
         output=str(tmp_path / "run"),
     )
-    assert run_language(recipe).test["divergence"] > 0
+    assert run(recipe).valid["divergence"] > 0
     student = replace(recipe.student, tokenizer=str(tmp_path / "added"))
     with pytest.raises(
         KdtrainError, match=r"tokens that the teacher cannot read: the first is 287 \('return a'\)"
     ):
-        run_language(replace(recipe, student=student, output=str(tmp_path / "other")))
+        run(replace(recipe, student=student, output=str(tmp_path / "other")))
 
 
 def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
@@ -133,24 +135,25 @@ def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
     """The allocator refuses in step 11; with more pieces the same folder ends like a run that had room from the start."""
     recipe = replace(language_recipe, output=str(tmp_path / "run"))
 
-    def grasp(self: LanguageObjective, step: int, total_steps: int) -> None:
-        if step == 10:
+    def grasp(self: FineTuning, step: Step) -> dict[str, float]:
+        if step.number == 10:
             torch.empty(1 << 46)
+        return {"ce": 1.0}
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageObjective, "start_step", grasp)
+        patch.setattr(FineTuning, "weights", grasp)
         with pytest.raises(
             KdtrainError, match=r"the run ran out of memory on cpu .*can't allocate memory"
         ) as told:
-            run_language(recipe)
+            run(recipe)
     for words in (
         "raise training.accumulation (now 1) or set training.checkpointing: true",
         f"the same command goes on from step 8 ({tmp_path}/run/checkpoints/step-0000008)",
     ):
         assert words in str(told.value)
     smaller = replace(recipe.training, accumulation=3, checkpointing=True)
-    run_language(replace(recipe, training=smaller))
-    run_language(replace(recipe, output=str(tmp_path / "whole")))
+    run(replace(recipe, training=smaller))
+    run(replace(recipe, output=str(tmp_path / "whole")))
     found, known = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "whole"))
     for name, tensor in known.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
@@ -168,7 +171,7 @@ def test_rows_longer_than_the_teacher_reads_are_refused(
         method=LanguageMethodRecipe(),
     )
     with pytest.raises(KdtrainError, match=r"data.max_length is 129, but the teacher reads at most 128"):
-        prepare(recipe)
+        opened(recipe)
 
 
 @pytest.mark.parametrize("field", ["temperature", "last_temperature", "kd_weight", "last_ce_weight"])

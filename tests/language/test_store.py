@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
+from kdtrain.run import run
 from kdtrain.tasks.code_lm.documents import document_windows, load_documents, load_held_out, read_rows
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
 from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageRecipe
-from kdtrain.tasks.code_lm.run import run_language
 from kdtrain.tasks.code_lm.store import stored_rows
 
 
@@ -75,10 +75,10 @@ def test_a_run_from_disk_is_the_run_from_memory(
     training = replace(language_recipe.training, max_steps=4, evaluate_every=2)
     recipe = replace(language_recipe, training=training, output=str(tmp_path / "memory"))
     stored = replace(recipe.data, store=str(tmp_path / "rows"))
-    run_language(recipe)
-    run_language(replace(recipe, data=stored, output=str(tmp_path / "disk")))
+    run(recipe)
+    run(replace(recipe, data=stored, output=str(tmp_path / "disk")))
     assert f"data.store: tokenizing {recipe.data.train} into {tmp_path}/rows, once" in capsys.readouterr().err
-    run_language(replace(recipe, data=stored, output=str(tmp_path / "again")))
+    run(replace(recipe, data=stored, output=str(tmp_path / "again")))
     assert "tokenizing" not in capsys.readouterr().err
     weights = [
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("memory", "disk", "again")

@@ -20,10 +20,11 @@ from kdtrain.cli import main
 from kdtrain.doctor.code_lm import examine_language
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import recipe_to_dict, save_recipe
+from kdtrain.run import run
 from kdtrain.summary import Summary
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
-from kdtrain.tasks.code_lm.run import prepare, run_language
 from kdtrain.teacher_cache.external import TeacherShards
+from tests.language.conftest import opened
 from tests.language.test_cache import losses
 
 KEPT = 24
@@ -72,7 +73,7 @@ def test_equal_to_the_own_cache(
     recipe: LanguageRecipe, language_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same tokens kept by `kdtrain cache` give the same losses; here nobody needs the teacher."""
-    run_language(recipe)
+    run(recipe)
     said = capsys.readouterr().err
     assert "24 kept tokens of my teacher, which hold 8" in said and "% of the probability" in said
     own = replace(
@@ -80,12 +81,12 @@ def test_equal_to_the_own_cache(
         teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
         output=str(tmp_path / "own"),
     )
-    run_language(own)
+    run(own)
     found, wanted = losses(Path(recipe.output)), losses(tmp_path / "own")
     assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 4
     summary = Summary.load(Path(recipe.output))
     assert summary.teacher is not None and summary.teacher["name"] == "my teacher"
-    assert "divergence" not in summary.test
+    assert "divergence" not in summary.valid
 
 
 def test_tokens_in_front_of_a_document(
@@ -100,8 +101,8 @@ def test_tokens_in_front_of_a_document(
     tokenizer.save_pretrained(tmp_path / "teacher")
     (tmp_path / "shards").mkdir()
     write_shards(tmp_path / "shards", str(tmp_path / "teacher"), sources)
-    parts = prepare(replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "shards"))))
-    assert parts.shards is not None and (parts.train.tokens == 0).sum() > 40
+    parts = opened(replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "shards"))))
+    assert parts.shards is not None and (parts.rows[0].tokens == 0).sum() > 40
 
 
 def test_other_values_are_another_teacher(recipe: LanguageRecipe, shards: Path, tmp_path: Path) -> None:
@@ -195,20 +196,21 @@ def test_what_is_wrong_in_arrow_files_is_told(
 
 def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
     """Rows of 16 tokens find the halves of pieces of 32, whose entries knew all of the piece."""
-    parts = prepare(replace(recipe, data=replace(recipe.data, max_length=16)))
+    parts = opened(replace(recipe, data=replace(recipe.data, max_length=16)))
     assert parts.shards is not None
     index = torch.arange(6)
     batch = parts.shards.batch(index, torch.device("cpu"))
-    assert batch.teacher_top is not None and batch.teacher_top[0].shape == (6, 16, KEPT)
+    outputs = batch.stored["teacher"]
+    assert outputs["logprobs"].shape == (6, 16, KEPT)
     tokens = torch.cat([shard["input_ids"] for shard in parts.shards.shards.shards])
     logprobs = torch.cat([shard["teacher_logprobs"] for shard in parts.shards.shards.shards])
     for row in index.tolist():
-        first = int((batch.position_ids[row] == 0).nonzero()[0])
+        first = int((batch.positions[row] == 0).nonzero()[0])
         piece = batch.input_ids[row, first : first + 16]
-        if len(piece) < 16 or not bool((batch.position_ids[row] == torch.arange(16)).all()):
+        if len(piece) < 16 or not bool((batch.positions[row] == torch.arange(16)).all()):
             continue
         places = (tokens.unfold(0, 16, 1) == piece).all(-1).nonzero().flatten().tolist()
-        assert any(torch.equal(logprobs[at : at + 16], batch.teacher_top[0][row]) for at in places)
+        assert any(torch.equal(logprobs[at : at + 16], outputs["logprobs"][row]) for at in places)
 
 
 def test_command_and_doctor(
@@ -303,4 +305,4 @@ def test_what_is_wrong_is_told(
         (folder / path.name).write_bytes(path.read_bytes())
     damage(folder)
     with pytest.raises(KdtrainError, match=sentence):
-        prepare(replace(recipe, teacher=replace(recipe.teacher, path=str(folder))))
+        opened(replace(recipe, teacher=replace(recipe.teacher, path=str(folder))))

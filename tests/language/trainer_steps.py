@@ -24,7 +24,7 @@ from kdtrain.engine.full_state import whole_state
 from kdtrain.errors import KdtrainError
 from kdtrain.hf_trainer import KDConfig, KDTrainer, open_teacher
 from kdtrain.models.heads import decoder_layers
-from kdtrain.tasks.code_lm.packing import IGNORED
+from kdtrain.outputs import IGNORED
 from tests.language.conftest import VOCABULARY, tiny
 
 ROWS_OF_A_STEP = 8
@@ -96,9 +96,8 @@ def steps(
         eval_dataset=tokens(7, 4),
     )
     if name in ("fsdp2", "zero3"):
-        assert trainer.distillation is not None and trainer.distillation.teacher is not None
-        spread = next(decoder_layers(trainer.distillation.teacher.model).parameters())
-        assert isinstance(spread, DTensor), "the teacher's layers are spread"
+        sharded = next(decoder_layers(trainer.known.model).parameters())
+        assert isinstance(sharded, DTensor), "the teacher's layers are sharded"
     trainer.train()
     metrics = trainer.evaluate()
     found = {

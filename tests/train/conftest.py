@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
-from kdtrain.tasks.classification.run import run
+from kdtrain.run import run
 
 CLASSES = ("KeyError", "ValueError", "OSError")
 CALLS = ("{d}[{k}]", "int({k}, 8) + 1", "open({k}).read()")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kdtrain.errors import KdtrainError
+from kdtrain.outputs import IGNORED
 from kdtrain.recipe import DataRecipe
-from kdtrain.tasks.classification.rows import UNLABELLED
 from kdtrain.tasks.classification.splits import load_classification
 from tests.train.conftest import CLASSES, FOCUS
 
@@ -25,7 +25,7 @@ def test_folder(toy: Path) -> None:
     assert (data.name, data.classes, data.focus) == ("toy", CLASSES, FOCUS)
     assert [len(rows) for rows in (data.train, data.valid, data.test, data.unlabelled)] == [240, 32, 40, 24]
     assert set(data.train.labels.tolist()) == {0, 1, 2}
-    assert set(data.unlabelled.labels.tolist()) == {UNLABELLED}
+    assert set(data.unlabelled.labels.tolist()) == {IGNORED}
     assert all(len(key) == 32 for key in data.train.keys())  # noqa: SIM118
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.commands.train import TASKS
+from kdtrain.commands.train import READERS
 from kdtrain.recipe import Recipe, save_recipe
 
 
@@ -117,7 +117,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for task, (kind, _, _) in TASKS.items():
+    for task, (kind, _) in READERS.items():
         own = printed.partition(f"task {task}, ")[2].partition("fields of a recipe of task")[0]
         for section in dataclasses.fields(kind):
             inner = typing.get_type_hints(kind)[section.name]

@@ -15,11 +15,11 @@ from kdtrain.doctor import Finding, examine, note
 from kdtrain.doctor import data_checks as of_data
 from kdtrain.doctor import method_checks as of_method
 from kdtrain.doctor import teacher_checks as of_teacher
+from kdtrain.doctor.classification import CHECKS, examine_recipe
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, save_recipe
-from kdtrain.tasks.classification.checks import CHECKS, examine_recipe
-from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.base import SharedInputs
 from kdtrain.tasks.classification.splits import ClassificationData
 
 
@@ -118,8 +118,8 @@ def test_a_teacher_of_the_other_order(distillation: Recipe, teacher: Path, tmp_p
     assert told(list(of_teacher.teacher_knows_the_task(other)), "suspicious", "is it a teacher of this task")
 
 
-class Opened(Materials):
-    """Materials with a teacher whose class count the recipe does not check."""
+class Opened(SharedInputs):
+    """SharedInputs with a teacher whose class count the recipe does not check."""
 
     def __init__(self, subject: Subject, teacher: Path) -> None:
         super().__init__()

@@ -10,16 +10,12 @@ import pytest
 import torch
 
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluation.classification import (
-    bootstrap_interval,
-    classification_metrics,
-    compare_runs,
-    evaluate_run,
-    paired_difference,
-)
+from kdtrain.evaluation.classification import compare_runs, evaluate_run
+from kdtrain.evaluation.measure import bootstrap_interval, paired_difference
 from kdtrain.recipe import Recipe
+from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.classification.run import run
+from kdtrain.tasks.classification.metrics import classification_metrics
 
 
 def test_metrics_by_hand() -> None:
@@ -66,13 +62,13 @@ def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_pa
     run(replace(distillation, output=str(other), seed=1))
     found = evaluate_run(folder)
     for name in ("accuracy", "top3", "macro_f1", "agreement", "accuracy_interval"):
-        assert found[name] == summary.test[name], name
+        assert found[name] == summary.metrics[name], name
     assert found["parameters"] == summary.student["parameters"]
     assert found["bytes"] == summary.student["bytes"] > 0
     assert 0 < found["latency_ms"] < 1000
     assert evaluate_run(folder, "valid")["accuracy"] == summary.valid["accuracy"]
     difference, low, high = compare_runs(folder, other)
-    assert difference == pytest.approx(summary.test["accuracy"] - Summary.load(other).test["accuracy"])
+    assert difference == pytest.approx(summary.metrics["accuracy"] - Summary.load(other).metrics["accuracy"])
     assert low <= difference <= high
 
 
@@ -117,9 +113,9 @@ def test_teacher_stands_in_the_summary(distillation: Recipe, teacher: Path, tmp_
     summary = run(replace(distillation, output=str(tmp_path / "run"), method=method))
     assert summary.teacher is not None
     alone = Summary.load(teacher.parent)
-    assert summary.teacher["test"]["accuracy"] == alone.test["accuracy"]
+    assert summary.teacher["test"]["accuracy"] == alone.metrics["accuracy"]
     assert summary.teacher["parameters"] == alone.student["parameters"]
-    assert 0 <= summary.test["agreement"] <= 1
+    assert 0 <= summary.metrics["agreement"] <= 1
     assert not (tmp_path / "run" / "projection.safetensors").exists()
 
 

@@ -9,11 +9,11 @@ import torch
 
 PROGRAM = """
 import sys, torch
-from kdtrain.tasks.classification.prepare import start_accelerator
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
+from kdtrain.engine.accelerator import start_accelerator
+from kdtrain.recipe import TrainingRecipe
 
 training = TrainingRecipe(precision=sys.argv[1])
-start_accelerator(Recipe(data=DataRecipe(path="-"), student=StudentRecipe(), method=MethodRecipe(name="ft"), training=training))
+start_accelerator(training)
 for _ in range(2):
     for rows in range(1, 41):
         torch.nn.functional.gelu(torch.ones(rows, 64))

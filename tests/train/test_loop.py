@@ -25,8 +25,8 @@ from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
 from kdtrain.models.loading import positions_of
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
+from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.classification.run import run
 from tests.support.commands import Program, torchrun
 
 
@@ -40,7 +40,7 @@ def test_teacher_learns_the_task(teacher: Path) -> None:
     summary = Summary.load(teacher.parent)
     losses = [line["loss"] for line in read_metrics(teacher.parent) if "loss" in line]
     assert losses[-1] < 0.3 * losses[0]
-    assert summary.test["accuracy"] > 0.9
+    assert summary.metrics["accuracy"] > 0.9
     assert summary.training["tokens"] > 0
 
 
@@ -65,7 +65,7 @@ def test_run_leaves_what_it_promises(teacher: Path) -> None:
 def test_saved_student_gives_the_saved_predictions(teacher: Path) -> None:
     predictions = load_file(teacher.parent / "predictions" / "test.safetensors")
     accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).double().mean()
-    assert float(accuracy) == Summary.load(teacher.parent).test["accuracy"]
+    assert float(accuracy) == Summary.load(teacher.parent).metrics["accuracy"]
 
 
 def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path
     training = replace(recipe.training, max_steps=1, learning_rate=1e-6)
     student = StudentRecipe(path=str(teacher), max_length=64)
     summary = run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
-    assert summary.test["accuracy"] == Summary.load(teacher.parent).test["accuracy"]
+    assert summary.metrics["accuracy"] == Summary.load(teacher.parent).metrics["accuracy"]
 
     classifier = AutoModelForSequenceClassification.from_pretrained(teacher)
     language_model = AutoModelForMaskedLM.from_config(classifier.config)

@@ -33,25 +33,29 @@ from transformers import (
 from kdtrain.cli import main
 from kdtrain.data.handlers import HOLE, functions_with_names
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import build_methods
+from kdtrain.methods.base import Step
+from kdtrain.methods.ft import FineTuning
+from kdtrain.models.loading import Shape
 from kdtrain.models.masked_heads import check_masked_head, masked_head
 from kdtrain.models.students import roberta_config
 from kdtrain.models.tokenizers import train_tokenizer
+from kdtrain.objective import Objective
+from kdtrain.outputs import IGNORED
 from kdtrain.recipe import save_recipe
 from kdtrain.recipe.sections import StudentRecipe
+from kdtrain.run import run
 from kdtrain.summary import Summary
 from kdtrain.tasks.masked_lm.corpus import Corpus, load_corpus
-from kdtrain.tasks.masked_lm.objective import MaskedObjective
+from kdtrain.tasks.masked_lm.outputs import MaskedModels
 from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
 from kdtrain.tasks.masked_lm.rows import (
-    IGNORED,
-    Hiding,
     MaskedBatch,
     MaskedRows,
-    hidden_count,
-    hidden_name_rows,
+    masked_count,
+    masked_name_rows,
     text_rows,
 )
-from kdtrain.tasks.masked_lm.run import MaskedSummary, run_masked
 from tests.support.commands import Program
 
 CODE = (
@@ -87,7 +91,7 @@ def recipe(corpus: Path) -> MaskedRecipe:
 def named_rows() -> tuple[MaskedRows, Any]:
     functions = functions_with_names(CODE.encode(), "m", raises=True)
     tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64, focus=HOLE)
-    rows, names = hidden_name_rows(functions, tokenizer, 64, HOLE)
+    rows, names = masked_name_rows(functions, tokenizer, 64, HOLE)
     return MaskedRows.of(rows, names, tokenizer, HOLE), tokenizer
 
 
@@ -97,33 +101,35 @@ def test_names_are_hidden_and_masks_spare_special_tokens() -> None:
     assert rows.names is not None
     pieces = [str(tokenizer.decode(name)).strip() for name in rows.names]
     assert "KeyError".startswith(pieces[0]) and "TypeError".startswith(pieces[1]) and all(pieces)
-    plain = rows.batch(torch.tensor([0, 1]), CPU)
-    assert plain.is_name.sum(dim=1).tolist() == [2, 2], "the first token and the hole"
-    hidden = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 0).apply(plain, [0, 1], 1)
-    special = torch.isin(plain.input_ids, rows.special)
-    assert torch.equal(hidden.input_ids[special], plain.input_ids[special])
-    assert torch.equal(hidden.labels[plain.is_name], rows.names.repeat_interleave(2))
-    chosen = (hidden.labels != IGNORED) & ~plain.is_name
+    both = torch.tensor([0, 1])
+    ids, _ = rows.rows.batch(both)
+    masked = rows.batch(both, CPU, step=1, whole=both)
+    assert masked.is_name.sum(dim=1).tolist() == [2, 2], "the first token and the hole"
+    special = torch.isin(ids, rows.special)
+    assert torch.equal(masked.input_ids[special], ids[special])
+    assert torch.equal(masked.labels[masked.is_name], rows.names.repeat_interleave(2))
+    assert masked.token_weight is not None
+    assert float(masked.token_weight[masked.is_name].sum()) == pytest.approx(rows.count(both)), "their mean"
+    chosen = (masked.labels != IGNORED) & ~masked.is_name
     assert not (chosen & special).any()
-    assert chosen.sum(dim=1).tolist() == hidden_count(rows.free).tolist()
+    assert chosen.sum(dim=1).tolist() == masked_count(rows.free).tolist()
     assert int(chosen.sum()) == rows.count(torch.tensor([0, 1]))
-    assert torch.equal(hidden.labels[chosen], plain.input_ids[chosen])
-    assert torch.equal(hidden.input_ids[~chosen], plain.input_ids[~chosen])
+    assert torch.equal(masked.labels[chosen], ids[chosen])
+    assert torch.equal(masked.input_ids[~chosen], ids[~chosen])
 
 
 def test_of_the_chosen_most_are_masked_and_each_step_chooses_anew() -> None:
     tokenizer = train_tokenizer([CODE] * 4, vocab_size=330, max_length=64)
-    rows = MaskedRows.of(text_rows([CODE] * 80, tokenizer, 64), None, tokenizer, None)
-    hiding = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 3)
+    rows = MaskedRows.of(text_rows([CODE] * 80, tokenizer, 64), None, tokenizer, None, 3)
     index = torch.arange(len(rows))
-    plain = rows.batch(index, CPU)
-    first, again, other = (hiding.apply(plain, index.tolist(), step) for step in (1, 1, 2))
+    ids, _ = rows.rows.batch(index)
+    first, again, other = (rows.batch(index, CPU, step=step) for step in (1, 1, 2))
     assert torch.equal(first.input_ids, again.input_ids) and not torch.equal(first.labels, other.labels)
     chosen = first.labels != IGNORED
-    share = (first.input_ids[chosen] == hiding.mask_id).double().mean()
-    same = (first.input_ids[chosen] == plain.input_ids[chosen]).double().mean()
+    share = (first.input_ids[chosen] == rows.masking.mask_id).double().mean()
+    same = (first.input_ids[chosen] == ids[chosen]).double().mean()
     assert 0.72 < share < 0.88 and 0.04 < same < 0.18, "of some 800"
-    assert hidden_count(torch.tensor([0, 1, 3, 10, 100])).tolist() == [0, 1, 1, 2, 15]
+    assert masked_count(torch.tensor([0, 1, 3, 10, 100])).tolist() == [0, 1, 1, 2, 15]
 
 
 def test_documents_follow_each_other_in_full_rows() -> None:
@@ -147,8 +153,8 @@ def test_rows_of_empty_documents_are_left_out() -> None:
     assert (rows.free > 0).all()
     assert int(rows.free.sum()) == len(tokenizer(CODE, add_special_tokens=False)["input_ids"])
     corpus = Corpus([""] * 3, ["x"])
-    with pytest.raises(KdtrainError, match=r"no token of 3 documents of data.train can be hidden"):
-        corpus.rows(corpus.train, tokenizer, 20)
+    with pytest.raises(KdtrainError, match=r"no token of 3 documents of data.train can be masked"):
+        corpus.rows(corpus.train, tokenizer, 20, 0)
 
 
 @pytest.mark.parametrize("kind", ["text", "names"])
@@ -158,26 +164,29 @@ def test_pieces_and_padding_do_not_change_the_step(kind: str) -> None:
         rows = MaskedRows.of(text_rows([CODE] * 3, tokenizer, 20), None, tokenizer, None)
     torch.manual_seed(0)
     model = RobertaForMaskedLM(roberta_config(replace(SHAPE, max_length=64, dropout=0.5), tokenizer))
-    hiding = Hiding(rows.special, tokenizer.get_vocab()["<mask>"], len(tokenizer), 0)
-    objective = MaskedObjective(model, hiding, names=rows.names is not None).train()
+    objective = objective_of(model).train()
     whole = torch.arange(min(5, len(rows)))
     found = []
-    for cuts in (1, 2, len(whole)):
+    for splits in (1, 2, len(whole), len(whole) + 1):
         objective.zero_grad()
-        pieces = whole.tensor_split(cuts)
-        objective.start_step(4, 10)
-        made, divisor = objective.look_ahead(
-            (rows.batch(piece, CPU) for piece in pieces), pieces, whole, rows.count(whole), Accelerator()
-        )
-        parts = [objective(piece, divisor) for piece in made]
-        torch.stack([loss for loss, _ in parts]).sum().backward()
+        batch = objective.prepare_step(objective, Step(4, 10), whole, rows, Accelerator(), splits)
+        parts = [(*objective(micro_batch, batch.divisor), scale) for micro_batch, scale in batch]
+        loss = torch.stack([loss * scale for loss, _, scale in parts]).sum()
+        loss.backward()
+        terms = sum(values["ce"] * (scale > 0) for _, values, scale in parts)
         grads = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
-        found.append((sum(loss.detach() for loss, _ in parts), sum(terms for _, terms in parts), grads))
+        found.append((loss.detach(), terms, grads))
     for loss, terms, grads in found[1:]:
         torch.testing.assert_close(loss, found[0][0])
         torch.testing.assert_close(terms, found[0][1])
         torch.testing.assert_close(grads, found[0][2], rtol=1e-4, atol=1e-6)
-    assert len(found[0][1]) == (1 if kind == "text" else 2)
+
+
+def objective_of(model: Any) -> Objective:
+    """A masked language model that learns from labels."""
+    return Objective(
+        model, build_methods([FineTuning.Options()], "masked_lm", Shape(0, 0), {}), MaskedModels()
+    )
 
 
 def small_models(tokenizer: Any) -> list[Any]:
@@ -211,13 +220,19 @@ def test_the_loss_is_the_models_own(number: int) -> None:
     mask[1, 9:] = 0
     labels = torch.where((torch.rand(3, 12) < 0.4) & mask.bool(), ids, IGNORED)
     names = (torch.rand(3, 12) < 0.3) & (labels != IGNORED)
-    hiding = Hiding(torch.tensor([0, 1, 2]), 4, len(tokenizer), 0)
-    objective = MaskedObjective(model, hiding, names=True).train()
-    batch = MaskedBatch(ids, mask, labels, names, name_scale=0.7)
+    objective = objective_of(model).train()
+    batch = MaskedBatch(
+        input_ids=ids,
+        labels=labels,
+        rows=torch.arange(3),
+        attention_mask=mask,
+        is_name=names,
+        token_weight=torch.where(names, 0.7, 1.0),
+    )
     count = int((labels != IGNORED).sum())
 
     expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    own = objective(replace(batch, is_name=torch.zeros_like(names)), count)[0]
+    own = objective(replace(batch, token_weight=None), count)[0]
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=0.0)
 
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -232,16 +247,16 @@ def test_the_loss_is_the_models_own(number: int) -> None:
     loss, terms = objective(batch, count)
     loss.backward()
     torch.testing.assert_close(loss, weighed, rtol=1e-5, atol=0.0)
-    torch.testing.assert_close(terms.sum() / count, weighed.detach(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(terms["ce"] / count, weighed.detach(), rtol=1e-5, atol=0.0)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
 
     right = logits.argmax(-1) == labels
     sides = [((labels != IGNORED) & ~names), names]
     expected_sums = [value for side in sides for value in (losses[side].sum(), right[side].sum(), side.sum())]
-    _, sums = objective(batch, 1, measure=True)
+    sums = objective(run=lambda: objective.measure(batch))
     torch.testing.assert_close(
-        sums, torch.stack([one.double() for one in expected_sums]), rtol=1e-5, atol=0.0
+        sums.sum(0), torch.stack([one.double() for one in expected_sums]), rtol=1e-5, atol=0.0
     )
 
 
@@ -262,9 +277,9 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
     recipe: MaskedRecipe, toy: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    summary = run_masked(replace(recipe, output=str(whole)))
-    assert summary.test["loss"] < 0.65 * math.log(400), "it learned nothing"
-    assert run_masked(replace(recipe, output=str(whole))) == summary
+    summary = run(replace(recipe, output=str(whole)))
+    assert summary.valid["loss"] < 0.65 * math.log(400), "it learned nothing"
+    assert run(replace(recipe, output=str(whole))) == summary
 
     save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
     command = ["kdtrain", "train", str(tmp_path / "recipe.yaml")]
@@ -310,13 +325,13 @@ def test_it_goes_on_from_a_model_that_is_there(recipe: MaskedRecipe, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "start")
     student = StudentRecipe(path=str(tmp_path / "start"), max_length=64)
     training = replace(recipe.training, max_steps=3)
-    run_masked(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
-    summary = MaskedSummary.load(tmp_path / "run")
+    run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
+    summary = Summary.load(tmp_path / "run")
     assert summary.student["architecture"] == "modernbert"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == len(tokenizer)
     longer = replace(student, max_length=65)
     with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
-        run_masked(replace(recipe, student=longer, training=training, output=str(tmp_path / "long")))
+        run(replace(recipe, student=longer, training=training, output=str(tmp_path / "long")))
 
 
 def test_wrong_code_and_recipes(recipe: MaskedRecipe, corpus: Path, tmp_path: Path) -> None:

@@ -1,65 +1,73 @@
 """The study's methods against their formulas written out in float64, and their named values."""
 
-from dataclasses import replace
-
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kdkernels import TeacherLogits
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_class
+from kdtrain.methods.base import Step
 from kdtrain.methods.dist import CorrelationDistillation, correlation
 from kdtrain.methods.layers import all_but_the_last
 from kdtrain.models.loading import Shape, parameter_count
 from kdtrain.models.students import build_student
 from kdtrain.models.tokenizers import train_tokenizer
-from kdtrain.recipe import MethodRecipe, StudentRecipe, recipe_from_dict
+from kdtrain.outputs import IGNORED, Batch, LogitOutputs, Shared, TeacherOutputs
+from kdtrain.recipe import StudentRecipe, recipe_from_dict
 from kdtrain.recipe.presets import DEFAULTS, STUDENTS, STUDY
-from kdtrain.tasks.classification.objective import Batch, WholeBatch
-from kdtrain.tasks.classification.rows import UNLABELLED
 from tests.train.test_objective import model_of, rows
 
 SHAPE = Shape(layers=2, width=8)
 
 
-def logits_batch(classes: int, count: int = 6) -> tuple[Tensor, Batch]:
+def logits_of(classes: int, count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a student (a leaf) and of a teacher, and labels, one of which is missing."""
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(count, classes, generator=generator, requires_grad=True)
-    nothing = torch.zeros(count, 1, dtype=torch.int64)
     labels = torch.arange(count) % classes
-    labels[1] = UNLABELLED
-    return student, Batch(nothing, nothing, labels, 2 * torch.randn(count, classes, generator=generator))
+    labels[1] = IGNORED
+    return student, 2 * torch.randn(count, classes, generator=generator), labels
+
+
+def dist_terms(
+    student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor | None = None, **options: float
+) -> dict[str, Tensor]:
+    """The terms of dist of all rows, or of the micro-batch of these rows."""
+    method = CorrelationDistillation(
+        CorrelationDistillation.Options(**options),  # type: ignore[arg-type]
+        SHAPE,
+        {"teacher": SHAPE},
+    )
+    index = torch.arange(len(labels)) if index is None else index
+    nothing = torch.zeros(len(index), 1, dtype=torch.int64)
+    whole = {"student": Shared(student.detach(), index), "teacher": Shared(teacher, index)}
+    batch = Batch(nothing, labels[index], index, whole=whole)
+    outputs = LogitOutputs(logits=student[index], labels=labels[index])
+    known = TeacherOutputs(target=TeacherLogits(teacher[index]))
+    terms = method.terms(Step(), batch, outputs, {"teacher": known})
+    return {name: term for name, term in terms.items() if isinstance(term, Tensor)}
 
 
 def test_dist_is_two_correlations() -> None:
-    recipe = MethodRecipe(name="dist", temperature=3.0, inter_weight=0.5, intra_weight=2.0, ce_weight=0.25)
-    logits, batch = logits_batch(5)
-    assert batch.teacher_logits is not None
-    terms = CorrelationDistillation(recipe, SHAPE, SHAPE).terms(logits, None, batch)
-    p, q = ((z.detach().double() / 3).softmax(1).numpy() for z in (logits, batch.teacher_logits))
-    import numpy as np
-
+    student, teacher, labels = logits_of(5)
+    terms = dist_terms(student, teacher, labels, temperature=3.0, inter_weight=0.5, intra_weight=2.0)
+    p, q = ((z.detach().double() / 3).softmax(1).numpy() for z in (student, teacher))
     inter = sum(1 - np.corrcoef(p[i], q[i])[0, 1] for i in range(6))
     intra = 6 * np.mean([1 - np.corrcoef(p[:, c], q[:, c])[0, 1] for c in range(5)])
     assert float(terms["inter"].detach()) == pytest.approx(9 * inter, rel=1e-5)
     assert float(terms["intra"].detach()) == pytest.approx(9 * intra, rel=1e-5)
 
 
-def test_dist_of_a_cut_batch_has_the_gradient_of_the_whole() -> None:
-    method = CorrelationDistillation(MethodRecipe(name="dist", temperature=2.0), SHAPE, SHAPE)
-    logits, batch = logits_batch(4)
-    assert batch.teacher_logits is not None
-    whole = method.terms(logits, None, batch)["intra"]
+def test_dist_of_a_split_batch_has_the_gradient_of_the_whole() -> None:
+    logits, teacher, labels = logits_of(4)
+    whole = dist_terms(logits, teacher, labels, temperature=2.0)["intra"]
     (expected,) = torch.autograd.grad(whole, logits)
     values, gradients = [], []
     for index in (torch.tensor([4, 0]), torch.tensor([1, 2, 3, 5])):
-        part = replace(
-            batch,
-            labels=batch.labels[index],
-            teacher_logits=batch.teacher_logits[index],
-            whole=WholeBatch(logits.detach(), batch.teacher_logits, index),
-        )
-        value = method.terms(logits[index], None, part)["intra"]
+        value = dist_terms(logits, teacher, labels, index, temperature=2.0)["intra"]
         values.append(value.detach())
         gradients.append(torch.autograd.grad(value, logits)[0])
     torch.testing.assert_close(torch.stack(values).sum(), whole.detach())
@@ -67,8 +75,8 @@ def test_dist_of_a_cut_batch_has_the_gradient_of_the_whole() -> None:
 
 
 def test_dist_has_no_gradient_across_two_classes() -> None:
-    logits, batch = logits_batch(2)
-    terms = CorrelationDistillation(MethodRecipe(name="dist"), SHAPE, SHAPE).terms(logits, None, batch)
+    logits, teacher, labels = logits_of(2)
+    terms = dist_terms(logits, teacher, labels)
     (inter,) = torch.autograd.grad(terms["inter"], logits, retain_graph=True)
     (intra,) = torch.autograd.grad(terms["intra"], logits)
     assert float(inter.abs().max()) < 1e-4 < 1e-2 < float(intra.abs().max())
@@ -80,31 +88,31 @@ def test_correlation_of_a_constant_is_zero() -> None:
 
 def test_pkd_compares_directions_and_leaves_the_last_layer_out() -> None:
     model = model_of("pkd", feature_weight=100.0)
-    assert model.method.student_layers == (1,) and model.method.teacher_layers == (2,)
+    assert model.plan[0].needs().layers == ((1, 2),)
     assert all_but_the_last(((1, 4),)) == ((1, 4),)
-    batch = rows(list(range(7)), model.method)
-    assert batch.teacher_states is not None
+    batch = rows(list(range(7)), model)
+    known = batch.stored["teacher"]["states"]
     _, terms = model(batch, 7)
     hidden = model.student(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
     ).hidden_states[1][:, 0]
-    mapped = model.method.projections[0](batch.teacher_states[:, 0])  # type: ignore[index]
+    mapped = model.plan[0].projections[0](known[:, 0])  # type: ignore[index]
     expected = ((normalize(hidden.double()) - normalize(mapped.double())) ** 2).mean(1).sum()
-    found = terms[list(model.method.weights).index("feature")]
+    found = terms["feature"]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_ckd_compares_relations_of_tokens_and_of_layers() -> None:
     """One row of 4 tokens, window 1, against loops over pairs and triples."""
     model = model_of("ckd", window=1, layer_weight=0.5)
-    assert model.method.student_layers == (0, 1, 2) and model.method.teacher_layers == (0, 2, 4)
-    batch = rows([5], model.method)
-    assert batch.teacher_states is not None
+    assert model.plan[0].needs().tokens == ((0, 0), (1, 2), (2, 4))
+    batch = rows([5], model)
+    known = batch.stored["teacher"]["states"]
     _, terms = model(batch, 1)
     hidden = model.student(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
     ).hidden_states
-    sides = [torch.stack(list(hidden))[:, 0].double(), batch.teacher_states[0, :, :4].double()]  # (L, N, D)
+    sides = [torch.stack(list(hidden))[:, 0].double(), known[0, :, :4].double()]  # (L, N, D)
 
     def error(axis: list[Tensor], window: int) -> Tensor:
         pairs, triples = [], []
@@ -124,15 +132,15 @@ def test_ckd_compares_relations_of_tokens_and_of_layers() -> None:
         return torch.stack(pairs).mean() + torch.stack(triples).mean()
 
     expected = error(sides, 1) + 0.5 * error([side.transpose(0, 1) for side in sides], 1)
-    found = terms[list(model.method.weights).index("relation")]
+    found = terms["relation"]
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_ckd_of_a_bigru_has_no_embeddings_to_compare() -> None:
     model = model_of("ckd", "bigru")
-    assert model.method.student_layers == (1, 2) and model.method.teacher_layers == (2, 4)
+    assert model.plan[0].needs().tokens == ((1, 2), (2, 4))
     with pytest.raises(KdtrainError, match="token by token and needs a Transformer teacher"):
-        type(model.method)(MethodRecipe(name="ckd"), SHAPE, Shape(2, 8, embeddings=False))
+        method_class("ckd")(model.plan[0].options, SHAPE, {"teacher": Shape(2, 8, embeddings=False)})
 
 
 def test_the_studys_values_and_what_a_recipe_says_wins() -> None:

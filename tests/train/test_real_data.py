@@ -11,9 +11,9 @@ import torch
 
 from kdtrain.data.benchmarks import convert_bigclonebench, convert_devign
 from kdtrain.data.tokens import token_budget_batches
-from kdtrain.evaluation.classification import classification_metrics
 from kdtrain.models.teachers import load_teacher
 from kdtrain.recipe import DataRecipe, TeacherRecipe
+from kdtrain.tasks.classification.metrics import classification_metrics
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
 from kdtrain.teacher_cache.row_build import teacher_outputs

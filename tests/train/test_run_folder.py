@@ -16,7 +16,7 @@ from kdtrain.checksums import check_sealed, seal, seal_again
 from kdtrain.engine.checkpoint import latest_checkpoint, steps_of
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import Recipe, StudentRecipe
-from kdtrain.tasks.classification.run import run
+from kdtrain.run import run
 
 
 def flip(path: Path, place: float = 0.7) -> None:

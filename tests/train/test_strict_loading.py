@@ -31,7 +31,7 @@ from kdtrain.models.teachers import load_teacher
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import StudentRecipe
 from kdtrain.tasks.masked_lm.recipe import masked_recipe_from_dict
-from kdtrain.tasks.masked_lm.run import build_masked_student
+from kdtrain.tasks.masked_lm.task import build_masked_student
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("no", "yes")

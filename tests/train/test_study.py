@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import Recipe
+from kdtrain.run import run
 from kdtrain.study.plan import Cell, study_from_dict, unfold
 from kdtrain.study.statistics import deviation, metric_of_sums, paired_test, row_counts
 from kdtrain.study.work import is_finished
-from kdtrain.tasks.classification.run import run
 from tests.support.commands import Program
 
 

@@ -28,9 +28,9 @@ from kdtrain.models.students import build_student
 from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
+from kdtrain.run import run
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
-from kdtrain.tasks.classification.run import run
 from kdtrain.teacher_cache.row_build import build_cache, teacher_outputs, verify_cache
 from kdtrain.teacher_cache.row_cache import Identity
 
@@ -226,7 +226,7 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
         output=str(tmp_path / "run"),
     )  # fmt: skip
     summary = run(recipe)
-    assert {"f1", "agreement"} <= summary.test.keys()
+    assert {"f1", "agreement"} <= summary.metrics.keys()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").eval()
     assert isinstance(model.config, PairConfig) and model.config.id2label == {0: "different", 1: "clone"}
     predictions = load_file(tmp_path / "run" / "predictions" / "test.safetensors")
@@ -390,7 +390,7 @@ def test_a_published_encoder_is_fine_tuned_and_teaches(tmp_path: Path, family: s
         training=training,
         output=str(tmp_path / "student"),
     )
-    assert run(recipe).test["agreement"] >= 0
+    assert run(recipe).metrics["agreement"] >= 0
     assert evaluate_run(tmp_path / "tuned")["accuracy"] == pytest.approx(
         float((predictions["logits"].argmax(1) == predictions["labels"]).double().mean())
     )

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from kdtrain.errors import KdtrainError
 from kdtrain.files import json_object
-
-UNLABELLED = -100
-"""The label of a row without one; the cross-entropy does not count it."""
+from kdtrain.outputs import IGNORED
 
 FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
@@ -25,7 +23,7 @@ class TextRows:
 
     texts: list[str]
     labels: Tensor
-    """(rows,) int64, `UNLABELLED` where there is none"""
+    """(rows,) int64, `IGNORED` where there is none"""
     seconds: list[str] | None = None
     """the second text of each row, for tasks over pairs"""
 
@@ -144,8 +142,8 @@ def read_rows(
             raise KdtrainError(
                 f"{place} has no label in column {columns.label!r} (columns: {', '.join(row)})"
             )
-        label = UNLABELLED if label is None else _number(place, label, numbers)
-        if label != UNLABELLED and not (type(label) is int and 0 <= label < len(classes)):
+        label = IGNORED if label is None else _number(place, label, numbers)
+        if label != IGNORED and not (type(label) is int and 0 <= label < len(classes)):
             raise KdtrainError(
                 f"{place} has label {label!r}; the {len(classes)} classes are numbered 0 to {len(classes) - 1} "
                 f"({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"

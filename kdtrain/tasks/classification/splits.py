@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from kdtrain.errors import KdtrainError
+from kdtrain.outputs import IGNORED
 from kdtrain.recipe import DataRecipe
-from kdtrain.tasks.classification.rows import UNLABELLED, Columns, TextRows, read_file, read_jsonl, read_rows
+from kdtrain.tasks.classification.rows import Columns, TextRows, read_file, read_jsonl, read_rows
 
 METRICS = ("accuracy", "f1", "top3", "macro_f1")
 """What a task may be measured by first; `metric` in dataset.json."""
@@ -72,7 +73,7 @@ def load_classification(recipe: DataRecipe) -> ClassificationData:
         rows: TextRows = getattr(data, name)
         if not len(rows):
             raise KdtrainError(f"the {name} split of {data.name} has no rows")
-        if name != "train" and bool((rows.labels == UNLABELLED).any()):
+        if name != "train" and bool((rows.labels == IGNORED).any()):
             raise KdtrainError(
                 f"the {name} split of {data.name} has rows without a label; only training rows may"
             )

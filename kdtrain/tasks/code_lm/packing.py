@@ -6,40 +6,15 @@ end of its document.
 """
 
 import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdtrain.errors import KdtrainError
+from kdtrain.outputs import IGNORED, Batch
 from kdtrain.tasks.code_lm.documents import Documents
-
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class LanguageBatch:
-    """One piece of a batch, on the device. There is no attention mask: position ids tell the documents apart."""
-
-    input_ids: Tensor
-    """(B, N) int64"""
-    position_ids: Tensor
-    """(B, N) int64, 0 at the first token of every document; padding counts on"""
-    labels: Tensor
-    """(B, N) int64, already shifted: the token after this one, or -100"""
-    token_weight: Tensor | None = None
-    """(B, N) float32"""
-    teacher_hidden: Tensor | None = None
-    """(B, N, D_t): what enters the teacher's head, read from a cache"""
-    teacher_top: tuple[Tensor, Tensor] | None = None
-    """(B, N, K) float32 log-probabilities and int64 tokens, read from a cache"""
-    teacher_cross: tuple[Tensor, ...] | None = None
-    """(B, N, D_s), (B, N) and (B, N) float32: cross, bias and entropy of a cross-term, read from a cache"""
-
-    def with_weight(self, token_weight: Tensor) -> "LanguageBatch":
-        """The same tokens with these weights."""
-        return replace(self, token_weight=token_weight)
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,16 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, index: Tensor, device: torch.device, *, width: int | None = None) -> LanguageBatch:
+    def batch(
+        self,
+        index: Tensor,
+        device: torch.device,
+        *,
+        step: int = 0,
+        stored: bool = True,
+        whole: Tensor | None = None,
+        width: int | None = None,
+    ) -> Batch:
         """The given rows, padded on the right to `width`, by default to the longest of them."""
         lengths = self.lengths[index]
         width = width or int(lengths.max())
@@ -73,8 +57,9 @@ class PackedRows:
         # Padding counts on from the last document: it would open another one, and with it a mask of (N, N), for nothing.
         last = self.positions[self.starts[index] + lengths - 1].long()
         padding = columns - lengths[:, None] + last[:, None] + 1
-        return LanguageBatch(
+        return Batch(
             input_ids=torch.where(inside, self.tokens[source].long(), self.pad_id).to(device),
+            rows=index,
             position_ids=torch.where(inside, self.positions[source].long(), padding).to(device),
             labels=torch.where(inside, self.labels[source].long(), IGNORED).to(device),
         )
@@ -162,7 +147,7 @@ def best_fit(sizes: list[int], room: int) -> list[list[int]]:
     return bins
 
 
-def padded_batch(inputs: dict[str, Tensor]) -> LanguageBatch:
+def padded_batch(inputs: dict[str, Tensor]) -> Batch:
     """A batch as transformers' collators make it: labels not shifted, padding on either side, perhaps packed.
 
     Args:
@@ -191,4 +176,5 @@ def padded_batch(inputs: dict[str, Tensor]) -> LanguageBatch:
         places = columns - torch.where(opens, columns, 0).cummax(dim=1).values
     after = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     ends = torch.cat([places[:, 1:] == 0, torch.ones_like(places[:, :1], dtype=torch.bool)], dim=1)
-    return LanguageBatch(ids, places, torch.where(ends, IGNORED, after))
+    labels = torch.where(ends, IGNORED, after)
+    return Batch(ids, labels, torch.arange(len(ids)), position_ids=places)

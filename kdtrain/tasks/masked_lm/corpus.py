@@ -16,7 +16,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.tasks.code_lm.documents import read_rows
 from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
 from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe
-from kdtrain.tasks.masked_lm.rows import MaskedRows, hidden_name_rows, text_rows
+from kdtrain.tasks.masked_lm.rows import MaskedRows, masked_name_rows, text_rows
 
 TOKENIZER_CHARACTERS = 200_000_000
 """Of the training code, how much at most the tokenizer is trained on; more changes nothing but the time."""
@@ -29,7 +29,7 @@ class Corpus:
     train: list[str] | list[Function]
     valid: list[str] | list[Function]
     marker: str | None = None
-    """stands in place of a hidden name"""
+    """takes the place of a masked name"""
     about: dict[str, Any] = field(default_factory=dict)
 
     def texts(self) -> Iterator[str]:
@@ -42,26 +42,36 @@ class Corpus:
                 return
             yield text
 
+    def fingerprint(self) -> str:
+        """A hash of all code, and of the names that are masked in it."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.valid):
+            digest.update(f"{len(part)}\n".encode())
+            for one in part:
+                content = f"{one.text}\n{one.holes}" if isinstance(one, Function) else one
+                digest.update(hashlib.sha256(content.encode()).digest())
+        return digest.hexdigest()[:32]
+
     def rows(
-        self, part: list[str] | list[Function], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self, part: list[str] | list[Function], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
     ) -> MaskedRows:
         """A side of it in tokens.
 
         Raises:
-            KdtrainError: it holds nothing that could be hidden.
+            KdtrainError: it holds nothing that could be masked.
         """
         if self.marker is None:
             texts = (one for one in part if isinstance(one, str))
-            rows = MaskedRows.of(text_rows(texts, tokenizer, max_length), None, tokenizer, None)
+            rows = MaskedRows.of(text_rows(texts, tokenizer, max_length), None, tokenizer, None, seed)
             if not len(rows):
                 raise KdtrainError(
-                    f"no token of {len(part)} documents of data.train can be hidden: all of them are empty; name more code, or "
+                    f"no token of {len(part)} documents of data.train can be masked: all of them are empty; name more code, or "
                     "another data.held_out"
                 )
             return rows
         functions = [one for one in part if isinstance(one, Function)]
-        rows, names = hidden_name_rows(functions, tokenizer, max_length, self.marker)
-        return MaskedRows.of(rows, names, tokenizer, self.marker)
+        rows, names = masked_name_rows(functions, tokenizer, max_length, self.marker)
+        return MaskedRows.of(rows, names, tokenizer, self.marker, seed)
 
 
 def load_corpus(recipe: MaskedDataRecipe) -> Corpus:

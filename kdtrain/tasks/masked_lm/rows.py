@@ -1,8 +1,8 @@
-"""Rows of code, whole, and the hiding of some of their tokens.
+"""Rows of code, and the masking of some of their tokens.
 
-Which tokens are hidden is a function of seed, step and row alone: cutting a batch into pieces, sharing it between
-processes or going on after a kill hides the same ones. How many are hidden follows from the row's length, so what a
-mean divides by is known before anything runs.
+Which tokens are masked is a function of seed, step and row alone: micro-batches, processes or resuming after a kill
+mask the same ones. How many are masked follows from the length of the row, so the divisor of a mean is known before
+anything runs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,55 +15,55 @@ from transformers import PreTrainedTokenizerBase
 
 from kdtrain.data.handlers import Function, masked
 from kdtrain.data.tokens import TokenRows, special_affixes, tokenize
+from kdtrain.outputs import IGNORED, Batch
 
-IGNORED = -100
 SHARE = 0.15
-"""Of a row's tokens, the part that is hidden (RoBERTa's, arXiv 1907.11692)."""
+"""Of a row's tokens, the part that is masked (RoBERTa's, arXiv 1907.11692)."""
 TOKENIZE_TEXTS = 512
 
 
-@dataclass(frozen=True)
-class MaskedBatch:
-    """One piece of a batch."""
+@dataclass(frozen=True, kw_only=True)
+class MaskedBatch(Batch):
+    """One micro-batch; labels hold what stood at a masked token."""
 
-    input_ids: Tensor
-    """(B, N) int64"""
-    attention_mask: Tensor
-    """(B, N) int64"""
-    labels: Tensor
-    """(B, N) int64: what stands at a hidden token, and -100 elsewhere"""
     is_name: Tensor
-    """(B, N) bool: where the hidden exception name is to be told; its label is the name's first sub-token"""
-    name_scale: float = 0.0
-    """what the sum over names is multiplied by, beside the sum over tokens"""
+    """(B, N) bool: where the masked exception name is predicted; the label is the name's first sub-token"""
 
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """Training or held-out rows, on the host, with nothing hidden yet."""
+    """Training or held-out rows, on the host."""
 
     rows: TokenRows
     names: Tensor | None
-    """(rows,) int64, the first sub-token of the exception name hidden in each; None for plain text"""
+    """(rows,) int64, the first sub-token of the exception name masked in each; None for plain text"""
     special: Tensor
-    """ids that are never hidden"""
+    """ids that are never masked"""
     name_id: int | None
     """id of the marker where a name was"""
     free: Tensor
-    """(rows,) int64: tokens of each row that may be hidden"""
+    """(rows,) int64: tokens of each row that may be masked"""
+    masking: "TokenMasking"
 
     @classmethod
     def of(
-        cls, rows: TokenRows, names: Tensor | None, tokenizer: PreTrainedTokenizerBase, marker: str | None
+        cls,
+        rows: TokenRows,
+        names: Tensor | None,
+        tokenizer: PreTrainedTokenizerBase,
+        marker: str | None,
+        seed: int = 0,
     ) -> "MaskedRows":
-        """Count what may be hidden; rows in which nothing may, such as those of empty documents, are left out."""
+        """Count what may be masked; rows in which nothing may, such as those of empty documents, are left out."""
         special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
         name_id = None if marker is None else tokenizer.get_vocab()[marker]
         total = torch.cat([torch.zeros(1, dtype=torch.int64), (~torch.isin(rows.tokens, special)).cumsum(0)])
         free = total[rows.starts + rows.lengths] - total[rows.starts]
         kept = free > 0
         rows = TokenRows(rows.tokens, rows.starts[kept], rows.lengths[kept], rows.pad_id)
-        return cls(rows, None if names is None else names[kept], special, name_id, free[kept])
+        mask_id = tokenizer.get_vocab()[str(tokenizer.mask_token)]
+        masking = TokenMasking(special, mask_id, len(tokenizer), seed)
+        return cls(rows, None if names is None else names[kept], special, name_id, free[kept], masking)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,52 +73,76 @@ class MaskedRows:
         """(rows,) int64, tokens of each row."""
         return self.rows.lengths
 
-    def batch(self, index: Tensor, device: torch.device) -> MaskedBatch:
-        """The given rows, padded, still on the host: `MaskedObjective` hides tokens by step and takes them along."""
-        input_ids, attention_mask = self.rows.batch(index)
+    def batch(
+        self,
+        rows: Tensor,
+        device: torch.device,
+        *,
+        step: int = 0,
+        stored: bool = True,
+        whole: Tensor | None = None,
+    ) -> MaskedBatch:
+        """The given rows, padded, with the tokens of this step masked; those of step 0 are fixed and measure.
+
+        Every name weighs as much as needed for the sum over all names of the `whole` batch, divided as that over its
+        tokens, to be their mean.
+        """
+        input_ids, attention_mask = self.rows.batch(rows)
         labels = torch.full_like(input_ids, IGNORED)
-        is_name = torch.zeros_like(input_ids, dtype=torch.bool)
+        is_name, weight = torch.zeros_like(input_ids, dtype=torch.bool), None
         if self.names is not None:
             is_name = input_ids == self.name_id
             is_name[:, 0] = True  # a classifier will read from here
-            labels = torch.where(is_name, self.names[index][:, None], labels)
-        return MaskedBatch(input_ids, attention_mask, labels, is_name)
+            labels = torch.where(is_name, self.names[rows][:, None], labels)
+            scale = 1.0 if whole is None else self.count(whole) / (2 * len(whole))
+            weight = torch.where(is_name, scale, 1.0).to(device)
+        ids, labels = self.masking.apply(input_ids, attention_mask, labels, rows.tolist(), step)
+        return MaskedBatch(
+            input_ids=ids.to(device),
+            labels=labels.to(device),
+            rows=rows,
+            attention_mask=attention_mask.to(device),
+            token_weight=weight,
+            is_name=is_name.to(device),
+        )
 
     def count(self, index: Tensor) -> int:
-        """Tokens that are hidden in these rows."""
-        return int(hidden_count(self.free[index]).sum())
+        """Tokens that are masked in these rows."""
+        return int(masked_count(self.free[index]).sum())
 
 
-def hidden_count(free: Tensor) -> Tensor:
-    """How many of `free` tokens are hidden: 15 %, rounded, at least one where there is any."""
+def masked_count(free: Tensor) -> Tensor:
+    """How many of `free` tokens are masked: 15 %, rounded, at least one where there is any."""
     return torch.minimum(free, (free * SHARE).round().long().clamp(min=1))
 
 
 @dataclass(frozen=True)
-class Hiding:
-    """How tokens are hidden: of the chosen ones 80 % become <mask>, 10 % a random token, 10 % stay."""
+class TokenMasking:
+    """How tokens are masked: of the chosen ones 80 % become <mask>, 10 % a random token, 10 % stay."""
 
     special: Tensor
     mask_id: int
     vocabulary: int
     seed: int
 
-    def apply(self, batch: MaskedBatch, rows: Sequence[int], step: int) -> MaskedBatch:
-        """Hide tokens of the given rows for this step (0: the fixed ones that measure)."""
-        ids, labels = batch.input_ids.clone(), batch.labels.clone()
-        free = (batch.attention_mask == 1) & ~torch.isin(ids, self.special)
-        counts = hidden_count(free.sum(dim=1)).tolist()
+    def apply(
+        self, ids: Tensor, attention_mask: Tensor, labels: Tensor, rows: Sequence[int], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and labels (B, N) of the given rows with the tokens of this step masked."""
+        ids, labels = ids.clone(), labels.clone()
+        free = (attention_mask == 1) & ~torch.isin(ids, self.special)
+        counts = masked_count(free.sum(dim=1)).tolist()
         for i, row in enumerate(rows):
             generator = np.random.default_rng([self.seed, step, row])
             places = free[i].nonzero().flatten().numpy()
             chosen = torch.from_numpy(generator.choice(places, counts[i], replace=False))
-            fate = torch.from_numpy(generator.random(counts[i]))
+            draw = torch.from_numpy(generator.random(counts[i]))
             others = torch.from_numpy(generator.integers(self.vocabulary, size=counts[i]))
             labels[i, chosen] = ids[i, chosen]
             ids[i, chosen] = torch.where(
-                fate < 0.8, self.mask_id, torch.where(fate < 0.9, others, ids[i, chosen])
+                draw < 0.8, self.mask_id, torch.where(draw < 0.9, others, ids[i, chosen])
             )
-        return MaskedBatch(ids, batch.attention_mask, labels, batch.is_name, batch.name_scale)
+        return ids, labels
 
 
 def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenRows:
@@ -152,10 +176,10 @@ def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_leng
     return TokenRows(tokens, lengths.cumsum(0) - lengths, lengths, pad_id if isinstance(pad_id, int) else 0)
 
 
-def hidden_name_rows(
+def masked_name_rows(
     functions: Sequence[Function], tokenizer: PreTrainedTokenizerBase, max_length: int, marker: str
 ) -> tuple[TokenRows, Tensor]:
-    """One row for each handler and for the first `raise` of each function, and the hidden names.
+    """One row for each handler and for the first `raise` of each function, and the masked names.
 
     The names are (rows,) int64, the first sub-token of each. Later `raise` statements mostly repeat the first.
     """

@@ -3,9 +3,8 @@
 from kdtrain.doctor import Finding, data_checks, examine, method_checks, teacher_checks, wrong
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
-from kdtrain.methods import method_class
 from kdtrain.recipe import Recipe
-from kdtrain.tasks.classification.materials import Materials
+from kdtrain.tasks.base import SharedInputs
 
 CHECKS = (
     method_checks.what_is_trained,
@@ -28,14 +27,14 @@ CHECKS = (
 """In the order in which their findings are printed."""
 
 
-def examine_recipe(recipe: Recipe, materials: Materials | None = None) -> list[Finding]:
+def examine_recipe(recipe: Recipe, shared: SharedInputs | None = None) -> list[Finding]:
     """All findings of one run; without data, or without what its method needs, only why.
 
-    `materials` of earlier examinations save opening things again.
+    `shared` of earlier examinations save opening things again.
     """
-    subject = Subject(recipe, materials or Materials())
+    subject = Subject(recipe, shared or SharedInputs())
     try:
-        _ = subject.data, subject.teacher, method_class(recipe.method.name), subject.method
+        _ = subject.data, subject.teacher, subject.methods
     except KdtrainError as error:
         return [wrong(str(error))]
     return list(examine(subject, CHECKS))

@@ -1,0 +1,56 @@
+"""Accelerate, set up for one run: precision, device, and how processes share the work."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+from kdtrain.errors import KdtrainError
+from kdtrain.recipe import TrainingRecipe
+
+KERNELS_KEPT = 16
+"""How many of its compiled kernels oneDNN keeps on a CPU: GELU and its gradient have one for every number of tokens, and each lies
+in the heap between larger blocks, which then fit nowhere. Its own 1,024 cost 1 to 4 MB a step; a run of 3.4 million parameters held 8 GB."""
+
+
+def start_accelerator(training: TrainingRecipe, *, sharded: bool = False) -> Accelerator:
+    """Accelerate for this run; each run of a process may have its own precision.
+
+    Args:
+        training: the training section of the recipe.
+        sharded: whether FSDP2 may shard the student.
+
+    Raises:
+        KdtrainError: a precision that does not work here, sharding that the task does not support, or DeepSpeed.
+    """
+    # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    precision = training.precision
+    if precision == "fp32":  # bfloat16 matmuls are oneDNN's too: they need more than these
+        # oneDNN reads it before its first kernel; who set it keeps it.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise KdtrainError(
+            "kdtrain train shards with FSDP2 and not with DeepSpeed; use recipes/accelerate/fsdp2.yaml, or KDTrainer, which has "
+            "DeepSpeed through transformers"
+        )
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    except ValueError as error:
+        raise KdtrainError(f"training.precision {precision} does not work on this machine: {error}") from None
+    if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 in silence
+        raise KdtrainError(
+            "training.precision fp16 needs a GPU, as nothing scales the loss on a CPU; use bf16 or fp32"
+        )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
+        "ACCELERATE_USE_FSDP"
+    ):
+        # Accelerate takes FSDP from its configuration on every device but the CPU, where it would run DDP in silence.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not sharded:
+        raise KdtrainError(
+            "FSDP is for kdtrain train with task: code_lm, whose models are the large ones; use DDP here (recipes/accelerate/ddp.yaml)"
+        )
+    return accelerator

@@ -1,0 +1,358 @@
+"""Task code_lm: the next token of code, learned from documents and from a larger language model."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdtrain.console import say
+from kdtrain.engine.checkpoint import Position
+from kdtrain.errors import KdtrainError
+from kdtrain.evaluation.metrics import metrics_at
+from kdtrain.files import atomic_folder, folder_bytes, write_tensors
+from kdtrain.methods import METHODS, build_methods
+from kdtrain.methods.base import Method
+from kdtrain.micro_batches import evaluating
+from kdtrain.models.heads import check_model
+from kdtrain.models.language_student import (
+    SAMPLE_CODE,
+    build_language_student,
+    check_length,
+    check_tokenizer_survives,
+    student_tokenizer,
+)
+from kdtrain.models.language_teacher import LanguageTeacher, load_language_teacher
+from kdtrain.models.loading import Shape, quiet, tokenizer_hash, weights_hash
+from kdtrain.models.lora import adapted_layers, merged_student
+from kdtrain.models.vocabulary import match_vocabularies
+from kdtrain.objective import Objective
+from kdtrain.outputs import IGNORED, Batch
+from kdtrain.recipe.base import MethodOptions
+from kdtrain.tasks.base import Prepared, Task, TrainingData
+from kdtrain.tasks.code_lm.documents import Documents, load_documents
+from kdtrain.tasks.code_lm.metrics import language_metrics
+from kdtrain.tasks.code_lm.outputs import LanguageModels
+from kdtrain.tasks.code_lm.packing import PackedRows, pack
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.store import stored_rows
+from kdtrain.teacher_cache.external import ShardRows, open_shards
+from kdtrain.teacher_cache.token_build import build_language_cache
+from kdtrain.teacher_cache.token_cache import Kind, Signal
+from kdtrain.teacher_cache.token_rows import CachedRows
+
+PADDING = 0
+"""What rows are filled up with. It is never read, but every model has to have it: a tokenizer's own may be one that was added for
+the student alone."""
+
+
+class CodeLM(Task[LanguageRecipe]):
+    """One run of a code language model."""
+
+    name: ClassVar[str] = "code_lm"
+    sharded: ClassVar[bool] = True
+    evaluation_tokens: ClassVar[int] = 4096
+
+    # ---- what the recipe names
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the student."""
+        return student_tokenizer(self.recipe)
+
+    @cached_property
+    def rows(self) -> tuple[PackedRows, PackedRows, str]:
+        """Training rows, held-out rows, and a hash of both."""
+        data = self.recipe.data
+        if data.store is not None:
+            stored = stored_rows(data, self.tokenizer, PADDING)
+            return stored.train, stored.valid, stored.fingerprint
+        documents = load_documents(data, self.tokenizer)
+        train, valid = (self.packed(part) for part in documents)
+        return train, valid, " ".join(part.fingerprint() for part in documents)
+
+    def packed(self, documents: Documents) -> PackedRows:
+        """Documents in rows, as the recipe says."""
+        data = self.recipe.data
+        return pack(documents, data.max_length, PADDING, packing=data.packing)
+
+    @cached_property
+    def teacher(self) -> LanguageTeacher | None:
+        """The teacher, where it runs here."""
+        section = self.recipe.teacher
+        if section.path is None or section.signal == "shards":
+            return None
+        teacher = load_language_teacher(section.path, section.precision, packing=self.recipe.data.packing)
+        check_length(teacher.model, "teacher", self.recipe.data.max_length)
+        return teacher
+
+    @cached_property
+    def student(self) -> PreTrainedModel:
+        """The student, checked."""
+        teacher = self.teacher
+        torch.manual_seed(self.recipe.seed)
+        student = build_language_student(self.recipe, self.tokenizer, teacher)
+        check_tokenizer_survives(student, self.tokenizer)
+        check_model(student, "student", packing=self.recipe.data.packing)
+        return student
+
+    @cached_property
+    def models(self) -> LanguageModels:
+        """Teacher and student, checked against each other."""
+        student, teacher, section = self.student, self.teacher, self.recipe.teacher
+        vocab_map = None
+        if teacher is not None:
+            match = match_vocabularies(
+                self.tokenizer,
+                teacher.tokenizer,
+                student.config.get_text_config().vocab_size,
+                teacher.model.config.get_text_config().vocab_size,
+                SAMPLE_CODE,
+            )
+            vocab_map = match.vocab_map
+        return LanguageModels(teacher, vocab_map, section.tail, self.recipe.method.temperature)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The student with the methods of the recipe."""
+        student, models = self.student, self.models
+        shapes = {"teacher": Shape(0, 0)}  # of shards there is nothing but the distribution
+        if self.teacher is not None:
+            shapes = {"teacher": shape_of(self.teacher.model)}
+        elif self.recipe.teacher.path is None:
+            shapes = {}
+        return checked_objective(
+            student, language_methods(self.recipe.method, shape_of(student), shapes), models
+        )
+
+    @cached_property
+    def shards(self) -> ShardRows | None:
+        """The training rows with top-k entries of a teacher that ran elsewhere, in its place."""
+        section = self.recipe.teacher
+        if section.signal != "shards" or not self.learns_from_teacher:
+            return None
+        size = self.student.config.get_text_config().vocab_size
+        opened = open_shards(
+            str(section.path), self.recipe.data.max_length, self.tokenizer, size, section.tail
+        )
+        return ShardRows.of(self.rows[0], opened)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether a method reads the teacher."""
+        return bool(self.objective.teacher_layers)
+
+    @property
+    def stored(self) -> Kind | None:
+        """What is stored of the teacher; None where it runs in every step, or nothing is learned from it."""
+        signal = self.recipe.teacher.signal
+        if self.teacher is None or not self.learns_from_teacher or signal in ("online", "shards"):
+            return None
+        return signal
+
+    def signal(self, kind: Kind) -> Signal:
+        """What this run stores of its teacher.
+
+        Raises:
+            KdtrainError: it cannot be stored for this student.
+        """
+        assert self.teacher is not None
+        shared = self.models.shared(self.student)
+        return Signal.for_run(kind, self.teacher, self.student, shared, self.recipe)
+
+    def identity(self) -> dict[str, str | None]:
+        """Hashes of data and teacher, once everything was checked against each other."""
+        _, _, fingerprint = self.rows
+        check_ids(self.rows[:2], self.tokenizer, self.student, self.teacher)
+        if self.stored is not None:
+            self.signal(self.stored)  # refuses what cannot be stored before anything is written
+        teacher = None if self.teacher is None else self.teacher.weights_hash
+        return {
+            "data": fingerprint,
+            "teacher": teacher if self.shards is None else self.shards.shards.fingerprint,
+            "weights at student.path": weights_hash(self.student) if self.recipe.student.path else None,
+            "student's tokenizer": tokenizer_hash(self.tokenizer),
+        }
+
+    # ---- the run
+
+    def prepare(self, accelerator: Accelerator) -> Prepared:
+        """Stored teacher outputs where the recipe asks for them, and the teacher on its device."""
+        train, valid, _ = self.rows
+        data: TrainingData = train
+        measured: TrainingData = valid
+        if self.teacher is not None:
+            if self.stored is not None:
+                with accelerator.main_process_first():
+                    data, measured = self.stored_signals(accelerator.device)
+                self.teacher.release()
+            self.teacher.place(accelerator)
+        elif self.shards is not None:
+            data = self.shards
+            if accelerator.is_main_process:
+                say(self.shards.shards.words)
+        return Prepared(self.objective, data, measured)
+
+    def stored_signals(self, device: torch.device) -> tuple[CachedRows, CachedRows]:
+        """Training rows with what the recipe stores, held-out rows with hidden states: both computed where missing."""
+        assert self.teacher is not None and self.stored is not None
+        section = self.recipe.teacher
+        folder = Path(section.cache) if section.cache else Path(self.recipe.output) / "teacher_cache"
+        found = []
+        kinds: tuple[tuple[PackedRows, Kind], ...] = ((self.rows[0], self.stored), (self.rows[1], "hidden"))
+        for rows, kind in kinds:
+            cache = build_language_cache(
+                folder / kind,
+                self.teacher,
+                self.signal(kind),
+                rows,
+                batch_tokens=section.batch_tokens,
+                device=device,
+            )
+            found.append(CachedRows.of(rows, cache))
+        return found[0], found[1]
+
+    def metrics(self, values: Tensor, data: TrainingData) -> dict[str, float]:
+        """Of the held-out rows."""
+        return language_metrics(values, teacher=self.teacher is not None)
+
+    def final(
+        self, prepared: Prepared, position: Position, folder: Path, accelerator: Accelerator
+    ) -> dict[str, dict[str, Any]]:
+        """The metrics of the best step as they were measured then; there are no rows that nothing was chosen by."""
+        return {"valid": metrics_at(folder, position.best_step)} if accelerator.is_main_process else {}
+
+    def save(self, prepared: Prepared, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        """`student/`, which plain transformers loads.
+
+        Beside it are the weights of the methods, and in `adapter/` the adapters that student/ has merged in.
+        """
+        own = {
+            name.removeprefix("student."): value
+            for name, value in state.items()
+            if name.startswith("student.")
+        }
+        plain = self.student
+        if adapted_layers(self.student):
+            with quiet(), atomic_folder(folder / "adapter") as temporary:
+                self.student.save_pretrained(temporary, state_dict=own)
+            plain = merged_student(self.student, own)
+            own = plain.state_dict()
+        parameters = sum(own[name].numel() for name, _ in plain.named_parameters())  # its own may be shards
+        with quiet(), atomic_folder(folder / "student") as temporary:
+            plain.save_pretrained(temporary, state_dict=own)
+            self.tokenizer.save_pretrained(temporary)
+        others = {name: value for name, value in state.items() if not name.startswith("student.")}
+        if others:
+            write_tensors(folder / "projection.safetensors", others)
+        return {
+            "architecture": self.student.config.model_type,
+            "parameters": parameters,
+            "bytes": folder_bytes(folder / "student"),
+        }
+
+    def describe_data(self, prepared: Prepared) -> dict[str, Any]:
+        """Name, content, rows and tokens."""
+        train, valid, fingerprint = self.rows
+        return {
+            "name": self.recipe.data.train,
+            "fingerprint": fingerprint,
+            "rows": {"train": len(train), "valid": len(valid)},
+            "tokens": {"train": int(train.lengths.sum()), "valid": int(valid.lengths.sum())},
+        }
+
+    def describe_teacher(self, prepared: Prepared) -> dict[str, Any] | None:
+        """The teacher as summary.json has it."""
+        if self.shards is not None:
+            shards = self.shards.shards
+            return {"path": str(shards.folder), "name": shards.manifest["teacher"]}
+        return self.teacher and {"path": self.teacher.path, "parameters": self.teacher.parameters}
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Layers and width of a language model."""
+    config = model.config.get_text_config()
+    return Shape(int(config.num_hidden_layers), int(config.hidden_size))
+
+
+def language_methods(
+    section: LanguageMethodRecipe, student: Shape, teachers: dict[str, Shape]
+) -> list[Method]:
+    """The methods of a recipe: a feature of `kd_features` that is a relation is a method of its own."""
+    divergence: dict[str, Any] = {"name": section.divergence}
+    if section.divergence == "jsd":
+        divergence["beta"] = section.beta
+    elif section.divergence.startswith("skew"):
+        divergence["alpha"] = section.alpha
+    logits = {
+        "divergence": divergence,
+        "temperature": section.temperature,
+        "kd_weight": section.kd_weight,
+        "ce_weight": section.ce_weight,
+        "last_temperature": section.last_temperature,
+        "last_kd_weight": section.last_kd_weight,
+        "last_ce_weight": section.last_ce_weight,
+    }
+    chosen: list[dict[str, Any]] = [{"name": "kd", **logits}]
+    if section.name == "ft":
+        chosen = [{"name": "ft"}]
+    elif section.name == "kd_features" and "teacher" in teachers:
+        layer_map = section.layer_map or ((student.layers, teachers["teacher"].layers),)
+        if "hidden" in section.features:
+            weight = section.feature_weight
+            chosen = [{"name": "kd_features", **logits, "feature_weight": weight, "layer_map": layer_map}]
+        kinds = [kind for kind in section.features if kind != "hidden"]
+        if kinds:
+            relations: dict[str, Any] = {"name": "relations", "relations": kinds, "layer_map": layer_map}
+            relations |= {
+                "relation_weight": section.relation_weight,
+                "relation_heads": section.relation_heads,
+            }
+            chosen.append(relations)
+    options: list[MethodOptions] = [METHODS[one["name"]].Options.parse(one, "method.") for one in chosen]
+    return build_methods(options, CodeLM.name, student, teachers)
+
+
+def checked_objective(student: PreTrainedModel, methods: list[Method], models: LanguageModels) -> Objective:
+    """Student and methods as one module; methods that look into attention are tried on two tokens.
+
+    Raises:
+        KdtrainError: the attention of the models cannot be compared.
+    """
+    objective = Objective(student, methods, models)
+    if objective.student_layers.attention:
+        ids = torch.arange(2, device=next(student.parameters()).device)[None]
+        trial = Batch(ids, torch.tensor([[1, IGNORED]], device=ids.device), torch.zeros(1), position_ids=ids)
+        with evaluating(objective), torch.no_grad():
+            objective.loss(trial, 1)
+    return objective
+
+
+def check_ids(
+    parts: tuple[PackedRows, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    teacher: LanguageTeacher | None,
+) -> None:
+    """Refuse documents with tokens for which a model has no embedding, such as those added for the student alone."""
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    sides = {"student": student}
+    if teacher is not None:
+        sides["teacher"] = teacher.model
+    for side, model in sides.items():
+        table = model.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        size = len(table)
+        if max(names) < size:
+            continue
+        for rows in parts:
+            beyond = rows.tokens[rows.tokens >= size]
+            if len(beyond):
+                raise KdtrainError(
+                    f"the documents hold {len(beyond)} tokens that the {side} cannot read: the first is {int(beyond[0])} "
+                    f"({names.get(int(beyond[0]))!r}), its embeddings end at {size - 1}; choose a student.tokenizer without "
+                    "them, or leave such documents out"
+                )

@@ -1,0 +1,187 @@
+"""Methods that use one hook each, and a run of any of them: `python -m tests.language.frame_methods FOLDER NAME`.
+
+They stand for the methods to come: combined gradients, rows selected before the teacher runs, batches sampled from the
+student, and weights by a statistic of the whole batch.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdtrain.engine.accelerator import start_accelerator
+from kdtrain.engine.full_state import whole_state
+from kdtrain.evaluation.rows import measured_rows
+from kdtrain.loop import train
+from kdtrain.methods.base import Generate, Method, Needs, Step, dot
+from kdtrain.methods.kd import LogitDistillation
+from kdtrain.models.language_teacher import LanguageTeacher
+from kdtrain.models.loading import Shape
+from kdtrain.objective import Objective
+from kdtrain.outputs import IGNORED, Batch, HeadOutputs, LogitTerm, Outputs, TeacherOutputs
+from kdtrain.tasks.code_lm.metrics import language_metrics
+from kdtrain.tasks.code_lm.outputs import LanguageModels
+from kdtrain.tasks.code_lm.packing import PackedRows
+from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageMethodRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.recipe import LanguageTrainingRecipe as Training
+from kdtrain.tasks.code_lm.task import shape_of
+from tests.language.conftest import tiny
+
+PROMPT, NEW = 2, 4
+
+
+class Balanced(LogitDistillation):
+    """The shortest vector between the gradients of divergence and cross entropy, as in MGDA."""
+
+    gradient_groups = (("kd",), ("ce",))
+
+    def combine(self, gradients: list[list[Tensor]]) -> list[Tensor]:
+        """As the class says."""
+        kd, ce = gradients
+        along, across = dot(kd, ce), dot(ce, ce)
+        share = ((across - along) / (dot(kd, kd) + across - 2 * along)).clamp(0, 1)
+        return [share * a + (1 - share) * b for a, b in zip(kd, ce, strict=True)]
+
+
+class Hardest(LogitDistillation):
+    """Only the half of the rows that the student predicts worst; counts what it was told."""
+
+    def __init__(self, options: Any, student: Shape, teachers: Mapping[str, Shape]) -> None:
+        super().__init__(options, student, teachers)
+        self.register_buffer("told", torch.zeros(2, dtype=torch.float64))
+
+    def score(self, step: Step, batch: Batch, student: Outputs) -> Tensor:
+        """Mean cross entropy of a row."""
+        losses = student.statistics().ce
+        return losses.sum(1) / (batch.labels != IGNORED).sum(1)
+
+    def select(self, step: Step, rows: Tensor, scores: Tensor) -> Tensor:
+        """The worse half, in order of the rows."""
+        kept = scores.topk((len(rows) + 1) // 2).indices.sort().values
+        return rows[kept]
+
+    def after_step(self, step: Step, values: Mapping[str, Tensor]) -> None:
+        """Add up the loss."""
+        assert isinstance(self.told, Tensor)
+        self.told[0] += values["loss"]
+
+    def after_evaluate(self, step: Step, metrics: Mapping[str, float]) -> None:
+        """Keep the last held-out loss."""
+        assert isinstance(self.told, Tensor)
+        self.told[1] = metrics["loss"]
+
+
+class OnPolicy(LogitDistillation):
+    """Learns from what the student itself continues a row with; draws depend on step and row alone."""
+
+    def make_batch(self, step: Step, batch: Batch, generate: Generate) -> Batch:
+        """The first tokens of every row, and as many sampled ones in every micro-batch: FSDP2 runs them in step."""
+
+        def sample(student: Any, teachers: Mapping[str, Any]) -> Tensor:
+            ids = batch.input_ids[:, :PROMPT]
+            draws = [torch.Generator().manual_seed(1000 * step.number + row) for row in batch.rows.tolist()]
+            for _ in range(NEW):
+                logits = student(input_ids=ids, use_cache=False).logits[:, -1]
+                noise = torch.stack([torch.rand(logits.shape[1], generator=one) for one in draws])
+                ids = torch.cat([ids, (logits - (-noise.log()).log()).argmax(-1, keepdim=True)], dim=1)
+            return ids
+
+        ids = generate(sample)
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+        labels[:, : PROMPT - 1] = IGNORED
+        return replace(
+            batch,
+            input_ids=ids,
+            labels=labels,
+            position_ids=torch.arange(ids.shape[1]).expand_as(ids),
+            stored={},
+        )
+
+
+class Uncertain(LogitDistillation):
+    """Weighs the tokens about which the teacher is less sure than the median token of the whole batch three times."""
+
+    def needs(self) -> Needs:
+        """The statistic of all tokens."""
+        return Needs(whole_batch=True)
+
+    def share(
+        self, step: Step, batch: Batch, student: Outputs, teachers: Mapping[str, TeacherOutputs]
+    ) -> dict[str, Tensor]:
+        """Of the counted tokens."""
+        entropy = student.statistics(teachers["teacher"]).teacher_entropy
+        return {"entropy": entropy[batch.labels != IGNORED]}
+
+    def terms(
+        self, step: Step, batch: Batch, student: Outputs, teachers: Mapping[str, TeacherOutputs]
+    ) -> dict[str, Tensor | LogitTerm]:
+        """Those of kd with weights."""
+        assert isinstance(student, HeadOutputs)
+        entropy = student.statistics(teachers["teacher"]).teacher_entropy
+        weight = torch.where(entropy > batch.whole["entropy"].values.median(), 3.0, 1.0)
+        return {
+            "kd": student.divergence(teachers["teacher"], self.divergence, weight=weight),
+            "ce": student.cross_entropy(weight=weight),
+        }
+
+
+KINDS: dict[str, type[Method]] = {
+    "plain": LogitDistillation,
+    "balanced": Balanced,
+    "hardest": Hardest,
+    "on_policy": OnPolicy,
+    "uncertain": Uncertain,
+}
+
+
+def objective_of(name: str) -> Objective:
+    """A llama student of width 32, a qwen2 teacher of width 48, and the method of this name."""
+    student, teacher = tiny("llama"), tiny("qwen2", 1, hidden_size=48).requires_grad_(False)
+    options = LogitDistillation.Options(kd_weight=0.7, ce_weight=0.4, temperature=1.5)
+    method = KINDS[name](options, shape_of(student), {"teacher": shape_of(teacher)})
+    models = LanguageModels(LanguageTeacher("teacher", teacher, None))  # type: ignore[arg-type]
+    return Objective(student, [method], models)
+
+
+def steps(folder: Path, name: str, data: PackedRows, *, accumulation: int = 1) -> dict[str, Tensor]:
+    """Three optimizer steps in `folder`, in as many processes as there are; the state of the objective."""
+    training = Training(
+        max_steps=3,
+        batch_size=5,
+        learning_rate=1e-2,
+        evaluate_every=3,
+        log_every=1,
+        accumulation=accumulation,
+    )
+    recipe = LanguageRecipe(
+        data=LanguageDataRecipe(train="-"), method=LanguageMethodRecipe(name="ft"), training=training
+    )
+    accelerator = start_accelerator(training, sharded=True)
+    objective = objective_of(name)
+    assert isinstance(objective.models, LanguageModels) and objective.models.teacher is not None
+    objective.models.teacher.place(accelerator)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        sums = measured_rows(
+            lambda batch: model(run=lambda: objective.measure(batch)), data, accelerator, tokens=64
+        )
+        return language_metrics(sums, teacher=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    train(recipe, objective, data, evaluate, folder, accelerator)
+    return whole_state(objective)
+
+
+if __name__ == "__main__":
+    from tests.language.test_objective import rows
+
+    place = Path(sys.argv[1])
+    found = steps(place, sys.argv[2], rows(packing=False))
+    if all(value.numel() for value in found.values()):  # of the first process
+        save_file({name: value.contiguous() for name, value in found.items()}, place / "state.safetensors")
