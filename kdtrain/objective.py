@@ -88,11 +88,11 @@ class Objective(nn.Module):
             batch: one micro-batch.
             divisor: counted positions of the whole batch.
             group: only the terms of this gradient group.
-            run: something else to do inside the wrapped forward, without grad; its result is returned.
+            run: something else to do inside the wrapped forward; its result is returned. The caller turns grad off, so
+                that DDP expects no backward.
         """
         if run is not None:
-            with torch.no_grad():
-                return run()
+            return run()
         assert batch is not None
         return self.loss(batch, divisor, group)
 
@@ -149,6 +149,7 @@ class Objective(nn.Module):
 
     # ---- once per optimizer step
 
+    @torch.no_grad()
     def prepare_step(
         self,
         model: nn.Module,
