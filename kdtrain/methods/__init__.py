@@ -3,14 +3,23 @@
 from collections.abc import Mapping, Sequence
 
 from kdtrain.errors import KdtrainError
+from kdtrain.methods.atkd import AdaptiveTeaching
 from kdtrain.methods.base import Method, has_hook
 from kdtrain.methods.ckd import ContextualDistillation
+from kdtrain.methods.comparative import ComparativeDistillation
+from kdtrain.methods.continuation import AnnealingDistillation, ContinuationDistillation
 from kdtrain.methods.dist import CorrelationDistillation
+from kdtrain.methods.dynamic_selection import DynamicSelection
+from kdtrain.methods.dynamic_weights import DynamicWeights
+from kdtrain.methods.fitnets import Hints
 from kdtrain.methods.ft import FineTuning
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.kd_features import FeatureDistillation
 from kdtrain.methods.pkd import PatientDistillation
+from kdtrain.methods.pkt import ProbabilisticTransfer
 from kdtrain.methods.relations import RelationDistillation
+from kdtrain.methods.rkd import RelationalDistillation
+from kdtrain.methods.sp import SimilarityPreserving
 from kdtrain.models.loading import Shape
 from kdtrain.recipe.base import MethodOptions
 
@@ -22,6 +31,16 @@ METHODS: dict[str, type[Method]] = {
     "pkd": PatientDistillation,
     "ckd": ContextualDistillation,
     "relations": RelationDistillation,
+    "fitnets": Hints,
+    "rkd": RelationalDistillation,
+    "sp": SimilarityPreserving,
+    "pkt": ProbabilisticTransfer,
+    "comparative": ComparativeDistillation,
+    "continuation": ContinuationDistillation,
+    "annealing": AnnealingDistillation,
+    "dynamic_selection": DynamicSelection,
+    "dynamic_weights": DynamicWeights,
+    "atkd": AdaptiveTeaching,
 }
 
 
