@@ -226,7 +226,7 @@ def _eager_logits(objective: "Objective", batch: Any) -> Tensor:
     from kdtrain.models.heads import head_of, hidden_states
 
     hidden, _ = hidden_states(objective.student, batch.input_ids, batch.positions, ())  # type: ignore[arg-type]
-    return F.linear(hidden, head_of(objective.student).weight).flatten(0, 1).float()
+    return F.linear(hidden, head_of(objective.student).weight).flatten(0, 1).float()  # type: ignore[arg-type]
 
 
 def plain_eager(case: Case, inputs: Inputs) -> Step:

@@ -180,6 +180,6 @@ def test_a_batch_without_counted_positions_is_refused() -> None:
     def nothing(step: Step, batch: Any, generate: Any) -> Any:
         return replace(batch, labels=torch.full_like(batch.labels, -100))
 
-    method.make_batch = nothing  # type: ignore[method-assign]
+    method.make_batch = nothing
     with pytest.raises(KdtrainError, match="method kd made a batch without any counted position at step 1"):
         objective.prepare_step(objective, Step(), torch.arange(8), data, Accelerator(cpu=True), 2)

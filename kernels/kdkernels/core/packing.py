@@ -13,10 +13,14 @@ from ..divergences import Divergence
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 
 # What an argument may be besides tensors, numbers and strings: by name, the class and its fields in their order.
-RECORDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
-    record.__name__: (record, tuple(field.name for field in fields(record)))
-    for record in (*Divergence.__subclasses__(), TeacherLogits, TeacherHead, TeacherTopK, TeacherCrossTerm)
-}
+CLASSES: tuple[type[Any], ...] = (
+    *Divergence.__subclasses__(),
+    TeacherLogits,
+    TeacherHead,
+    TeacherTopK,
+    TeacherCrossTerm,
+)
+RECORDS = {record.__name__: (record, tuple(field.name for field in fields(record))) for record in CLASSES}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The public functions by name, as the graph calls them.
