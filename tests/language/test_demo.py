@@ -42,7 +42,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     students = [entry for name, entry in report["models"].items() if name != "teacher"]
     assert {entry["training"]["steps"] for entry in students} == {6}
-    assert all(0 <= entry["test"]["agreement"] <= 1 for entry in students)
+    assert all(0 <= entry["valid"]["agreement"] <= 1 for entry in students)
     assert (tmp_path / "demo" / "learning_curves.png").stat().st_size > 10_000
     capsys.readouterr()
     assert language_demo(tmp_path / "demo", plan(tree)) == text
