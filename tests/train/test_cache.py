@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdtrain.data.tokens import tokenize
 from kdtrain.errors import KdtrainError
+from kdtrain.files import _host
 from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.recipe import DataRecipe, Recipe, TeacherRecipe
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
@@ -315,9 +316,11 @@ def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: Classifi
         KdtrainError, match=rf"another run \(process {process.pid}\) is writing the teacher cache"
     ):
         build(tmp_path, model, identity_of(model), data)
-    for name in ("file.1.tmp", "folder.1.tmp/inner", "folder.1.old/inner"):
-        (tmp_path / f".{name}").parent.mkdir(exist_ok=True)
-        (tmp_path / f".{name}").touch()
+    for name, kind in (("file", "tmp"), ("folder", "tmp/inner"), ("folder", "old/inner")):
+        left = tmp_path / f".{name}.{_host()}-{process.pid}.{kind}"
+        left.parent.mkdir(exist_ok=True)
+        left.touch()
+    (tmp_path / "folder").mkdir()  # a newer one stands where the old one was
     process.kill()  # the lock goes with its holder
     process.wait()
     process.stdin.close()
