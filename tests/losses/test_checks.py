@@ -295,6 +295,7 @@ def test_a_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
     monkeypatch.setattr(backend.importlib, "import_module", missing)
+    backend.load_backend.cache_clear()  # another test may have loaded it
     refused(
         linear,
         "impl='triton' needs the package triton, which is not installed; install it or use impl='torch'",
