@@ -23,7 +23,7 @@ from kdtrain.study.plan import Cell
 from kdtrain.summary import Summary
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.tasks.classification.task import Classification
-from kdtrain.teacher_cache.shards import read_manifest
+from kdtrain.teacher_cache.store import read_manifest
 
 
 def run_cells(
