@@ -78,8 +78,7 @@ def stored_rows(
             "it is made again"
         )
     check_sealed(folder, f"delete {folder}, and the same command makes the store again")
-    sizes = found["splits"]
-    train, valid = (mapped(folder / split, sizes[split], pad_id) for split in ("train", "valid"))
+    train, valid = (mapped(folder / split, pad_id) for split in ("train", "valid"))
     return StoredRows(train, valid, found["fingerprint"])
 
 
@@ -194,16 +193,11 @@ class RowWriter:
         self.tokens += len(rows.tokens)
 
 
-def mapped(folder: Path, sizes: dict[str, int], pad_id: int) -> PackedRows:
+def mapped(folder: Path, pad_id: int) -> PackedRows:
     """The rows of one split; tokens, labels and positions stay on disk until a batch asks for them."""
     arrays: dict[str, Tensor] = {}
     for name, kind in FILES.items():
         path = file_of(folder, name)
-        count = sizes["rows"] if kind == "i64" else sizes["tokens"]
-        if not path.is_file() or path.stat().st_size != count * TYPES[kind].itemsize:
-            raise KdtrainError(
-                f"{path} is damaged: it should hold {count} numbers; delete the store and it is made again"
-            )
         with warnings.catch_warnings():
             # torch warns of arrays that cannot be written to; nothing writes to these, and a mapping that could be written
             # to would have to fit into memory.
