@@ -18,7 +18,7 @@ ratios: list[tuple[float, str]] = []
 def error_over_bound(actual: Tensor, truth: Truth) -> dict[str, float]:
     """The root mean square and the largest of the errors, each over its bound; NaN for a result with a NaN.
 
-    rms:     (2 + 4 / sqrt(n)) rms(spread) + eps / 2 rms(truth) for n entries
+    rms:     (2 + 4 / sqrt(n)) rms(spread) + eps rms(truth) for n entries
     largest: 6 max(spread) + eps max(truth)
 
     with the eps of the result's dtype. The rounding of a single entry may be six standard deviations away; over many entries
@@ -28,7 +28,7 @@ def error_over_bound(actual: Tensor, truth: Truth) -> dict[str, float]:
     kind = torch.finfo(actual.dtype)
     error = (actual.double() - exact).abs()
     step = kind.eps * exact.abs() + kind.eps * kind.tiny
-    rms = (2.0 + 4.0 / math.sqrt(exact.numel())) * _rms(truth.spread) + _rms(step) / 2.0
+    rms = (2.0 + 4.0 / math.sqrt(exact.numel())) * _rms(truth.spread) + _rms(step)
     largest = 6.0 * truth.spread.max() + step.max()
     return {"rms": (_rms(error) / rms).item(), "largest": (error.max() / largest).item()}
 

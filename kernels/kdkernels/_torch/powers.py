@@ -123,12 +123,14 @@ class AlphaBetaArithmetic:
         return (beta * ratio - student + sums.third * sums.exp_t.pow(-both)) / beta**2
 
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
-        sums = block.sums
-        of_ratio, of_q = self._factors(sums)
+        sums, dtype = block.sums, block.ratio.dtype
+        # In float64, rounded once: near the teacher P and Q are nearly equal, and an error of their factors is all there is.
+        of_ratio, of_q = (factor * scale for factor in self._factors(Sums(*(sum_.double() for sum_ in sums))))
         if self.alpha == 0.0:
-            block.ratio.mul_(scale * of_ratio)
+            block.ratio.mul_(of_ratio.to(dtype))
         else:
-            block.ratio.mul_(-scale * of_ratio / self.alpha).addcmul_(block.spare, scale * of_q / self.alpha)
+            block.ratio.mul_((-of_ratio / self.alpha).to(dtype))
+            block.ratio.addcmul_(block.spare, (of_q / self.alpha).to(dtype))
         # A sum of the very numbers it is subtracted from: where p_s is near 1 their rounding drops out.
         mean = torch.sum(block.ratio, -1, keepdim=True) if block.mean is None else scale * block.mean
         own = -mean if extra is None else extra - mean
