@@ -11,7 +11,7 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check bench
+.PHONY: help demo test check faults bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+faults: .venv/.dev ## inject every fault: kills, full disk, damaged files (about an hour on two cores)
+	$(BIN)/python -m tests.faults
 
 bench: .venv/.dev ## measure the losses beside eager and the bare matrix products (under 10 minutes on two cores)
 	$(BIN)/python -m benchmarks
