@@ -20,7 +20,13 @@ CLASSES: tuple[type[Any], ...] = (
     TeacherTopK,
     TeacherCrossTerm,
 )
-RECORDS = {record.__name__: (record, tuple(field.name for field in fields(record))) for record in CLASSES}
+
+
+def _field_names(record: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record))
+
+
+RECORDS = {record.__name__: (record, _field_names(record)) for record in CLASSES}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The public functions by name, as the graph calls them.
