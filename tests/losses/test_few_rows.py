@@ -181,7 +181,7 @@ def test_refusals_are_those_of_the_general_way() -> None:
     wrong[1] = 20
     for sentence, changes in (
         (
-            "labels must be in [0, 20) or equal to ignore_index, got 20 in 1 place(s), the first of them; check the "
+            "labels must be in [0, 20) or equal to ignore_index, got 20 (the first of 1 invalid labels); check the "
             "vocabulary and the padding of the labels",
             {"labels": wrong},
         ),
