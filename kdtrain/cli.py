@@ -2,9 +2,12 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -20,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study": ("kdtrain.commands.study", "a grid of methods, students, tasks and seeds: table, figure, costs"),
 }
 """Name, module and one line of help; a module is imported only when its command runs."""
+
+
+RESUMED = ("demo", "train", "cache", "study")
+"""Commands that keep what they have done when they are stopped."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -45,8 +52,12 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return module.main(arguments)
     except KdtrainError as error:
-        print(f"kdtrain: {error}", file=sys.stderr)
-        return 2
+        say(f"kdtrain: {error}")
+        return error.code
     except KeyboardInterrupt:
-        print("kdtrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        again = "; run the same command to resume" if arguments.command in RESUMED else ""
+        say(f"kdtrain: interrupted{again}")
         return 130
+    except BrokenPipeError:  # the reader of what is printed is gone, as with `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 128 + signal.SIGPIPE

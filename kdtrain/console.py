@@ -1,5 +1,6 @@
 """Progress for people: a bar on a terminal, plain lines in a file or a pipe."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -86,8 +87,14 @@ def human_seconds(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print one line without tearing a bar that is on the screen."""
-    if sys.stderr.isatty():
-        tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr, flush=True)
+    """Print one line without tearing a bar that is on the screen.
+
+    A log that cannot be written (its reader is gone, its disk is full) does not end what it reports: from then on it is dropped.
+    """
+    try:
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # ValueError: it is closed
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, it lives as long as the process

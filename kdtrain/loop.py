@@ -19,6 +19,7 @@ from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save
 from kdtrain.engine.failures import tells_failures
 from kdtrain.engine.full_state import joined, load_state, whole_state
 from kdtrain.engine.gradients import give, gradient_sync, taken
+from kdtrain.engine.interrupts import StopSignals, stopped
 from kdtrain.engine.means import RunningMeans
 from kdtrain.engine.random import own_part, random_state, set_random_state
 from kdtrain.engine.run_folder import recipe_hash
@@ -97,23 +98,29 @@ def train(
         if position.step:
             say(f"resumed at step {position.step} of {total_steps}")
     epoch, plan = -1, []
-    evaluated = saved = position.step
+    saved = position.step
     window = replace(position)
     wrapped.train()
 
-    with progress(total_steps, folder.name, initial=position.step, show=main) as bar:
+    with (
+        StopSignals(accelerator) as signals,
+        progress(total_steps, folder.name, initial=position.step, show=main) as bar,
+    ):
         while True:
+            stop = signals.agreed()
             step = Step(position.step, total_steps, position.step / steps_per_epoch)
             last = step.number == total_steps or position.waited == options.early_stopping_patience
 
             # ---- evaluate
-            if step.number > evaluated and (step.number % evaluate_every == 0 or last):
+            due = step.number > position.evaluated_step and (step.number % evaluate_every == 0 or last)
+            if due and not stop:
                 metrics = evaluate(wrapped)
                 check_finite(metrics["loss"], step.number, options)  # no line may have been logged yet
                 value = metrics[options.best_metric] * (-1 if options.best_metric in SMALLER_IS_BETTER else 1)
-                position.waited += 1
+                position.waited, position.evaluated_step = position.waited + 1, step.number
                 if position.best_value is None or value > position.best_value:
                     position.best_step, position.best_value, position.waited = step.number, value, 0
+                    position.best_metrics = metrics
                     state = whole_state(plain)
                     if main:
                         save_best(checkpoints, step.number, state)
@@ -123,10 +130,9 @@ def train(
                 plain.after_evaluate(step, metrics)
                 last = last or position.waited == options.early_stopping_patience
                 wrapped.train()
-                evaluated = step.number
 
             # ---- save
-            if step.number > saved and (step.number % save_every == 0 or last):
+            if step.number > saved and (step.number % save_every == 0 or last or stop):
                 assert running.sums is not None
                 tensors = {"random": random_state(device), "sums": running.sums}
                 tensors = {name: accelerator.gather(value[None]).cpu() for name, value in tensors.items()}  # type: ignore[union-attr]
@@ -146,6 +152,8 @@ def train(
                 accelerator.wait_for_everyone()
                 saved = step.number
 
+            if stop:
+                raise stopped(stop, step.number, total_steps, folder, accelerator)
             if last:
                 break
 

@@ -11,6 +11,7 @@ from kdtrain.console import say
 from kdtrain.engine.accelerator import start_accelerator
 from kdtrain.engine.checkpoint import Position
 from kdtrain.engine.full_state import whole_state
+from kdtrain.engine.processes import main_process_first
 from kdtrain.engine.run_folder import claimed
 from kdtrain.evaluation.measure import peak_memory
 from kdtrain.evaluation.rows import measured_rows
@@ -38,7 +39,7 @@ def run(recipe: RunRecipe, shared: SharedInputs | None = None) -> Summary:
     folder = Path(recipe.output)
     task = task_of(recipe)(recipe, shared)
     accelerator = start_accelerator(recipe.training, sharded=task.sharded)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         identity = task.identity()
     with claimed(folder, recipe, identity, accelerator) as finished:
         if not finished:

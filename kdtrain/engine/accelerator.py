@@ -1,10 +1,17 @@
 """Accelerate, set up for one run: precision, device, and how processes share the work."""
 
 import os
+from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingRecipe
@@ -30,15 +37,27 @@ def start_accelerator(training: TrainingRecipe, *, sharded: bool = False) -> Acc
     if precision == "fp32":  # bfloat16 matmuls are oneDNN's too: they need more than these
         # oneDNN reads it before its first kernel; who set it keeps it.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.accelerator.is_available():
+        # Otherwise accelerate takes each process for a run of its own.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise KdtrainError(
             "kdtrain train shards with FSDP2 and not with DeepSpeed; use recipes/accelerate/fsdp2.yaml, or KDTrainer, which has "
             "DeepSpeed through transformers"
         )
     try:
-        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.ddp_timeout))],
+        )
     except ValueError as error:
         raise KdtrainError(f"training.precision {precision} does not work on this machine: {error}") from None
+    if accelerator.num_processes != world:
+        raise KdtrainError(
+            f"{world} processes were started (WORLD_SIZE), but each of them is a run of its own here; start with accelerate launch, "
+            "or with torchrun and without ACCELERATE_USE_CPU=false"
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in fp32 in silence
         raise KdtrainError(
             "training.precision fp16 needs a GPU, as nothing scales the loss on a CPU; use bf16 or fp32"

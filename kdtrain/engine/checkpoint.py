@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class Position:
     """of the metric that chooses the best checkpoint; larger is better"""
     waited: int = 0
     """evaluations since the best one"""
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    """all of that evaluation"""
+    evaluated_step: int = 0
+    """the last one that was evaluated"""
 
 
 def save_checkpoint(

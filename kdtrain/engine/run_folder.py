@@ -19,7 +19,7 @@ from kdtrain.summary import FILE, OUTPUTS
 
 RECIPE = "recipe.yaml"
 IDENTITY = "checkpoints/identity.json"
-FREE = ("training.accumulation:", "training.checkpointing:")
+FREE = ("training.accumulation:", "training.checkpointing:", "training.ddp_timeout:")
 """Fields that change memory and not the result: a run that found too little of it goes on with others."""
 
 

@@ -8,19 +8,23 @@ from kdtrain.files import write_atomic
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def metrics_at(folder: Path, step: int) -> dict[str, float]:
-    """The validation metrics of the given step, as a run's metrics.jsonl has them."""
-    lines = [line for line in read_metrics(folder) if line["step"] == step]
-    found = {name: value for line in lines for name, value in line.items() if name.startswith("valid/")}
-    return {name.removeprefix("valid/"): value for name, value in found.items()}
+    """The lines of a run's metrics.jsonl; a line that a crash cut short is left out."""
+    return [line for line in map(_line, _lines(folder / "metrics.jsonl")) if line]
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop the lines that were written after the checkpoint a run goes on from."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+    """Drop the lines that were written after the checkpoint a run resumes from, and any that a crash cut short."""
+    kept = [line for line in _lines(path) if _line(line).get("step", last_step + 1) <= last_step]
     write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+def _line(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

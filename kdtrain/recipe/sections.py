@@ -216,6 +216,9 @@ class TrainingRecipe:
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations in a row without a better one; never by default"
     )
+    ddp_timeout: int = option(
+        600, "seconds after which a process that does not answer the others in training ends the run"
+    )
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     best_metric: Literal["accuracy", "f1", "top3", "macro_f1", "loss"] = option(
         "accuracy", "what the best checkpoint is best in"
@@ -224,7 +227,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         positive(self, "training", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate")
         positive(self, "training", "clip_norm", "evaluate_every", "log_every")
-        positive(self, "training", "save_steps", "early_stopping_patience")
+        positive(self, "training", "save_steps", "early_stopping_patience", "ddp_timeout")
         if not 0 <= self.warmup < 1:
             raise KdtrainError(
                 f"training.warmup is a share of the steps and lies in [0, 1), got {self.warmup}"

@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
@@ -24,6 +26,9 @@ from kdtrain.summary import Summary
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.tasks.classification.task import Classification
 from kdtrain.teacher_cache.shards import read_manifest
+
+PATIENCE = 20.0
+"""Seconds in which the cells at work may save a checkpoint when the study is stopped."""
 
 
 def run_cells(
@@ -63,13 +68,18 @@ def run_cells(
             progress(len(todo), "study", unit="runs") as bar,
         ):
             jobs = {pool.submit(_run_cell, recipe_to_dict(cell.recipe)): cell for cell in todo}
-            for job in as_completed(jobs):
-                try:
-                    say(job.result())
-                except KdtrainError as error:
-                    failed[jobs[job].name] = str(error)
-                    say(f"{jobs[job].name} failed: {error}")
-                bar.update()
+            try:
+                for job in as_completed(jobs):
+                    try:
+                        say(job.result())
+                    except KdtrainError as error:
+                        failed[jobs[job].name] = str(error)
+                        say(f"{jobs[job].name} failed: {error}")
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_workers()
+                raise
     except BrokenProcessPool:
         raise KdtrainError(
             "a worker of the study was killed, most often for memory; run the same command again, with a smaller "
@@ -83,6 +93,18 @@ def run_cells(
     if failed:
         name, reason = next(iter(failed.items()))
         raise KdtrainError(f"{len(failed)} of {len(cells)} runs failed, the first, {name}: {reason}")
+
+
+def end_workers() -> None:
+    """Have the processes of this one end: at once, or after the step at work where they are training; then with force."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 def is_finished(cell: Cell, fingerprint: str) -> bool:
@@ -115,6 +137,7 @@ def _start(counter: "Synchronized[int]", devices: int, logs: str, parent: int, p
     log = open(Path(logs) / f"worker-{number}.log", "a", buffering=1)  # noqa: SIM115, it lives as long as the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C the study tells its workers itself
     end_with(parent)
 
 

@@ -137,7 +137,7 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     reached = max(int(path.name.removeprefix("step-")) for path in (killed / "checkpoints").glob("step-*"))
     assert 0 < reached < 9, "the run was over before it could be killed"
     assert errors.count("process 0 of 2 ended in the middle of training: killed") == 1, errors[-3000:]
-    assert f"the same command goes on from step {reached} ({killed}/checkpoints/step-" in errors
+    assert f"the same command resumes at step {reached} ({killed}/checkpoints/step-" in errors
 
     shutil.copytree(killed, tmp_path / "alone")
     alone = replace(recipe, output=str(tmp_path / "alone"))

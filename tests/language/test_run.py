@@ -148,7 +148,7 @@ def test_a_step_without_memory_is_told_and_the_run_goes_on_with_smaller_pieces(
             run(recipe)
     for words in (
         "raise training.accumulation (now 1) or set training.checkpointing: true",
-        f"the same command goes on from step 8 ({tmp_path}/run/checkpoints/step-0000008)",
+        f"the same command resumes at step 8 ({tmp_path}/run/checkpoints/step-0000008)",
     ):
         assert words in str(told.value)
     smaller = replace(recipe.training, accumulation=3, checkpointing=True)

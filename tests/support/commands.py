@@ -51,6 +51,10 @@ class Program:
             raise subprocess.TimeoutExpired(" ".join(self._words), timeout, output, errors)
         return output, errors
 
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        return self._said[1].read_text()
+
     def kill(self) -> int | None:
         """kill -9, and the exit code."""
         os.kill(self.pid, signal.SIGKILL)
@@ -72,6 +76,4 @@ def torchrun(words: list[str], environment: dict[str, str] | None = None, proces
     """`torchrun -m module words` on the CPU, its workers forks as well."""
     launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--start-method=fork"]
     script = str(Path(__file__).with_name("as_module.py"))
-    return Program(
-        [*launch, "--run-path", script, *words], {"ACCELERATE_USE_CPU": "true", **(environment or {})}
-    )
+    return Program([*launch, "--run-path", script, *words], environment)

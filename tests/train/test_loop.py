@@ -109,8 +109,8 @@ def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Pat
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
     told = re.fullmatch(
-        rf"kdtrain: the run was told to stop; the same command goes on from step (\d+) \({tmp_path}/run/checkpoints/"
-        r"step-(\d+)\), nothing before it is lost",
+        rf"kdtrain: stopped by SIGTERM at step (\d+) of \d+; the same command resumes at step (\d+) \({tmp_path}/run/checkpoints/"
+        r"step-\d+\)",
         errors.splitlines()[-1],
     )
     assert told is not None, errors

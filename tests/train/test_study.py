@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,17 @@ def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: 
     time.sleep(3)  # the workers see that their parent is gone
     done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/summary.json")}
     assert 1 <= len(done) < 8
+
+    stopped = Program([*command, "--workers", "1"])  # and Ctrl-C: it ends, and its worker with it
+    while "side by side" not in stopped.errors() and time.monotonic() < deadline + 60:
+        time.sleep(0.02)
+    time.sleep(1)
+    os.kill(stopped.pid, signal.SIGINT)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, errors
+    assert errors.rstrip().endswith("kdtrain: interrupted; run the same command to resume"), errors
+    done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/summary.json")}
+    assert len(done) < 8
 
     again = Program([*command, "--workers", "1"])
     printed, errors = again.communicate()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from kdtrain.data.tokens import inserted_ids
 from kdtrain.engine.checkpoint import Position
+from kdtrain.engine.processes import main_process_first
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.rows import measured_rows
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
@@ -219,12 +220,12 @@ class Classification(Task[Recipe]):
     def prepare(self, accelerator: Accelerator) -> Prepared:
         """Tokenizer, student, stored teacher outputs, rows."""
         data, teacher = self.data, self.teacher
-        with accelerator.main_process_first():
+        with main_process_first(accelerator):
             _ = self.tokenizer
         student = self.student
         cache = None
         if teacher is not None:
-            with accelerator.main_process_first():
+            with main_process_first(accelerator):
                 cache = self.build_cache(accelerator.device)
             teacher.model.cpu()
         rows = self.training_rows

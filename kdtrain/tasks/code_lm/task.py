@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.console import say
 from kdtrain.engine.checkpoint import Position
+from kdtrain.engine.processes import main_process_first
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluation.metrics import metrics_at
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.methods import METHODS, build_methods
 from kdtrain.methods.base import Method
@@ -186,7 +186,7 @@ class CodeLM(Task[LanguageRecipe]):
         measured: TrainingData = valid
         if self.teacher is not None:
             if self.stored is not None:
-                with accelerator.main_process_first():
+                with main_process_first(accelerator):
                     data, measured = self.stored_signals(accelerator.device)
                 self.teacher.release()
             self.teacher.place(accelerator)
@@ -223,7 +223,7 @@ class CodeLM(Task[LanguageRecipe]):
         self, prepared: Prepared, position: Position, folder: Path, accelerator: Accelerator
     ) -> dict[str, dict[str, Any]]:
         """The metrics of the best step as they were measured then; there are no rows that nothing was chosen by."""
-        return {"valid": metrics_at(folder, position.best_step)} if accelerator.is_main_process else {}
+        return {"valid": position.best_metrics} if accelerator.is_main_process else {}
 
     def save(self, prepared: Prepared, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         """`student/`, which plain transformers loads.

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from kdtrain.engine.checkpoint import Position
+from kdtrain.engine.processes import main_process_first
 from kdtrain.errors import KdtrainError
-from kdtrain.evaluation.metrics import metrics_at
 from kdtrain.files import atomic_folder, folder_bytes
 from kdtrain.methods import build_methods
 from kdtrain.methods.ft import FineTuning
@@ -80,7 +80,7 @@ class MaskedLM(Task[MaskedRecipe]):
 
     def prepare(self, accelerator: Accelerator) -> Prepared:
         """Tokenizer, rows, student."""
-        with accelerator.main_process_first():
+        with main_process_first(accelerator):
             _ = self.tokenizer
         train, valid = (self.rows(part) for part in (self.corpus.train, self.corpus.valid))
         methods = build_methods([FineTuning.Options()], self.name, Shape(0, 0), {})
@@ -94,7 +94,7 @@ class MaskedLM(Task[MaskedRecipe]):
         self, prepared: Prepared, position: Position, folder: Path, accelerator: Accelerator
     ) -> dict[str, dict[str, Any]]:
         """The metrics of the best step as they were measured then; there are no rows that nothing was chosen by."""
-        return {"valid": metrics_at(folder, position.best_step)} if accelerator.is_main_process else {}
+        return {"valid": position.best_metrics} if accelerator.is_main_process else {}
 
     def save(self, prepared: Prepared, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         """The encoder with its head, and the tokenizer."""
