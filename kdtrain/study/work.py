@@ -67,8 +67,8 @@ def run_cells(
             ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool,
             progress(len(todo), "study", unit="runs") as bar,
         ):
-            jobs = {pool.submit(_run_cell, recipe_to_dict(cell.recipe)): cell for cell in todo}
             try:
+                jobs = {pool.submit(_run_cell, recipe_to_dict(cell.recipe)): cell for cell in todo}
                 for job in as_completed(jobs):
                     try:
                         say(job.result())
