@@ -11,7 +11,7 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-cpus speed check bench
+.PHONY: help demo test test-cpus speed check bench docs
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: .venv/.dev ## build the documentation site into site/, strictly (a quarter of a minute)
+	$(BIN)/zensical build --strict
+
 bench: .venv/.dev ## measure the losses beside eager and the bare matrix products (under 10 minutes on two cores)
 	$(BIN)/python -m benchmarks
 
@@ -46,7 +49,7 @@ bench: .venv/.dev ## measure the losses beside eager and the bare matrix product
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
 	@echo "installing torch, the training packages and the test tools into .venv (once)"
 	$(PIP) torch
-	$(PIP) --editable '.[train,dev]'
+	$(PIP) --editable '.[train,dev,docs]'
 	$(PIP) --no-deps --ignore-requires-python ttsem
 	@touch $@ .venv/.train
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 
 # Instructions for each column in the loops over full tiles, fp32 logits and a bf16 gradient over them, with CE at another
-# temperature: what ptxas of Triton 3.9 makes of sm_80, sm_90, sm_100. One more in twenty fails: see `docs/log.md`.
+# temperature: what ptxas of Triton 3.9 makes of sm_80, sm_90, sm_100. One more in twenty fails: see `dev/LOG.md`.
 INSTRUCTIONS = {
     "forward_kl": (56, 60, 48),
     "reverse_kl": (65, 69, 55),

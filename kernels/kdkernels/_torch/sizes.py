@@ -7,7 +7,7 @@ import torch
 from ..core.rows import equal_chunk
 
 # Elements of one scratch buffer on the CPU: 8 rows of 32,000. The two or three buffers that a pass touches are 1 MiB each at
-# a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. docs/log.md has figures.
+# a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. dev/LOG.md has figures.
 BLOCK_ELEMENTS = 1 << 18
 
 # The same on other devices, where blocks only bound the scratch: 64 MiB a buffer in float32.

@@ -1,7 +1,7 @@
 """Launch configurations: one frozen table, nothing is tuned at run time.
 
 The row kernels write in place, so an autotuner that ran one twice would feed it its own output.
-Chosen by compiled-code counts (registers, spills, widths of loads) on 2026-11-22, not yet timed on a GPU; docs/log.md
+Chosen by compiled-code counts (registers, spills, widths of loads) on 2026-11-22, not yet timed on a GPU; dev/LOG.md
 has the counts of the configurations that lost.
 """
 
@@ -36,7 +36,7 @@ _NVIDIA = RowConfig(block=2048, width=8, num_warps=8, registers=128)
 _AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
 
 # Bytes of a chunk's two fp32 logit buffers, largest first, and the rows below which the heads are read too often. Each chunk
-# reads both heads again, and reads and writes the gradient of one in fp32: docs/log.md has the bytes by size of chunk.
+# reads both heads again, and reads and writes the gradient of one in fp32: dev/LOG.md has the bytes by size of chunk.
 CHUNK_BYTES = (2**32, 2**31, 2**30)
 CHUNK_ROWS_AT_LEAST = 1024
 CHUNK_ROWS_STEP = 256

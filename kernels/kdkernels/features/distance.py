@@ -24,7 +24,7 @@ from ..core.matmul import (
 from ..options import Distance, Project
 
 # A CPU's chunk. Smaller ones cost products more than they save in cache: 1024 rows of 768 take 0.93 of the time of 341
-# (docs/log.md). At least as many rows as keep a product of a wide head busy.
+# (dev/LOG.md). At least as many rows as keep a product of a wide head busy.
 CPU_CHUNK_BYTES = 4 * 2**20
 LEAST_CPU_CHUNK_ROWS = 256
 

@@ -1,4 +1,4 @@
-"""Launch configurations of the relation kernels, chosen by compiled-code counts (docs/log.md), not yet timed on a GPU."""
+"""Launch configurations of the relation kernels, chosen by compiled-code counts (dev/LOG.md), not yet timed on a GPU."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ def padded(width: int) -> int:
 _INTERPRETER = RelationConfig(32, 32, 1, 1)
 
 # By whether features are half precision, whether the kernel writes gradients, and the widest padded head it is for. What
-# was compiled and spilled: docs/log.md.
+# was compiled and spilled: dev/LOG.md.
 _NVIDIA = {
     (True, False, 128): RelationConfig(64, 64, 4, 2),
     (True, False, 256): RelationConfig(64, 32, 8, 1),
