@@ -1,6 +1,7 @@
 """Pictures of runs, drawn from their metrics.jsonl."""
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
-    from io import BytesIO
-
+    """Write a figure in the format of its name (.png, or .svg with its text as text), whole or not at all; close it."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    kind = path.suffix.removeprefix(".")
+    # The same figure makes the same file: ids from a fixed salt, and no date.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
     write_atomic(path, buffer.getvalue())

@@ -1,14 +1,15 @@
-"""A study on paper: report.md, report.html (one file, pictures inside), runs.csv, table.csv, two PNGs."""
+"""A study on paper: report.md, report.html (one file, figures inside), runs.csv, table.csv, two SVGs."""
 
-import base64
 import csv
-import html
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from kdtrain.files import human_bytes, write_atomic
 from kdtrain.study.costs import Cost
@@ -17,11 +18,10 @@ from kdtrain.study.results import Entry, TaskResult
 from kdtrain.summary import installed_versions
 
 NAMES = {"accuracy": "accuracy", "f1": "F1", "top3": "top-3", "macro_f1": "macro F1"}
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background:#f4f4f4}"
-)
+
+
+class Best(str):
+    """A cell that holds the best figure of its student."""
 
 
 @dataclass(frozen=True)
@@ -34,48 +34,30 @@ class Table:
 
     def markdown(self) -> str:
         """A GitHub table under its title."""
-        lines = [f"| {' | '.join(row)} |" for row in (self.headers, ("---",) * len(self.headers), *self.rows)]
-        return f"## {self.title}\n\n" + "\n".join(lines)
-
-    def html(self) -> str:
-        """The same as HTML."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.headers)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell).replace('**', '')}</td>" for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        return f"<h2>{html.escape(self.title)}</h2><table><tr>{head}</tr>{body}</table>"
+        cells = [[_markdown(cell) for cell in row] for row in (self.headers, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(self.headers), *cells[1:])]
+        return f"## {_markdown(self.title)}\n\n" + "\n".join(lines)
 
 
 def write_report(name: str, tasks: Sequence[TaskResult], costs: Sequence[Cost], folder: Path) -> str:
-    """Write everything into `folder`; give the Markdown."""
-    metric_over_size(tasks, folder / "metric_over_size.png")
-    pictures = ["metric_over_size.png"]
-    if retained_over_size(tasks, folder / "retained_over_size.png"):
-        pictures.append("retained_over_size.png")
+    """Write report.md, report.html, runs.csv, table.csv and the figures into `folder`; return the Markdown."""
+    metric_over_size(tasks, folder / "metric_over_size.svg")
+    figures = {"metric_over_size.svg": "Test metric over parameters"}
+    if retained_over_size(tasks, folder / "retained_over_size.svg"):
+        figures["retained_over_size.svg"] = "Share of the teacher's metric over share of its parameters"
     tables = [results_table(task) for task in tasks]
     tables += [methods_table(tasks), training_table(tasks), *([costs_table(costs)] if costs else [])]
     head = introduction(tasks)
     text = "\n\n".join(
         [
-            f"# {name}",
+            f"# {_markdown(name)}",
             head,
             *(table.markdown() for table in tables),
-            *(f"![{one}]({one})" for one in pictures),
+            *(f"![{title}]({file})" for file, title in figures.items()),
         ]
     )
-    page = "".join(
-        [
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>",
-            f"<h1>{html.escape(name)}</h1><p>{html.escape(head)}</p>",
-            *(table.html() for table in tables),
-            *(
-                f"<p><img alt='{one}' src='data:image/png;base64,{_base64(folder / one)}'></p>"
-                for one in pictures
-            ),
-            "</html>",
-        ]
-    )
+    drawn = [(title, _inline(folder / file, number)) for number, (file, title) in enumerate(figures.items())]
+    page = _page().render(name=name, introduction=head, tables=tables, figures=drawn)
     write_atomic(folder / "report.md", text + "\n")
     write_atomic(folder / "report.html", page + "\n")
     write_atomic(folder / "runs.csv", _csv(run_lines(tasks)))
@@ -92,9 +74,9 @@ def introduction(tasks: Sequence[TaskResult]) -> str:
     )
     return (
         f"{date.today().isoformat()}, torch {versions['torch']}, trained on {', '.join(devices)}; seeds {', '.join(map(str, seeds))}. "
-        "Means over seeds and, behind ±, their standard deviation. The difference to labels only (FT) is paired: "
-        f"a bootstrap draws seeds and test rows anew together, the same for both; brackets hold 95 % of "
-        "it, p is two-sided. Retained is the share of the teacher's own figure."
+        "Means over seeds ± standard deviation. The difference to labels only (FT) is paired: a bootstrap resamples "
+        "seeds and test rows, the same for both. Brackets are 95 % intervals, p is two-sided. Retained is the share "
+        "of the teacher's metric."
     )
 
 
@@ -131,7 +113,7 @@ def results_table(task: TaskResult) -> Table:
                 entry.student,
                 entry.method,
                 f"{entry.parameters / 1e6:.2f} M",
-                f"**{figure}**" if entry.mean() == best[entry.student] else figure,
+                Best(figure) if entry.mean() == best[entry.student] else figure,
                 ""
                 if change is None
                 else f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
@@ -275,9 +257,37 @@ def _csv(lines: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, headers, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    # A spreadsheet would run text that begins like a formula.
+    formula = ("=", "+", "-", "@", "\t", "\r")
+    writer.writerows(
+        {
+            name: f"'{value}" if isinstance(value, str) and value.startswith(formula) else value
+            for name, value in line.items()
+        }
+        for line in lines
+    )
     return text.getvalue()
 
 
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def _markdown(cell: str) -> str:
+    """Text that Markdown, HTML in it and its formulas leave alone."""
+    text = "".join(f"\\{sign}" if sign in r"\|*`$<" else sign for sign in " ".join(cell.split()))
+    return f"**{text}**" if isinstance(cell, Best) else text
+
+
+def _page() -> Template:
+    environment = Environment(
+        loader=PackageLoader("kdtrain.study", "."),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.tests["best"] = lambda cell: isinstance(cell, Best)
+    return environment.get_template("report.html.j2")
+
+
+def _inline(path: Path, number: int) -> str:
+    """An SVG file as an element of a page that holds several: their ids must differ."""
+    svg = path.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>figure{number}-", svg)
