@@ -20,7 +20,7 @@ def picture_path(device: str, name: str) -> Path:
 
 
 def plot(rows: list[dict[str, str]], name: str, path: Path) -> None:
-    """One line a contender against N, on logarithmic axes; the bare products are the floor."""
+    """One line a contender against N: memory on linear axes, time on logarithmic ones; the bare matmuls are the floor."""
     import matplotlib.pyplot as plt
 
     column, unit, words = SWEPT[name]
@@ -28,7 +28,7 @@ def plot(rows: list[dict[str, str]], name: str, path: Path) -> None:
     for row in rows:
         if row[column] and row["contender"] not in ("copy", "plain_products"):
             points[row["contender"]].append((int(row["tokens"]), float(row[column]) / unit))
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.0), layout="constrained")
     for contender in OPERATION.contenders:
         if points[contender]:
             tokens, values = zip(*sorted(points[contender]), strict=True)
@@ -36,13 +36,18 @@ def plot(rows: list[dict[str, str]], name: str, path: Path) -> None:
             width = 2.5 if contender == "ours" else 1.2
             axes.plot(tokens, values, style, label=OPERATION.labels[contender], linewidth=width)
     ticks = sorted({int(row["tokens"]) for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if name == "time":
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    else:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("tokens N")
     axes.set_ylabel(words)
     axes.set_title(f"{rows[0]['device']}, V = {rows[0]['vocabulary']}, {rows[0]['date']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
