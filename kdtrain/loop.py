@@ -108,7 +108,7 @@ def train(
     ):
         while True:
             stop = signals.agreed()
-            step = Step(position.step, total_steps, position.step / steps_per_epoch)
+            step = Step(position.step, total_steps, position.step / steps_per_epoch, recipe.seed)
             last = step.number == total_steps or position.waited == options.early_stopping_patience
 
             # ---- evaluate
@@ -165,6 +165,7 @@ def train(
             rows = plan[step.number % steps_per_epoch]
             batch = plain.prepare_step(wrapped, step, rows, data, accelerator, splits)
             draws = random_state(device) if len(groups) > 1 else None
+            running.begin_step()
             gradients = []
             for group in groups:
                 if gradients and draws is not None:
@@ -177,13 +178,13 @@ def train(
                 if len(groups) > 1:
                     gradients.append(taken(parameters, accelerator))
             if gradients:
-                give(parameters, plain.combine(gradients))
+                give(parameters, plain.combine(step, gradients, running.step_values(accelerator)))
             norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
-            step_values = running.end_step(None if norm is None else joined(norm))
+            running.end_step(None if norm is None else joined(norm), plain.logged(), accelerator)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            plain.after_step(step, lambda values=step_values: running.step_values(values, accelerator))
+            plain.after_step(step, lambda: running.step_values(accelerator))
             position.step += 1
             position.tokens += int(data.lengths[batch.rows].sum())
             means: dict[str, float] = {}
@@ -201,7 +202,7 @@ def train(
                     "step": position.step,
                     "epoch": round(position.step / steps_per_epoch, 4),
                     "loss": loss,
-                    **{f"loss/{name}": mean for name, mean in means.items()},
+                    **means,
                     "grad_norm": norm,
                     "lr": scheduler.get_last_lr()[0],
                     "tokens": position.tokens,

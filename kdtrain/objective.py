@@ -7,8 +7,8 @@ neither loss nor gradient.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,8 @@ from kdtrain.methods.base import Method, Step, has_hook
 from kdtrain.micro_batches import MicroBatches, StepBatch, evaluating, gather_ragged
 from kdtrain.outputs import Batch, Layers, LogitTerm, Outputs, Shared, TeacherOutputs, Values
 from kdtrain.tasks.base import Models, TrainingData
+
+T = TypeVar("T")
 
 
 class Objective(nn.Module):
@@ -175,9 +177,12 @@ class Objective(nn.Module):
         scales = [accelerator.num_processes if len(part) else 0 for part in made.parts]
         batches, divisor = made, data.count(rows)
         if self.sampling is not None:
-            method, generate = self.sampling, self.generator(model)
+            method = self.sampling
             with evaluating(model):
-                batches = [method.make_batch(step, batch, generate) for batch in made]
+                batches = [
+                    method.make_batch(step, batch, Sampling(self, model, accelerator, filler=not scale))
+                    for batch, scale in zip(made, scales, strict=True)
+                ]
             counts = [self.models.count(batch) for batch, scale in zip(batches, scales, strict=True) if scale]
             divisor = int(accelerator.reduce(torch.tensor(sum(counts), device=accelerator.device), "sum"))  # type: ignore[arg-type]
             if divisor == 0:
@@ -222,10 +227,6 @@ class Objective(nn.Module):
             raise KdtrainError(f"method {method.options.name} selected no row at step {self.step.number + 1}")
         return kept
 
-    def generator(self, model: nn.Module) -> Callable[[Callable[[Any, Mapping[str, Any]], Tensor]], Tensor]:
-        """`generate` of `Method.make_batch`: a sampler runs inside the wrapped forward, where FSDP2 gathers weights."""
-        return lambda sampler: model(run=lambda: sampler(self.student, self.models.teachers))
-
     def with_whole(
         self, model: nn.Module, batches: list[Batch], scales: Sequence[float], accelerator: Accelerator
     ) -> list[Batch]:
@@ -268,10 +269,16 @@ class Objective(nn.Module):
             for i, batch in enumerate(batches)
         ]
 
-    def combine(self, gradients: list[list[Tensor]]) -> list[Tensor]:
+    def combine(
+        self, step: Step, gradients: list[list[Tensor]], values: Mapping[str, Tensor]
+    ) -> list[Tensor]:
         """One gradient out of those of all groups."""
         (method,) = self.plan
-        return method.combine(gradients)
+        return method.combine(step, gradients, values)
+
+    def logged(self) -> dict[str, Tensor]:
+        """What the methods log of this step."""
+        return {name: value for method in self.plan for name, value in method.logged().items()}
 
     def after_step(self, step: Step, values: Callable[[], Mapping[str, Tensor]]) -> None:
         """Tell the methods that a step was taken; `values` is called only where one of them listens."""
@@ -285,6 +292,26 @@ class Objective(nn.Module):
         """Tell the methods the metrics of an evaluation."""
         for method in self.plan:
             method.after_evaluate(step, metrics)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`generate` of `Method.make_batch`, for one micro-batch."""
+
+    objective: Objective
+    model: nn.Module
+    """the objective as accelerate wrapped it"""
+    accelerator: Accelerator
+    filler: bool
+
+    def __call__(self, sampler: Callable[[Any, Mapping[str, Any]], T]) -> T:
+        """Run a sampler inside the wrapped forward, where FSDP2 gathers weights."""
+        models = self.objective.models
+        return self.model(run=lambda: sampler(self.objective.student, models.teachers))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes."""
+        return gather_ragged(values[:0] if self.filler else values, self.accelerator)[0]
 
 
 def teacher_layers(methods: Sequence[Method], name: str) -> Layers:

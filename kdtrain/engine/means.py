@@ -1,5 +1,7 @@
 """Running means of named values, kept on the device between two lines of metrics.jsonl."""
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,6 +19,10 @@ class RunningMeans:
         self.sums = sums
         self._step: dict[tuple[str, ...], Tensor] = {}
 
+    def begin_step(self) -> None:
+        """Open a step."""
+        self._step = {}
+
     def add(self, loss: Tensor, values: dict[str, Tensor], *, scale: float, divisor: int) -> None:
         """Add one micro-batch to the step: the loss, a share of that of the whole batch, and the sums of its terms.
 
@@ -27,21 +33,27 @@ class RunningMeans:
         new = torch.stack([*values.values(), loss.detach() * divisor]) * (scale / divisor)
         self._step[key] = self._step[key] + new if key in self._step else new
 
-    def end_step(self, norm: Tensor | None) -> Tensor:
-        """Close the step with its gradient norm, which every process knows; return its values, as `names`."""
-        parts = list(self._step.values())
-        loss = torch.stack([part[-1] for part in parts]).sum()
-        last = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)])
-        new = torch.cat([*(part[:-1] for part in parts), last])
-        self.names = (*(name for key in self._step for name in key), "loss", "grad_norm")
+    def end_step(self, norm: Tensor | None, logged: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """Close the step with what every process knows: its gradient norm, and values that a method logs."""
+        names, terms = self._terms()
+        zero = torch.zeros_like(terms[-1])
+        known = [value.to(zero) / accelerator.num_processes for value in logged.values()]
+        new = torch.stack([*terms[:-1], *known, terms[-1], zero if norm is None else norm.to(zero)])
+        self.names = (*(f"loss/{name}" for name in names[:-1]), *logged, "loss", "grad_norm")
         self.sums = new if self.sums is None else self.sums + new
-        self._step = {}
-        return new
 
-    def step_values(self, values: Tensor, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The terms and the loss of one step over all processes, 0-D each; all processes take part."""
-        whole: Tensor = accelerator.reduce(values, "sum")  # type: ignore[assignment]
-        return dict(zip(self.names[:-1], whole[:-1].unbind(), strict=True))
+    def step_values(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The terms and the loss of the step over all processes, 0-D each; all processes take part."""
+        names, terms = self._terms()
+        whole: Tensor = accelerator.reduce(torch.stack(terms), "sum")  # type: ignore[assignment]
+        return dict(zip(names, whole.unbind(), strict=True))
+
+    def _terms(self) -> tuple[list[str], list[Tensor]]:
+        """Names and values of the terms of the step, then of the loss."""
+        names = [name for key in self._step for name in key]
+        parts = [part.unbind() for part in self._step.values()]
+        terms = [value for part in parts for value in part[:-1]]
+        return [*names, "loss"], [*terms, torch.stack([part[-1] for part in parts]).sum()]
 
     def means(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
         """Mean over steps and processes since the last call; all processes take part, and the host waits for the device."""

@@ -9,17 +9,21 @@ from kdtrain.methods.ckd import ContextualDistillation
 from kdtrain.methods.comparative import ComparativeDistillation
 from kdtrain.methods.continuation import AnnealingDistillation, ContinuationDistillation
 from kdtrain.methods.dist import CorrelationDistillation
+from kdtrain.methods.distillm import SkewedDistillation
 from kdtrain.methods.dynamic_selection import DynamicSelection
 from kdtrain.methods.dynamic_weights import DynamicWeights
 from kdtrain.methods.fitnets import Hints
 from kdtrain.methods.ft import FineTuning
+from kdtrain.methods.gkd import GeneralizedDistillation
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.kd_features import FeatureDistillation
+from kdtrain.methods.mokd import MultiObjective
 from kdtrain.methods.pkd import PatientDistillation
 from kdtrain.methods.pkt import ProbabilisticTransfer
 from kdtrain.methods.relations import RelationDistillation
 from kdtrain.methods.rkd import RelationalDistillation
 from kdtrain.methods.sp import SimilarityPreserving
+from kdtrain.methods.speculative_kd import SpeculativeDistillation
 from kdtrain.models.loading import Shape
 from kdtrain.recipe.base import MethodOptions
 
@@ -41,6 +45,10 @@ METHODS: dict[str, type[Method]] = {
     "dynamic_selection": DynamicSelection,
     "dynamic_weights": DynamicWeights,
     "atkd": AdaptiveTeaching,
+    "mokd": MultiObjective,
+    "gkd": GeneralizedDistillation,
+    "distillm": SkewedDistillation,
+    "speculative_kd": SpeculativeDistillation,
 }
 
 

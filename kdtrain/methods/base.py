@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from kdtrain.outputs import Batch, LogitTerm, Outputs, TeacherOutputs
 from kdtrain.recipe.base import MethodOptions
 
 Pairs = tuple[tuple[int, int], ...]
+
+T = TypeVar("T")
 
 TASKS = frozenset({"classification", "code_lm", "masked_lm"})
 
@@ -25,6 +27,8 @@ class Step:
     total: int = 1
     epoch: float = 0.0
     """passes over the rows so far"""
+    seed: int = 0
+    """of the run, for a method that draws"""
 
     @property
     def share(self) -> float:
@@ -49,10 +53,17 @@ class Needs:
 
 
 class Generate(Protocol):
-    """Runs a sampler with the student, and the live teachers by name, inside the wrapped forward and without grad."""
+    """What a method that makes batches has of the run; every process has to call each equally often."""
 
-    def __call__(self, sampler: Callable[[Any, Mapping[str, Any]], Tensor], /) -> Tensor:
-        """Return what the sampler returns. Every process has to call this equally often."""
+    def __call__(self, sampler: Callable[[Any, Mapping[str, Any]], T], /) -> T:
+        """Return what the sampler returns of the student, and the live teachers by name.
+
+        It runs inside the wrapped forward and without grad.
+        """
+        ...
+
+    def gather(self, values: Tensor, /) -> Tensor:
+        """The rows (r, ...) of this micro-batch and of those of all other processes, in order; without fillers."""
         ...
 
 
@@ -66,7 +77,7 @@ class Method(nn.Module):
     Options: ClassVar[type[MethodOptions]]
     tasks: ClassVar[frozenset[str]] = TASKS
     """tasks that can serve the method"""
-    gradient_groups: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    gradient_groups: tuple[tuple[str, ...], ...] = ()
     """groups of terms that get a gradient of their own, for `combine`; () for one gradient of all terms"""
     options: Any
     """what the recipe says, an instance of `Options`"""
@@ -121,9 +132,21 @@ class Method(nn.Module):
 
     # ---- once per step or evaluation; values are reduced over micro-batches and processes
 
-    def combine(self, gradients: list[list[Tensor]]) -> list[Tensor]:
-        """One gradient for every parameter, out of those of each gradient group; they may be shards, see `dot`."""
+    def combine(
+        self, step: Step, gradients: list[list[Tensor]], values: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """One gradient for every parameter, out of those of each gradient group; they may be shards, see `dot`.
+
+        Args:
+            step: the step at hand.
+            gradients: by group, then by parameter.
+            values: the mean value of every term in this step.
+        """
         raise NotImplementedError
+
+    def logged(self) -> dict[str, Tensor]:
+        """0-D values of this step that metrics.jsonl has too; the same on all processes, the same names in every step."""
+        return {}
 
     def after_step(self, step: Step, values: Mapping[str, Tensor]) -> None:
         """Called after an optimizer step with the mean value of every term."""

@@ -1,13 +1,12 @@
 """Methods that use one hook each, and a run of any of them: `python -m tests.language.frame_methods FOLDER NAME`.
 
-They stand for the methods to come: combined gradients, rows selected before the teacher runs, batches sampled from the
-student, and weights by a statistic of the whole batch.
+Combined gradients are those of mokd, sampled batches those of gkd and distillm. Made here are rows selected before the teacher
+runs, and weights by a statistic of the whole batch.
 """
 
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,12 @@ from kdtrain.engine.accelerator import start_accelerator
 from kdtrain.engine.full_state import whole_state
 from kdtrain.evaluation.rows import measured_rows
 from kdtrain.loop import train
-from kdtrain.methods.base import Generate, Method, Needs, Step, dot
+from kdtrain.methods.base import Method, Needs, Step
+from kdtrain.methods.distillm import SkewedDistillation
+from kdtrain.methods.gkd import GeneralizedDistillation
 from kdtrain.methods.kd import LogitDistillation
+from kdtrain.methods.mokd import MultiObjective
+from kdtrain.methods.speculative_kd import SpeculativeDistillation
 from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.models.loading import Shape
 from kdtrain.objective import Objective
@@ -32,21 +35,6 @@ from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageMethodRecip
 from kdtrain.tasks.code_lm.recipe import LanguageTrainingRecipe as Training
 from kdtrain.tasks.code_lm.task import shape_of
 from tests.language.conftest import tiny
-
-PROMPT, NEW = 2, 4
-
-
-class Balanced(LogitDistillation):
-    """The shortest vector between the gradients of divergence and cross entropy, as in MGDA."""
-
-    gradient_groups = (("kd",), ("ce",))
-
-    def combine(self, gradients: list[list[Tensor]]) -> list[Tensor]:
-        """As the class says."""
-        kd, ce = gradients
-        along, across = dot(kd, ce), dot(ce, ce)
-        share = ((across - along) / (dot(kd, kd) + across - 2 * along)).clamp(0, 1)
-        return [share * a + (1 - share) * b for a, b in zip(kd, ce, strict=True)]
 
 
 class Hardest(LogitDistillation):
@@ -75,33 +63,6 @@ class Hardest(LogitDistillation):
         """Keep the last held-out loss."""
         assert isinstance(self.told, Tensor)
         self.told[1] = metrics["loss"]
-
-
-class OnPolicy(LogitDistillation):
-    """Learns from what the student itself continues a row with; draws depend on step and row alone."""
-
-    def make_batch(self, step: Step, batch: Batch, generate: Generate) -> Batch:
-        """The first tokens of every row, and as many sampled ones in every micro-batch: FSDP2 runs them in step."""
-
-        def sample(student: Any, teachers: Mapping[str, Any]) -> Tensor:
-            ids = batch.input_ids[:, :PROMPT]
-            draws = [torch.Generator().manual_seed(1000 * step.number + row) for row in batch.rows.tolist()]
-            for _ in range(NEW):
-                logits = student(input_ids=ids, use_cache=False).logits[:, -1]
-                noise = torch.stack([torch.rand(logits.shape[1], generator=one) for one in draws])
-                ids = torch.cat([ids, (logits - (-noise.log()).log()).argmax(-1, keepdim=True)], dim=1)
-            return ids
-
-        ids = generate(sample)
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
-        labels[:, : PROMPT - 1] = IGNORED
-        return replace(
-            batch,
-            input_ids=ids,
-            labels=labels,
-            position_ids=torch.arange(ids.shape[1]).expand_as(ids),
-            stored={},
-        )
 
 
 class Uncertain(LogitDistillation):
@@ -133,23 +94,35 @@ class Uncertain(LogitDistillation):
 
 KINDS: dict[str, type[Method]] = {
     "plain": LogitDistillation,
-    "balanced": Balanced,
+    "mokd": MultiObjective,
     "hardest": Hardest,
-    "on_policy": OnPolicy,
+    "gkd": GeneralizedDistillation,
+    "distillm": SkewedDistillation,
+    "speculative_kd": SpeculativeDistillation,
     "uncertain": Uncertain,
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mokd": {"kd_weight": 0.7, "temperature": 1.5, "feature_weight": 0.5},
+    "gkd": {"student_share": 0.7, "max_new_tokens": 4, "prompt_tokens": 2},
+    "distillm": {"first_threshold": 1.0, "replay_capacity": 6, "replay_width": 16, "max_new_tokens": 4, "prompt_tokens": 2},
+    "speculative_kd": {"top_k": 60, "block_tokens": 3, "max_new_tokens": 4, "prompt_tokens": 2},
+}  # fmt: skip
 
 
 def objective_of(name: str) -> Objective:
     """A llama student of width 32, a qwen2 teacher of width 48, and the method of this name."""
     student, teacher = tiny("llama"), tiny("qwen2", 1, hidden_size=48).requires_grad_(False)
-    options = LogitDistillation.Options(kd_weight=0.7, ce_weight=0.4, temperature=1.5)
+    options: Any = LogitDistillation.Options(kd_weight=0.7, ce_weight=0.4, temperature=1.5)
+    if name in OPTIONS:
+        options = KINDS[name].Options(**OPTIONS[name])
     method = KINDS[name](options, shape_of(student), {"teacher": shape_of(teacher)})
     models = LanguageModels(LanguageTeacher("teacher", teacher, None))  # type: ignore[arg-type]
     return Objective(student, [method], models)
 
 
-def steps(folder: Path, name: str, data: PackedRows, *, accumulation: int = 1) -> dict[str, Tensor]:
+def steps(
+    folder: Path, name: str, data: PackedRows, *, accumulation: int = 1, save_steps: int | None = None
+) -> dict[str, Tensor]:
     """Three optimizer steps in `folder`, in as many processes as there are; the state of the objective."""
     training = Training(
         max_steps=3,
@@ -158,6 +131,7 @@ def steps(folder: Path, name: str, data: PackedRows, *, accumulation: int = 1) -
         evaluate_every=3,
         log_every=1,
         accumulation=accumulation,
+        save_steps=save_steps,
     )
     recipe = LanguageRecipe(
         data=LanguageDataRecipe(train="-"), method=LanguageMethodRecipe(name="ft"), training=training

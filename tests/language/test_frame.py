@@ -14,12 +14,14 @@ from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.methods import METHODS, build_methods, check_methods
 from kdtrain.methods.base import Step
 from kdtrain.methods.ft import FineTuning
+from kdtrain.methods.gkd import GeneralizedDistillation
 from kdtrain.methods.kd import LogitDistillation
+from kdtrain.methods.mokd import MultiObjective
 from kdtrain.models.loading import Shape
 from kdtrain.objective import Objective
 from kdtrain.tasks.code_lm.outputs import LanguageModels
 from tests.language.conftest import tiny
-from tests.language.frame_methods import KINDS, Balanced, Hardest, OnPolicy, objective_of, steps
+from tests.language.frame_methods import KINDS, Hardest, objective_of, steps
 from tests.language.test_objective import CPU, rows
 from tests.language.test_processes import FSDP2, finish
 from tests.support import commands
@@ -53,10 +55,11 @@ def test_accumulation_does_not_change_what_a_hook_does(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param("balanced", {}, id="balanced-ddp"),
-        pytest.param("balanced", FSDP2, id="balanced-fsdp2"),
+        pytest.param("mokd", {}, id="mokd-ddp"),
+        pytest.param("mokd", FSDP2, id="mokd-fsdp2"),
         pytest.param("hardest", {}, id="hardest-ddp"),
-        pytest.param("on_policy", FSDP2, id="on_policy-fsdp2"),
+        pytest.param("speculative_kd", FSDP2, id="speculative_kd-fsdp2"),
+        pytest.param("distillm", {}, id="distillm-ddp"),
         pytest.param("uncertain", {}, id="uncertain-ddp"),
     ],
 )
@@ -73,29 +76,6 @@ def test_two_processes_equal_one(name: str, options: dict[str, str], tmp_path: P
         told = [load_file(tmp_path / place / checkpoint)["methods.0.told"] for place in ("one", "two")]
         torch.testing.assert_close(told[1], told[0], rtol=1e-4, atol=1e-5)
         assert bool((told[0] > 0).all()), "both hooks were called, and what they keep is checkpointed"
-
-
-def test_combined_gradients_are_of_minimal_norm(tmp_path: Path) -> None:
-    """The combination has the same inner product with both gradients, or is the shorter of the two."""
-    objective = objective_of("balanced")
-    (method,) = objective.plan
-    data = rows(packing=False)
-    batch, divisor = data.batch(torch.arange(8), CPU), data.count(torch.arange(8))
-    parameters = list(objective.parameters())
-    groups = []
-    for group in objective.gradient_groups:
-        loss, values = objective(batch, divisor, group)
-        assert tuple(values) == group
-        groups.append(list(torch.autograd.grad(loss, parameters)))
-    both = [torch.cat([part.flatten() for part in gradient]) for gradient in groups]
-    found = torch.cat([part.flatten() for part in method.combine(groups)])
-    assert float(found.norm()) <= min(float(one.norm()) for one in both) * (1 + 1e-5)
-    products = [float(found @ one) for one in both]
-    assert (
-        products[0] == pytest.approx(products[1], rel=1e-3)
-        or found.allclose(both[0])
-        or found.allclose(both[1])
-    )
 
 
 def test_selected_rows_are_all_that_the_teacher_sees() -> None:
@@ -157,7 +137,11 @@ def test_several_methods_learn_together() -> None:
 def test_methods_that_do_not_go_together_are_refused(
     names: list[str], task: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, kind in (("sampled", OnPolicy), ("selected", Hardest), ("combined", Balanced)):
+    for name, kind in (
+        ("sampled", GeneralizedDistillation),
+        ("selected", Hardest),
+        ("combined", MultiObjective),
+    ):
         monkeypatch.setitem(METHODS, name, kind)
     options = [METHODS[name].Options() for name in names]  # type: ignore[call-arg]
     options = [one.model_copy(update={"name": name}) for one, name in zip(options, names, strict=True)]
@@ -174,12 +158,12 @@ def test_a_method_without_its_teacher_is_refused() -> None:
 
 def test_a_batch_without_counted_positions_is_refused() -> None:
     """What a sampler made may not be empty."""
-    objective, data = objective_of("on_policy"), rows(packing=False)
+    objective, data = objective_of("gkd"), rows(packing=False)
     (method,) = objective.plan
 
     def nothing(step: Step, batch: Any, generate: Any) -> Any:
         return replace(batch, labels=torch.full_like(batch.labels, -100))
 
     method.make_batch = nothing
-    with pytest.raises(KdtrainError, match="method kd made a batch without any counted position at step 1"):
+    with pytest.raises(KdtrainError, match="method gkd made a batch without any counted position at step 1"):
         objective.prepare_step(objective, Step(), torch.arange(8), data, Accelerator(cpu=True), 2)
