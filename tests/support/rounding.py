@@ -55,7 +55,7 @@ _EXACT = {
     "logical_not", "logical_or", "lt", "masked_fill", "masked_fill_", "max", "maximum", "min", "minimum", "nan_to_num",
     "ne", "neg", "new_empty", "new_full", "new_ones", "new_zeros", "nll_loss_backward", "nll_loss_forward",
     "nonzero", "ones", "ones_like", "relu", "repeat", "roll", "scalar_tensor", "scatter", "scatter_",
-    "select_backward", "sign", "slice_backward", "sort", "stack", "topk", "tril", "triu", "unfold_backward",
+    "scatter_add", "select_backward", "sign", "slice_backward", "sort", "stack", "topk", "tril", "triu", "unfold_backward",
     "where", "zero_", "zeros", "zeros_like",
 }  # fmt: skip
 
