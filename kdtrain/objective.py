@@ -39,6 +39,10 @@ class Objective(nn.Module):
 
     def learn_by(self, methods: Sequence[Method]) -> None:
         """Take these methods in place of any other; terms with a name that several have get that of the method too."""
+        for method in methods:
+            method.attach(
+                self.student, lambda network, batch: self.models.student_outputs(network, batch, Layers())
+            )
         self.methods = nn.ModuleList(methods)
         self.plan = list(methods)
         self.sharing = any(method.needs().whole_batch for method in methods)

@@ -83,6 +83,8 @@ class Batch:
     """(B, N) int64, 0 at the first token of every document of a packed row"""
     token_weight: Tensor | None = None
     """float32, of the shape of `labels`: the weight of each position in every term over logits"""
+    route: tuple[str, ...] | None = None
+    """by row: the name of its teacher, where the data names one"""
     stored: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """by teacher: its stored outputs of these rows, by name"""
     whole: Mapping[str, Shared] = field(default_factory=dict)

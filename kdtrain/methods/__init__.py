@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kdtrain.errors import KdtrainError
+from kdtrain.methods.at import AttentionTransfer
 from kdtrain.methods.atkd import AdaptiveTeaching
 from kdtrain.methods.base import Method, has_hook
 from kdtrain.methods.ckd import ContextualDistillation
@@ -10,18 +11,24 @@ from kdtrain.methods.comparative import ComparativeDistillation
 from kdtrain.methods.continuation import AnnealingDistillation, ContinuationDistillation
 from kdtrain.methods.dist import CorrelationDistillation
 from kdtrain.methods.distillm import SkewedDistillation
+from kdtrain.methods.dml import MutualLearning
+from kdtrain.methods.dpk import DynamicPrior
 from kdtrain.methods.dynamic_selection import DynamicSelection
+from kdtrain.methods.dynamic_teachers import DynamicTeachers
 from kdtrain.methods.dynamic_weights import DynamicWeights
 from kdtrain.methods.fitnets import Hints
+from kdtrain.methods.fsp import SolutionFlow
 from kdtrain.methods.ft import FineTuning
 from kdtrain.methods.gkd import GeneralizedDistillation
 from kdtrain.methods.kd import LogitDistillation
 from kdtrain.methods.kd_features import FeatureDistillation
 from kdtrain.methods.mokd import MultiObjective
+from kdtrain.methods.one import NativeEnsemble
 from kdtrain.methods.pkd import PatientDistillation
 from kdtrain.methods.pkt import ProbabilisticTransfer
 from kdtrain.methods.relations import RelationDistillation
 from kdtrain.methods.rkd import RelationalDistillation
+from kdtrain.methods.routed import RoutedTeachers
 from kdtrain.methods.sp import SimilarityPreserving
 from kdtrain.methods.speculative_kd import SpeculativeDistillation
 from kdtrain.models.loading import Shape
@@ -46,6 +53,13 @@ METHODS: dict[str, type[Method]] = {
     "dynamic_weights": DynamicWeights,
     "atkd": AdaptiveTeaching,
     "mokd": MultiObjective,
+    "routed": RoutedTeachers,
+    "dynamic_teachers": DynamicTeachers,
+    "at": AttentionTransfer,
+    "fsp": SolutionFlow,
+    "dml": MutualLearning,
+    "one": NativeEnsemble,
+    "dpk": DynamicPrior,
     "gkd": GeneralizedDistillation,
     "distillm": SkewedDistillation,
     "speculative_kd": SpeculativeDistillation,

@@ -67,6 +67,14 @@ class Generate(Protocol):
         ...
 
 
+class RunStudent(Protocol):
+    """Runs a network of the student's kind on a micro-batch, as the student is run."""
+
+    def __call__(self, network: nn.Module, batch: Batch, /) -> Outputs:
+        """Its outputs, without states of layers."""
+        ...
+
+
 class Method(nn.Module):
     """One way to learn.
 
@@ -91,6 +99,9 @@ class Method(nn.Module):
     def teachers_of(cls, options: Any) -> tuple[str, ...]:
         """The names of the teachers that the method reads; () for labels alone."""
         return ("teacher",)
+
+    def attach(self, student: nn.Module, run: RunStudent) -> None:
+        """Called once with the student, before training; makes the parts that depend on more than its shape."""
 
     def needs(self) -> Needs:
         """What the method reads of the models."""

@@ -1,5 +1,6 @@
 """Outputs of a classifier and its teacher, made by hand, for tests of one method's formula."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ CLASSES, ROWS = 4, 9
 class Rows:
     """Logits and states of both sides for all rows of a batch; leaves of the student have a gradient."""
 
-    def __init__(self, layers: tuple[tuple[int, int], ...] = ((2, 4),), seed: int = 0) -> None:
+    def __init__(
+        self,
+        layers: tuple[tuple[int, int], ...] = ((2, 4),),
+        seed: int = 0,
+        tokens: tuple[tuple[int, int], ...] = (),
+        teacher_width: int = TEACHER.width,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -30,18 +37,26 @@ class Rows:
         self.labels[3] = IGNORED
         self.states = {ours: draw(ROWS, STUDENT.width).requires_grad_() for ours, _ in layers}
         self.teacher_states = {theirs: draw(ROWS, TEACHER.width) for _, theirs in layers}
+        self.small_logits = 1.5 * draw(ROWS, CLASSES)
+        """of a second teacher"""
+        self.route = tuple("teacher" if row % 3 else "small" for row in range(ROWS))
+        self.tokens = {ours: draw(ROWS, 6, STUDENT.width).requires_grad_() for ours, _ in tokens}
+        self.teacher_tokens = {theirs: draw(ROWS, 8, teacher_width) for _, theirs in tokens}
+        rows = torch.arange(ROWS)[:, None]
+        self.mask, self.teacher_mask = (torch.arange(6) < 2 + rows % 5), (torch.arange(8) < 8 - rows % 4)
 
     @property
     def leaves(self) -> list[Tensor]:
         """What has a gradient."""
-        return [self.logits, *self.states.values()]
+        return [self.logits, *self.states.values(), *self.tokens.values()]
 
 
 def build(name: str, **options: Any) -> Method:
     """A method with these options."""
     kind = method_class(name)
     torch.manual_seed(0)
-    return kind(kind.Options(**options), STUDENT, {"teacher": TEACHER})
+    chosen = kind.Options(**options)
+    return kind(chosen, STUDENT, dict.fromkeys(kind.teachers_of(chosen), TEACHER))
 
 
 def total(method: Method, rows: Rows, index: Tensor | None = None, step: Step | None = None) -> Tensor:
@@ -50,14 +65,17 @@ def total(method: Method, rows: Rows, index: Tensor | None = None, step: Step | 
     whole = torch.arange(ROWS)
     index = whole if index is None else index
     everything, known = outputs(rows, whole)
-    batch = Batch(torch.zeros(ROWS, 1, dtype=torch.int64), rows.labels, whole)
-    shared = {
-        name: Shared(value.detach(), index)
-        for name, value in method.share(step, batch, everything, {"teacher": known}).items()
-    }
-    student, teacher = outputs(rows, index)
-    batch = Batch(torch.zeros(len(index), 1, dtype=torch.int64), rows.labels[index], index, whole=shared)
-    terms = method.terms(step, batch, student, {"teacher": teacher})
+    batch = Batch(torch.zeros(ROWS, 1, dtype=torch.int64), rows.labels, whole, route=rows.route)
+    shared = {}
+    for name, value in method.share(step, batch, everything, of(method, known)).items():
+        # A statistic of the whole batch in one row, or a row for each row.
+        places = index if len(value) == ROWS else torch.zeros(1, dtype=torch.int64)
+        shared[name] = Shared(value.detach(), places)
+    student, teachers = outputs(rows, index)
+    route = tuple(rows.route[i] for i in index.tolist())
+    ids = torch.zeros(len(index), 1, dtype=torch.int64)
+    batch = Batch(ids, rows.labels[index], index, route=route, whole=shared)
+    terms = method.terms(step, batch, student, of(method, teachers))
     loss, _ = student.total(terms, method.weights(step), 1)
     return loss
 
@@ -67,30 +85,39 @@ def one_term(method: Method, rows: Rows, name: str, step: Step | None = None) ->
     step = Step() if step is None else step
     whole = torch.arange(ROWS)
     student, known = outputs(rows, whole)
-    batch = Batch(torch.zeros(ROWS, 1, dtype=torch.int64), rows.labels, whole)
+    batch = Batch(torch.zeros(ROWS, 1, dtype=torch.int64), rows.labels, whole, route=rows.route)
     shared = {
-        key: Shared(value.detach(), whole)
-        for key, value in method.share(step, batch, student, {"teacher": known}).items()
+        key: Shared(value.detach(), torch.arange(len(value)))
+        for key, value in method.share(step, batch, student, of(method, known)).items()
     }
-    batch = Batch(batch.input_ids, rows.labels, whole, whole=shared)
-    term = method.terms(step, batch, student, {"teacher": known})[name]
+    term = method.terms(step, replace(batch, whole=shared), student, of(method, known))[name]
     if isinstance(term, LogitTerm):
         return student.total({name: term}, {name: 1.0}, 1)[0]
     return term
 
 
-def outputs(rows: Rows, index: Tensor) -> tuple[LogitOutputs, TeacherOutputs]:
-    """Both sides of the given rows."""
+def of(method: Method, teachers: dict[str, TeacherOutputs]) -> dict[str, TeacherOutputs]:
+    """The teachers that a method reads."""
+    return {name: teachers[name] for name in method.teachers}
+
+
+def outputs(rows: Rows, index: Tensor) -> tuple[LogitOutputs, dict[str, TeacherOutputs]]:
+    """The student and both teachers on the given rows."""
     student = LogitOutputs(
         logits=rows.logits[index],
         labels=rows.labels[index],
         states={layer: value[index] for layer, value in rows.states.items()},
+        tokens={layer: value[index] for layer, value in rows.tokens.items()},
+        token_mask=rows.mask[index],
     )
     teacher = TeacherOutputs(
         target=TeacherLogits(rows.teacher_logits[index]),
         states={layer: value[index] for layer, value in rows.teacher_states.items()},
+        tokens={layer: value[index] for layer, value in rows.teacher_tokens.items()},
+        token_mask=rows.teacher_mask[index],
     )
-    return student, teacher
+    small = TeacherOutputs(target=TeacherLogits(rows.small_logits[index]))
+    return student, {"teacher": teacher, "small": small}
 
 
 def assert_split_changes_nothing(method: Method, rows: Rows, step: Step | None = None) -> None:
