@@ -42,34 +42,24 @@ def learning_curves(runs: Mapping[str, Path], path: Path) -> None:
     save_figure(figure, path)
 
 
-def accuracy_against_size(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw accuracy with its interval over parameters; models without parameters are the floor, a dashed line."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    floors = [metrics["accuracy"] for metrics in models.values() if metrics["parameters"] is None]
-    sized = {name: metrics for name, metrics in models.items() if metrics["parameters"] is not None}
-    for name, metrics in sized.items():
+def accuracy_intervals(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw one row a model: accuracy with its interval, and a dot for each seed. Linear baselines are grey."""
+    figure, axes = plt.subplots(figsize=(8, 0.7 + 0.45 * len(models)), layout="constrained")
+    for row, (name, metrics) in enumerate(models.items()):
+        linear = metrics["parameters"] is None
+        colour = "grey" if linear else "black" if name == "teacher" else f"C{row}"
         low, high = metrics["accuracy_interval"]
         accuracy = metrics["accuracy"]
-        axes.errorbar(
-            metrics["parameters"] / 1e6,
-            100 * accuracy,
-            yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
-            marker="o",
-            capsize=3,
-            linestyle="none",
-            color="black" if name == "teacher" else None,  # students keep the colours of the learning curves
-            label=name,
-        )
-    if floors:
-        axes.axhline(100 * max(floors), linestyle="--", color="grey", label="floor: best bag of tokens")
-    axes.set(xscale="log", xlabel="parameters, millions", ylabel="test accuracy, %")
-    sizes = sorted({metrics["parameters"] / 1e6 for metrics in sized.values()})
-    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
-    axes.minorticks_off()
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
+        error = [[100 * (accuracy - low)], [100 * (high - accuracy)]]
+        axes.errorbar(100 * accuracy, row, xerr=error, marker="D", capsize=3, color=colour)
+        seeds = metrics["accuracy_of_seeds"]
+        if len(seeds) > 1:
+            axes.plot([100 * one for one in seeds], [row + 0.22] * len(seeds), ".", color=colour, alpha=0.6)
+    axes.set_yticks(range(len(models)), list(models))
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, % (95 % interval over the test rows; dots: seeds)")
+    axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    legend_beside(figure, axes)
     save_figure(figure, path)
 
 

@@ -12,7 +12,7 @@ from kdtrain.console import say
 from kdtrain.data.exceptions import build_exceptions
 from kdtrain.data.tokens import tokenize
 from kdtrain.demo.report import Entry, write_report
-from kdtrain.evaluation.linear_baseline import bag_of_tokens
+from kdtrain.evaluation.linear_baseline import linear_baselines
 from kdtrain.files import folder_bytes
 from kdtrain.models.loading import parameter_count
 from kdtrain.models.teachers import load_teacher
@@ -103,8 +103,8 @@ def demo(
         name: [run(student_recipe(plan, name, seed, output, teacher)) for seed in range(seeds)]
         for name in plan.methods
     }
-    say("4/4 floor and report")
-    entries = [*floor_entries(data), teacher_entry(teacher, data, output)]
+    say("4/4 linear baselines and report")
+    entries = [*baseline_entries(data), teacher_entry(teacher, data, output)]
     entries += [student_entry(name, summaries, output) for name, summaries in runs.items()]
     return write_report(
         output, data, entries, {TITLES[name]: output / "runs" / f"{name}-0" for name in plan.methods}
@@ -128,12 +128,10 @@ def student_recipe(plan: DemoPlan, method: str, seed: int, output: Path, teacher
     )
 
 
-def floor_entries(data: ClassificationData) -> list[Entry]:
+def baseline_entries(data: ClassificationData) -> list[Entry]:
     """The linear classifiers."""
-    scores = bag_of_tokens(data.train.texts, data.train.labels, data.test.texts, data.focus)
-    return [
-        Entry(f"floor: bag of tokens, {name}", [logits], data.test.labels) for name, logits in scores.items()
-    ]
+    scores = linear_baselines(data.train.texts, data.train.labels, data.test.texts, data.focus)
+    return [Entry(f"linear: {name}", [logits], data.test.labels) for name, logits in scores.items()]
 
 
 def teacher_entry(path: Path, data: ClassificationData, output: Path) -> Entry:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdtrain.evaluation.measure import bootstrap_interval, paired_difference
 from kdtrain.files import human_bytes, write_atomic, write_json
-from kdtrain.plots import accuracy_against_size, learning_curves
+from kdtrain.plots import accuracy_intervals, learning_curves
 from kdtrain.summary import installed_versions
 from kdtrain.tasks.classification.metrics import classification_metrics
 from kdtrain.tasks.classification.splits import ClassificationData
@@ -58,7 +58,7 @@ class Entry:
 def write_report(
     output: Path, data: ClassificationData, entries: Sequence[Entry], runs: Mapping[str, Path]
 ) -> str:
-    """Write report.md, report.json, accuracy_against_size.png and learning_curves.png; give the Markdown."""
+    """Write report.md, report.json, accuracy_intervals.png and learning_curves.png; give the Markdown."""
     measured = {entry.name: entry.metrics() for entry in entries}
     names = list(runs)
     differences = {
@@ -87,10 +87,10 @@ def write_report(
             for name, (mean, low, high) in differences.items()
         ),
         "",
-        f"Pictures: {output / 'accuracy_against_size.png'}, {output / 'learning_curves.png'}. "
+        f"Pictures: {output / 'accuracy_intervals.png'}, {output / 'learning_curves.png'}. "
         f"Students to load with AutoModelForSequenceClassification: {output / 'runs'}/*/student",
     ]
-    accuracy_against_size(measured, output / "accuracy_against_size.png")
+    accuracy_intervals(measured, output / "accuracy_intervals.png")
     learning_curves(runs, output / "learning_curves.png")
     write_json(
         output / "report.json",

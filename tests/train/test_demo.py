@@ -13,7 +13,7 @@ from kdtrain.cli import main
 from kdtrain.data.handlers import CLASSES, HOLE
 from kdtrain.demo.classification import DemoPlan, demo
 from kdtrain.demo.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
-from kdtrain.evaluation.linear_baseline import around, bag_of_tokens
+from kdtrain.evaluation.linear_baseline import around, linear_baselines
 
 TINY = replace(SHAPE, vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48)
 KINDS = {
@@ -72,7 +72,8 @@ def test_the_demo_tells_the_whole_story_and_a_second_call_only_reports(
     )
     report = demo(tmp_path / "demo", plan=plan, seeds=2)
     for part in (
-        "floor: bag of tokens",
+        "linear: tokens, whole function",
+        "linear: tokens and pairs, 300 characters",
         "| teacher |",
         "labels only (FT)",
         "student, KD |",
@@ -85,7 +86,7 @@ def test_the_demo_tells_the_whole_story_and_a_second_call_only_reports(
     assert student["parameters"] < teacher["parameters"] and student["bytes"] > 0
     assert 0 < student["accuracy_interval"][0] <= student["accuracy"] <= student["accuracy_interval"][1] <= 1
     assert len(student["accuracy_of_seeds"]) == 2 and student["train_seconds"] > 0
-    for picture in ("accuracy_against_size.png", "learning_curves.png"):
+    for picture in ("accuracy_intervals.png", "learning_curves.png"):
         assert (tmp_path / "demo" / picture).read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     again = demo(tmp_path / "demo", plan=plan, seeds=2)
@@ -95,13 +96,24 @@ def test_the_demo_tells_the_whole_story_and_a_second_call_only_reports(
     assert accuracies[0] == accuracies[1]
 
 
-def test_the_floor_beats_chance_where_tokens_tell() -> None:
+def test_linear_baselines_beat_chance_where_tokens_tell() -> None:
     texts = [f"a{i % 7} b{i % 5} {'red' if i % 2 else 'blue'} {HOLE} tail" for i in range(80)]
     labels = torch.arange(80) % 2
-    scores = bag_of_tokens(texts[:60], labels[:60], texts[60:], HOLE)
+    scores = linear_baselines(texts[:60], labels[:60], texts[60:], HOLE)
+    assert len(scores) == 3
     for logits in scores.values():
         assert (logits.argmax(dim=1) == labels[60:]).all()
-    assert around("x" * 1000 + HOLE + "y" * 1000, HOLE).count("x") == 300
+    assert around("x" * 1000 + HOLE + "y" * 1000, HOLE, 600).count("x") == 300
+
+
+def test_pairs_tell_what_single_tokens_do_not() -> None:
+    """The class is the order of two tokens: single tokens are at chance, pairs are right."""
+    texts = [f"f ( a , b ) n{i % 9}" if i % 2 else f"f ( b , a ) n{i % 9}" for i in range(120)]
+    labels = torch.arange(120) % 2
+    scores = linear_baselines(texts[:80], labels[:80], texts[80:], None)
+    right = {name: (logits.argmax(dim=1) == labels[80:]).float().mean() for name, logits in scores.items()}
+    assert right["tokens and pairs, whole function"] == 1.0
+    assert right["tokens, whole function"] < 0.8
 
 
 def test_the_command_builds_a_data_set_and_refuses_a_missing_folder(
