@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kdtrain.models.language_teacher import LanguageTeacher
     from kdtrain.objective import Objective
     from kdtrain.tasks.code_lm.packing import PackedRows
-    from kdtrain.teacher_cache.token_rows import CachedRows
+    from kdtrain.tasks.code_lm.teacher_outputs import TeacherRows
 
 BATCHES = 4  # different batches that the steps take turns with
 
@@ -144,7 +144,7 @@ def _autocast(case: Case) -> AbstractContextManager[Any]:
     return torch.autocast(case.device, getattr(torch, case.precision))
 
 
-def _step(case: Case, objective: "Objective", rows: "PackedRows | CachedRows", loss_of: Any = None) -> Step:
+def _step(case: Case, objective: "Objective", rows: "PackedRows | TeacherRows", loss_of: Any = None) -> Step:
     """The step of `kdtrain.loop`, in which `loss_of` may stand for the objective's own loss."""
     batches = itertools.cycle(torch.arange(BATCHES * case.rows).split(case.rows))
 
@@ -172,26 +172,32 @@ def kd_features(case: Case, inputs: Inputs) -> Step:
     return _step(case, _objective(case, "kd_features", _teacher(case)), inputs.rows)
 
 
+def _computed(
+    case: Case,
+    folder: Path,
+    teacher: "LanguageTeacher",
+    recipe: Any,
+    kind: Literal["hidden", "topk"],
+    rows: "PackedRows",
+) -> "TeacherRows":
+    from accelerate import Accelerator
+
+    from kdtrain.tasks.code_lm.teacher_outputs import Target, TeacherRows
+
+    target, accelerator = Target.of(kind, teacher, recipe), Accelerator(cpu=case.device == "cpu")
+    tokens = case.rows * case.length
+    return TeacherRows.computed(rows, folder, teacher, target, accelerator, batch_tokens=tokens)
+
+
 def _stored(case: Case, inputs: Inputs, kind: Literal["hidden", "topk"]) -> Step:
     from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
-    from kdtrain.teacher_cache.token_build import build_language_cache
-    from kdtrain.teacher_cache.token_cache import Signal
-    from kdtrain.teacher_cache.token_rows import CachedRows
 
     teacher, recipe = _teacher(case), LanguageTeacherRecipe(path="random weights", signal=kind)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # steps read from it until the process ends
-    cache = build_language_cache(
-        folder,
-        teacher,
-        Signal.of(kind, teacher, recipe),
-        inputs.rows,
-        batch_tokens=case.rows * case.length,
-        device=torch.device(case.device),
-    )
+    rows = _computed(case, folder, teacher, recipe, kind, inputs.rows)
     teacher.release()
-    objective = _objective(case, "kd", teacher, recipe)
-    return _step(case, objective, CachedRows.of(inputs.rows, cache))
+    return _step(case, _objective(case, "kd", teacher, recipe), rows)
 
 
 def stored_hidden(case: Case, inputs: Inputs) -> Step:
@@ -207,16 +213,13 @@ def stored_top_k(case: Case, inputs: Inputs) -> Step:
 def store(case: Case, inputs: Inputs) -> Step:
     """What the cache costs once for every batch: the teacher's pass, and its hidden states written to disk."""
     from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
-    from kdtrain.teacher_cache.token_build import build_language_cache
-    from kdtrain.teacher_cache.token_cache import Signal
 
     teacher, rows = _teacher(case), _rows(case, case.rows)
-    signal = Signal.of("hidden", teacher, LanguageTeacherRecipe(path="random weights", signal="hidden"))
-    device, tokens = torch.device(case.device), case.rows * case.length
+    recipe = LanguageTeacherRecipe(path="random weights", signal="hidden")
 
     def step() -> Tensor:
         with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as folder:
-            build_language_cache(Path(folder), teacher, signal, rows, batch_tokens=tokens, device=device)
+            _computed(case, Path(folder), teacher, recipe, "hidden", rows)
         return torch.zeros(())
 
     return step

@@ -38,24 +38,20 @@ def main(arguments: argparse.Namespace) -> int:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
     from kdtrain.engine.accelerator import start_accelerator
     from kdtrain.tasks.classification.task import Classification
-    from kdtrain.teacher_cache.row_build import verify_cache
+    from kdtrain.teacher_cache.store import keys_of
+    from kdtrain.teacher_cache.verify import verify
 
     run = Classification(recipe)
-    device = start_accelerator(recipe.training).device
-    cache = run.build_cache(device)
-    say(f"teacher cache: {len(cache)} rows in {cache.folder}")
+    accelerator = start_accelerator(recipe.training)
+    store = run.filled_store(accelerator)
+    if accelerator.is_main_process:
+        say(f"teacher cache: {len(store)} rows in {store.folder}")
     if arguments.verify:
-        assert run.teacher is not None
-        count = verify_cache(
-            cache,
-            run.teacher,
-            run.cache_identity(),
-            run.cached_rows,
-            count=arguments.rows,
-            seed=recipe.seed,
-            device=device,
-        )
-        say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
+        rows = run.cached_rows
+        prepare, keys = run.prepare_work(rows, accelerator.device), keys_of(rows.keys())
+        count = verify(store, keys, prepare, accelerator, count=arguments.rows, seed=recipe.seed)
+        if accelerator.is_main_process:
+            say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
     return 0
 
 
@@ -69,32 +65,31 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
         )
     from kdtrain.engine.accelerator import start_accelerator
     from kdtrain.tasks.code_lm.task import CodeLM
-    from kdtrain.teacher_cache.token_build import verify_language_cache
+    from kdtrain.teacher_cache.verify import verify
 
     run = CodeLM(recipe)
-    device = start_accelerator(recipe.training).device
+    accelerator = start_accelerator(recipe.training)
+    main = accelerator.is_main_process
     run.identity()
-    if run.shards is not None:
-        say(run.shards.shards.words)
-        if arguments.verify:
-            run.shards.shards.verify()
+    if run.external is not None:
+        if main:
+            say(run.external.words)
+        if main and arguments.verify:
+            run.external.verify()
             say("teacher shards: all values are log-probabilities of different tokens")
         return 0
     if run.stored is None:
         raise KdtrainError(
             f"{arguments.recipe} learns nothing from the teacher, so nothing is stored; set method.name to kd"
         )
-    assert run.teacher is not None
-    for stored in run.stored_signals(device):
-        say(f"teacher cache: {len(stored.cache)} rows in {stored.cache.folder}")
+    for rows in run.stored_signals(accelerator):
+        if main:
+            say(f"teacher cache: {len(rows.store)} segments in {rows.store.folder}")
         if arguments.verify:
-            count = verify_language_cache(
-                stored.cache,
-                run.teacher,
-                stored.rows,
-                count=arguments.rows,
-                seed=recipe.seed,
-                device=device,
+            assert rows.prepare is not None
+            count = verify(
+                rows.store, rows.keys, rows.prepare, accelerator, count=arguments.rows, seed=recipe.seed
             )
-            say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
+            if main:
+                say(f"teacher cache: all checksums hold and {count} recomputed rows agree")
     return 0

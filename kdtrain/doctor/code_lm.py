@@ -174,16 +174,16 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
 def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
     """What the stored signals of the teacher take."""
     run = subject.run
-    if run.shards is not None:
-        yield note(run.shards.shards.words)
+    if run.external is not None:
+        yield note(run.external.words)
     if run.stored is None:
         return
-    signal, held_out = run.signal(run.stored), run.signal("hidden")
+    target, held_out = run.target(run.stored), run.target("hidden")
     tokens, measured = (int(rows.lengths.sum()) for rows in run.rows[:2])
     yield note(
-        f"the teacher cache takes {signal.bytes_per_token} bytes a token ({signal.words()}), "
-        f"{human_bytes(tokens * signal.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
-        f"for {measured} held-out tokens ({held_out.words()})"
+        f"the teacher cache takes {target.bytes_per_token} bytes a token ({target.describe()}), "
+        f"{human_bytes(tokens * target.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
+        f"for {measured} held-out tokens ({held_out.describe()})"
     )
 
 

@@ -15,7 +15,7 @@ from kdtrain.objective import Objective
 from kdtrain.outputs import Batch
 from kdtrain.tasks.classification.outputs import Classifiers
 from kdtrain.tasks.classification.pairs import PairRows
-from kdtrain.teacher_cache.row_build import teacher_outputs
+from kdtrain.tasks.classification.teacher_outputs import teacher_outputs
 
 
 def what_is_trained(subject: Subject) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from kdtrain.tasks.classification.pairs import Rows, tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.tasks.classification.task import Classification
-from kdtrain.teacher_cache.row_build import teacher_outputs
+from kdtrain.tasks.classification.teacher_outputs import teacher_outputs
 
 SAMPLE = 200
 """Rows that a check looks at where looking costs a model's time."""

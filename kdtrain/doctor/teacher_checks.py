@@ -10,7 +10,7 @@ from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models.loading import shape_of
 from kdtrain.tasks.classification.pairs import PairRows
-from kdtrain.teacher_cache.row_build import teacher_outputs
+from kdtrain.tasks.classification.teacher_outputs import teacher_outputs
 
 
 def teacher_knows_the_task(subject: Subject) -> Iterator[Finding]:

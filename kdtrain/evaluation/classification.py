@@ -39,11 +39,12 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
             f"the content of the data has changed since {folder} was trained: these are other rows than its summary's"
         )
     accelerator = start_accelerator(run.recipe.training)
-    cache = None if run.teacher is None else run.build_cache(accelerator.device)
+    split_rows = getattr(data, split)
+    cache = None if run.teacher is None else run.filled_store(accelerator, split_rows)
     student = load_classifier(str(folder / "student"), "student")
     student.to(accelerator.device).eval()
     run.tokenizer = load_tokenizer(str(folder / "student"), "student")
-    rows = run.measured(split, getattr(data, split), cache)
+    rows = run.measured(split, split_rows, cache)
     objective = Objective(student, [], Classifiers())
     logits = measured_rows(objective.measure, rows, accelerator, tokens=run.evaluation_tokens)
     return {

@@ -91,7 +91,7 @@ def with_cache(study: StudyRecipe, cells: list[Cell], shared: SharedInputs) -> l
     cells = [replace(cell, recipe=replace(cell.recipe, teacher=given)) for cell in cells]
     # The first that learns from the teacher has training rows too; every other one only measures.
     chosen = next((cell for cell in cells if reads_teacher(cell)), cells[0])
-    Classification(chosen.recipe, shared).build_cache(start_accelerator(chosen.recipe.training).device)
+    Classification(chosen.recipe, shared).filled_store(start_accelerator(chosen.recipe.training))
     return cells
 
 

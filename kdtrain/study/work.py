@@ -25,7 +25,7 @@ from kdtrain.study.plan import Cell
 from kdtrain.summary import Summary
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.tasks.classification.task import Classification
-from kdtrain.teacher_cache.shards import read_manifest
+from kdtrain.teacher_cache.store import read_manifest
 
 PATIENCE = 20.0
 """Seconds in which the cells at work may save a checkpoint when the study is stopped."""

@@ -53,7 +53,7 @@ Prepare = Callable[[np.ndarray], Work]
 """Make the work of these row numbers, for example tokenize them."""
 
 
-def build(store: Store, keys: Keys, prepare: Prepare, accelerator: Accelerator, *, batch_tokens: int) -> None:
+def build(store: Store, keys: Keys, prepare: Prepare, accelerator: Accelerator, *, batch_tokens: int) -> int:
     """Compute what the store lacks of these rows; called by all processes with the same arguments.
 
     Every process computes its share and writes its own files, while the first one holds the lock of the folder. The
@@ -63,6 +63,9 @@ def build(store: Store, keys: Keys, prepare: Prepare, accelerator: Accelerator, 
         keys: of every row.
         prepare: called with the numbers of the missing rows.
         batch_tokens: tokens in one forward pass.
+
+    Returns:
+        The number of rows that all processes computed.
 
     Raises:
         KdtrainError: too little room on the disk, another run that writes there now, or outputs that are not finite.
@@ -94,6 +97,7 @@ def build(store: Store, keys: Keys, prepare: Prepare, accelerator: Accelerator, 
             f"process {accelerator.process_index} does not see in {store.folder} what the other processes wrote; set teacher.cache to "
             "a folder on a file system that all processes share"
         )
+    return sum(len(rows) for _, rows in plan or ())
 
 
 def agreed(value: Item, accelerator: Accelerator) -> Item:

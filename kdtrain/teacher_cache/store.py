@@ -21,11 +21,12 @@ A file is written whole or not at all, so what a killed build had written is use
 when it is first read.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -62,6 +63,16 @@ Keys = np.ndarray
 def keys_of(hexadecimal: Sequence[str]) -> Keys:
     """Keys from 32 hexadecimal digits each."""
     return np.frombuffer(bytes.fromhex("".join(hexadecimal)), "S16")
+
+
+def token_keys(tokens: Tensor, starts: np.ndarray, sizes: np.ndarray) -> Keys:
+    """Keys of segments of documents: `tokens[starts[i] : starts[i] + sizes[i]]`, as int32, is row i."""
+    content = tokens.numpy().astype("<i4", copy=False)
+    hashes = (
+        hashlib.sha256(content[first : first + size].tobytes()).digest()[:16]
+        for first, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+    )
+    return np.frombuffer(b"".join(hashes), "S16")
 
 
 class Ragged(NamedTuple):
@@ -134,27 +145,38 @@ class StoreSpec:
 
 
 class Shard:
-    """One mapped file."""
+    """Rows of one mapped file."""
 
     remedy = "delete this one file and it is computed again"
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        self.path = path
-        try:
-            self.keys = tensors.pop("keys").numpy().view("S16").reshape(-1)
-            self.lengths, self.checksums = tensors.pop("lengths"), tensors.pop("checksums")
-            sizes = self.lengths.reshape(len(self.keys), -1).sum(1)
-            shapes = {(int(sizes.sum()), *tensor.shape[1:]) for tensor in tensors.values()}
-            if not tensors or shapes != {tuple(tensor.shape) for tensor in tensors.values()}:
-                raise ValueError("the tensors do not have as many elements as lengths name")
-            if self.checksums.shape != (len(self.keys), len(tensors)) or int(sizes.min()) < 0:
-                raise ValueError("there is not one checksum for every row of every tensor")
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise KdtrainError(f"{path} is damaged ({error}); {self.remedy}") from None
+    def __init__(
+        self, path: Path, keys: Keys, lengths: Tensor, tensors: dict[str, Tensor], checksums: Tensor | None
+    ) -> None:
+        self.path, self.keys, self.lengths, self.checksums = path, keys, lengths, checksums
         self.tensors = dict(sorted(tensors.items()))
-        self.sizes = sizes.numpy()
+        self.sizes = lengths.reshape(len(keys), -1).sum(1).numpy()
         self.starts = self.sizes.cumsum() - self.sizes
-        self.checked = np.zeros(tuple(self.checksums.shape), dtype=bool)
+        self.checked = np.zeros((len(keys), len(tensors)), dtype=bool)
+
+    @classmethod
+    def of(cls, path: Path, tensors: dict[str, Tensor]) -> Self:
+        """From all tensors of a file.
+
+        Raises:
+            KdtrainError: they do not fit together.
+        """
+        tensors = dict(tensors)
+        try:
+            keys = tensors.pop("keys").numpy().view("S16").reshape(-1)
+            lengths, checksums = tensors.pop("lengths"), tensors.pop("checksums")
+            shard = cls(path, keys, lengths, tensors, checksums)
+            if not tensors or {len(tensor) for tensor in tensors.values()} != {int(shard.sizes.sum())}:
+                raise ValueError("its tensors do not have as many elements as its lengths say")
+            if checksums.shape != shard.checked.shape or int(shard.sizes.min()) < 0:
+                raise ValueError("it does not have one checksum for every row of every tensor")
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise KdtrainError(f"{path} is damaged ({error}); {cls.remedy}") from None
+        return shard
 
     def read(self, row: int, name: str) -> Tensor:
         """(elements, ...) of one row.
@@ -162,18 +184,23 @@ class Shard:
         Raises:
             KdtrainError: its bytes have changed since they were written.
         """
-        first = self.starts[row]
-        values = self.tensors[name][first : first + self.sizes[row]]
         column = list(self.tensors).index(name)
         if not self.checked[row, column]:
-            self.check(row, name, values, int(self.checksums[row, column]))
+            self.check(row, name)
             self.checked[row, column] = True
-        return values
+        return self.part(row, name)
 
-    def check(self, row: int, name: str, values: Tensor, stored: int) -> None:
+    def part(self, row: int, name: str) -> Tensor:
+        """(elements, ...) of one row, unchecked."""
+        first = self.starts[row]
+        return self.tensors[name][first : first + self.sizes[row]]
+
+    def check(self, row: int, name: str) -> None:
         """Compare one row with its checksum."""
         key = self.keys[row : row + 1].tobytes()
-        if checksum(key, self.lengths[row], name, values) != stored:
+        assert self.checksums is not None
+        stored = int(self.checksums[row, list(self.tensors).index(name)])
+        if checksum(key, self.lengths[row], name, self.part(row, name)) != stored:
             raise KdtrainError(
                 f"{self.path} has changed since it was written ({name} of row {key.hex()}); {self.remedy}"
             )
@@ -230,7 +257,7 @@ class Store:
                 f"the teacher cache {self.folder} has no {MANIFEST}, so nothing says whose outputs these are; delete that folder"
             )
         known = {shard.path for shard in self.shards}
-        self.shards += [Shard(path, map_file(path, Shard.remedy)) for path in paths if path not in known]
+        self.shards += [Shard.of(path, map_file(path, Shard.remedy)) for path in paths if path not in known]
         self._index.clear()
 
     def __len__(self) -> int:

@@ -1,11 +1,13 @@
 """Stored teacher signals: hidden states and cross-terms train as the teacher itself does, the likeliest tokens as they should."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import main
@@ -17,7 +19,9 @@ from kdtrain.recipe import save_recipe
 from kdtrain.run import run
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.tasks.code_lm.task import CodeLM
+from kdtrain.tasks.code_lm.teacher_outputs import segments_of
 from tests.language.conftest import opened
+from tests.support.commands import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_hidden_states_and_all_tokens_equal_the_online_teacher(
-    recipe: LanguageRecipe, tmp_path: Path
+    recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Hidden states in float32 are exact; the likeliest tokens are when all of the vocabulary is kept."""
     run(recipe)
@@ -60,8 +64,7 @@ def test_hidden_states_and_all_tokens_equal_the_online_teacher(
         found = stored(recipe, tmp_path / signal, signal, **options)
         run(found)
         assert losses(tmp_path / signal / "run") == pytest.approx(wanted, rel=1e-5)
-    manifest = json.loads((tmp_path / "topk" / "cache" / "topk" / "manifest.json").read_text())
-    assert manifest["covered_probability"] == pytest.approx(1.0, abs=1e-6)
+    assert "the top 286 entries hold 100.00% of the probability" in capsys.readouterr().err
 
 
 def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path: Path) -> None:
@@ -108,14 +111,15 @@ def test_cross_term_states_its_cost_and_its_conditions(
     command = ["cache", str(tmp_path / "recipe.yaml")]
     assert main([*command, "--verify"]) == 0
     said = capsys.readouterr().err
-    assert "tokens x 72 bytes (16 numbers for the student's frozen head, its bias and an entropy) = " in said
+    tokens = int(opened(found).rows[0].lengths.sum())
+    assert f"(cross: {tokens} x 16 float32; bias, entropy: {tokens} float32), " in said
     assert said.count("recomputed rows agree") == 2
     for options, sentence in (
         (["--student.frozen_head", "false"], "which training would change; set student.frozen_head: true"),
         (["--seed", "1"], "the frozen head of the student (student.path, training.precision) is"),
         (
             ["--method.temperature", "3"],
-            "the temperature that the cross-term is for (method.temperature) is 2.0",
+            "the temperature of the cross-term (method.temperature) is 2.0",
         ),
         (["--method.divergence", "jsd"], "stands for forward_kl only, got method.divergence jsd"),
         (
@@ -138,9 +142,9 @@ def test_second_writer_is_refused(recipe: LanguageRecipe, tmp_path: Path) -> Non
         writing(tmp_path / "cache" / "hidden", "the teacher cache", "teacher.cache"),
         pytest.raises(KdtrainError, match=r"another run \(process \d+\) is writing the teacher cache"),
     ):
-        parts.stored_signals(torch.device("cpu"))
+        parts.stored_signals(Accelerator(cpu=True))
     assert not list(tmp_path.rglob("shard-*"))
-    parts.stored_signals(torch.device("cpu"))
+    parts.stored_signals(Accelerator(cpu=True))
 
 
 def test_command_states_the_cost_and_verifies(
@@ -150,11 +154,12 @@ def test_command_states_the_cost_and_verifies(
     save_recipe(found, tmp_path / "recipe.yaml")
     assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify"]) == 0
     said = capsys.readouterr().err
-    assert "tokens x 64 bytes (8 tokens with their log-probabilities) = " in said
-    assert "the 8 kept tokens hold " in said and "recomputed rows agree" in said
+    tokens = int(opened(found).rows[0].lengths.sum())
+    assert f"(logprobs: {tokens} x 8 float32; indices: {tokens} x 8 int32), " in said
+    assert "the top 8 entries hold " in said and "recomputed rows agree" in said
     assert main(["cache", str(tmp_path / "recipe.yaml"), "--teacher.top_k", "9"]) == 2
     assert (
-        "the tokens kept of each distribution (teacher.top_k) is 8 there and 9 here"
+        "the number of top-k entries of each distribution (teacher.top_k) is 8 there and 9 here"
         in capsys.readouterr().err
     )
     run(found)
@@ -168,7 +173,7 @@ def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) ->
     """Kept tokens are the likeliest of the row they are read for, and a damaged file is told."""
     found = stored(recipe, tmp_path, "topk", top_k=5)
     parts = opened(found)
-    rows, _ = parts.stored_signals(torch.device("cpu"))
+    rows, _ = parts.stored_signals(Accelerator(cpu=True))
     index = torch.tensor([2, 0])
     batch = rows.batch(index, torch.device("cpu"))
     assert parts.teacher is not None
@@ -185,7 +190,72 @@ def test_stored_rows_are_the_teachers(recipe: LanguageRecipe, tmp_path: Path) ->
     path = next((tmp_path / "cache" / "topk").glob("shard-*"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(KdtrainError, match=r"is damaged .*; delete this one file and it is computed again"):
-        parts.stored_signals(torch.device("cpu"))
+        parts.stored_signals(Accelerator(cpu=True))
+
+
+def segments_stored(recipe: LanguageRecipe, capsys: pytest.CaptureFixture[str]) -> tuple[int, int]:
+    """Segments of training documents in this recipe's rows, and how many of them had to be computed."""
+    parts = opened(recipe)
+    capsys.readouterr()
+    rows, _ = parts.stored_signals(Accelerator(cpu=True))
+    said = re.findall(r"teacher cache: (\d+) rows \(logprobs", capsys.readouterr().err)
+    return len(set(rows.keys.tolist())), sum(map(int, said))
+
+
+def test_what_stays_the_same_is_not_computed_again(
+    recipe: LanguageRecipe, sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A document more, rows without packing, longer rows, another order: only segments that are new cost anything."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for number, source in enumerate(sources):
+        (folder / f"file_{number:03d}.py").write_text(source)
+    data = replace(recipe.data, train=str(folder), suffixes=(".py",), max_length=48)
+    found = replace(stored(recipe, tmp_path, "topk", top_k=8), data=data)
+    total, computed = segments_stored(found, capsys)
+    assert total == computed > 40
+    before = {path: path.read_bytes() for path in (tmp_path / "cache" / "topk").glob("shard-*")}
+    assert segments_stored(found, capsys) == (total, 0)
+
+    for name in ("alpha", "beta", "gamma", "delta"):  # held-out ones are stored elsewhere
+        (folder / f"a_{name}.py").write_text(f"class {name}:\n    def {name}(self):\n        return 1\n")
+    more, computed = segments_stored(found, capsys)
+    assert 0 < computed == more - total
+    assert segments_stored(replace(found, data=replace(data, packing=False)), capsys) == (more, 0)
+    longer = replace(found, data=replace(data, max_length=64))
+    assert segments_stored(longer, capsys)[1] == long_segments(longer, 48) > 0
+    assert {path: path.read_bytes() for path in before} == before
+    save_recipe(longer, tmp_path / "recipe.yaml")
+    assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify", "--rows", "1000"]) == 0
+    assert "recomputed rows agree" in capsys.readouterr().err
+
+
+def long_segments(recipe: LanguageRecipe, length: int) -> int:
+    """How many segments of more tokens there are."""
+    segments, _ = segments_of(opened(recipe).rows[0])
+    return int((segments.lengths > length).sum())
+
+
+@pytest.mark.xdist_group("programs")
+def test_two_processes_build_and_verify_one_cache(recipe: LanguageRecipe, tmp_path: Path) -> None:
+    """`kdtrain cache` under torchrun: the cost is stated once, both write, and the result is what one process stores."""
+    found = stored(recipe, tmp_path / "both", "hidden", batch_tokens=300)
+    save_recipe(found, tmp_path / "recipe.yaml")
+    program = torchrun(["kdtrain", "cache", str(tmp_path / "recipe.yaml"), "--verify"])
+    _, errors = program.communicate()
+    assert program.returncode == 0, errors[-3000:]
+    assert errors.count("teacher cache: all checksums hold and") == 2
+    assert len(re.findall(r"teacher cache: \d+ rows", errors)) == 2, errors
+    folder = tmp_path / "both" / "cache" / "hidden"
+    assert len(list(folder.glob("shard-*"))) == 4, "training and held-out rows, by two processes"
+    alone = stored(recipe, tmp_path / "alone", "hidden")
+    pairs = (opened(each).stored_signals(Accelerator(cpu=True)) for each in (alone, found))
+    for one, two in zip(*pairs, strict=True):
+        index = torch.arange(len(one.rows))
+        batches = (rows.batch(index, torch.device("cpu")) for rows in (one, two))
+        mine, theirs = (batch.stored["teacher"]["hidden"] for batch in batches)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert len(list(folder.glob("shard-*"))) == 4, "one process finds what two have stored"
 
 
 def test_reverse_kl_is_refused_where_tokens_that_were_not_kept_have_no_probability(

@@ -78,7 +78,7 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
     assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
     kept = replace(cached, teacher=replace(cached.teacher, signal="topk", top_k=4))
     tokens = LanguageSubject(kept).run.rows[1].lengths.sum()
-    assert said(findings(kept), f"for {tokens} held-out tokens (32 hidden values in bfloat16)") == "note"
+    assert said(findings(kept), f"for {tokens} held-out tokens (hidden: 32 bfloat16)") == "note"
     # Labels alone store nothing, whatever the signal asks for.
     alone = replace(
         cached,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -23,7 +24,7 @@ from kdtrain.recipe import recipe_to_dict, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
-from kdtrain.teacher_cache.external import TeacherShards
+from kdtrain.teacher_cache.external import ExternalStore
 from tests.language.conftest import opened
 from tests.language.test_cache import losses
 
@@ -75,7 +76,7 @@ def test_equal_to_the_own_cache(
     """The same tokens kept by `kdtrain cache` give the same losses; here nobody needs the teacher."""
     run(recipe)
     said = capsys.readouterr().err
-    assert "24 kept tokens of my teacher, which hold 8" in said and "% of the probability" in said
+    assert "top 24 entries of my teacher, which hold 8" in said and "% of the probability" in said
     own = replace(
         recipe,
         teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
@@ -87,6 +88,32 @@ def test_equal_to_the_own_cache(
     summary = Summary.load(Path(recipe.output))
     assert summary.teacher is not None and summary.teacher["name"] == "my teacher"
     assert "divergence" not in summary.valid
+
+
+def test_a_cache_of_this_program_is_a_folder_of_shards(
+    recipe: LanguageRecipe, language_teacher: Path, tmp_path: Path
+) -> None:
+    """One format: what `kdtrain cache` stored, with the tokenizer beside it, trains elsewhere without the teacher."""
+    own = replace(
+        recipe,
+        teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
+        output=str(tmp_path / "own"),
+    )
+    run(own)
+    folder = tmp_path / "copied"
+    shutil.copytree(tmp_path / "own" / "teacher_cache" / "topk", folder)
+    AutoTokenizer.from_pretrained(language_teacher).save_pretrained(folder)
+    elsewhere = replace(
+        recipe, teacher=replace(recipe.teacher, path=str(folder)), output=str(tmp_path / "run")
+    )
+    run(elsewhere)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "own"), rel=1e-5)
+    (path, *_) = folder.glob("shard-*")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(KdtrainError, match=r"has changed since it was written .*; make or copy it again"):
+        opened(elsewhere).external.verify()  # type: ignore[union-attr]
 
 
 def test_tokens_in_front_of_a_document(
@@ -109,10 +136,10 @@ def test_other_values_are_another_teacher(recipe: LanguageRecipe, shards: Path, 
     """A run of shards that were made anew, by a teacher trained on, is no run that is finished already."""
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    before = TeacherShards.open(folder, 32).fingerprint
-    assert TeacherShards.open(folder, 32).fingerprint == before
-    spoil("teacher_logprobs", lambda tensor: (0.5 * tensor).log_softmax(-1))(folder)
-    assert TeacherShards.open(folder, 32).fingerprint != before
+    before = ExternalStore.read(folder, 32).fingerprint
+    assert ExternalStore.read(folder, 32).fingerprint == before
+    spoil("logprobs", lambda tensor: (0.5 * tensor).log_softmax(-1))(folder)
+    assert ExternalStore.read(folder, 32).fingerprint != before
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +154,8 @@ def arrow(
     lengths = content["lengths"].tolist()
     names = {
         "documents": content["input_ids"].split(lengths),
-        "logprobs": content["teacher_logprobs"].split(lengths),
-        "ids": content["teacher_token_ids"].split(lengths),
+        "logprobs": content["logprobs"].split(lengths),
+        "ids": content["indices"].split(lengths),
         "folder": str(folder),
     }
     exec(re.findall(r"```python arrow\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
@@ -140,18 +167,20 @@ def arrow(
 def test_arrow_files_hold_the_same(shards: Path, arrow: tuple[Path, pa.Table], tmp_path: Path) -> None:
     """As `datasets` writes them, and in several record batches of a file that is read in any order."""
     folder, table = arrow
-    wanted = TeacherShards.open(shards, 32)
+    wanted = ExternalStore.read(shards, 32)
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, ignore=shutil.ignore_patterns("*.arrow"))
     with pa.ipc.new_file(str(cut / "any.arrow"), table.schema) as file:
         file.write_table(table, max_chunksize=7)
     for given, batches in ((folder, 1), (cut, -(-len(table) // 7))):
-        found = TeacherShards.open(given, 32)
-        assert len(found.shards) == batches and 20 < len(found.places) < len(wanted.places)
+        found = ExternalStore.read(given, 32)
+        assert len(found.shards) == batches and 20 < len(found) < len(wanted)
         found.verify()
-        for key, place in found.places.items():
-            for mine, theirs in zip(found.read(place), wanted.read(wanted.places[key]), strict=True):
-                assert torch.equal(mine, theirs)
+        keys = np.concatenate([shard.keys for shard in found.shards])
+        mine, theirs = (store.rows(keys).batch(range(len(keys))) for store in (found, wanted))
+        for name in ("logprobs", "indices"):
+            assert torch.equal(mine[name].values, theirs[name].values)
+            assert torch.equal(mine[name].lengths, theirs[name].lengths)
 
 
 def column(name: str, change: Callable[[list[Any]], object]) -> Callable[[pa.Table], pa.Table]:
@@ -169,13 +198,13 @@ def column(name: str, change: Callable[[list[Any]], object]) -> Callable[[pa.Tab
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda table: table.drop_columns(["input_ids"]), r"has no input_ids \(it has lengths, teacher_logprobs, teacher_token_ids\)"),
-        (lambda table: table.cast(table.schema.set(1, pa.field("teacher_logprobs", pa.list_(pa.list_(pa.float64()))))), r"teacher_logprobs must be float32 or float16 or bfloat16, got torch.float64"),
+        (lambda table: table.drop_columns(["input_ids"]), r"has no input_ids \(it has indices, lengths, logprobs\)"),
+        (lambda table: table.cast(table.schema.set(1, pa.field("logprobs", pa.list_(pa.list_(pa.float64()))))), r"logprobs must be float32 or float16 or bfloat16, got torch.float64"),
         (lambda table: table.set_column(0, "input_ids", pa.array([7] * len(table))), r"input_ids must be lists of numbers without nulls, got int64"),
         (column("input_ids", lambda row: row.__setitem__(0, None)), r"input_ids must be lists of numbers without nulls, got list<"),
         (column("input_ids", lambda row: row.pop()), r"the lists of a row must have as many entries as it has tokens"),
-        (column("teacher_token_ids", lambda row: row[0].pop()), r"teacher_token_ids must hold equally many entries for every token, got 23 to 24"),
-        (column("teacher_logprobs", lambda row: row[4].__setitem__(0, 0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
+        (column("indices", lambda row: row[0].pop()), r"indices must hold equally many entries for every token, got 23 to 24"),
+        (column("logprobs", lambda row: row[4].__setitem__(0, 0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_arrow_files_is_told(
@@ -188,10 +217,10 @@ def test_what_is_wrong_in_arrow_files_is_told(
     with pa.ipc.new_stream(str(path), table.schema) as stream:
         stream.write_table(table)
     with pytest.raises(KdtrainError, match=sentence):
-        TeacherShards.open(tmp_path / "shards", 32).verify()
+        ExternalStore.read(tmp_path / "shards", 32).verify()
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(KdtrainError, match=r"any.arrow is damaged .*; make or copy it again"):
-        TeacherShards.open(tmp_path / "shards", 32)
+        ExternalStore.read(tmp_path / "shards", 32)
 
 
 def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
@@ -202,8 +231,11 @@ def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
     batch = parts.shards.batch(index, torch.device("cpu"))
     outputs = batch.stored["teacher"]
     assert outputs["logprobs"].shape == (6, 16, KEPT)
-    tokens = torch.cat([shard["input_ids"] for shard in parts.shards.shards.shards])
-    logprobs = torch.cat([shard["teacher_logprobs"] for shard in parts.shards.shards.shards])
+    assert parts.external is not None
+    tokens, logprobs = (
+        torch.cat([shard.tensors[name] for shard in parts.external.shards])
+        for name in ("input_ids", "logprobs")
+    )
     for row in index.tolist():
         first = int((batch.positions[row] == 0).nonzero()[0])
         piece = batch.input_ids[row, first : first + 16]
@@ -221,7 +253,7 @@ def test_command_and_doctor(
     assert "all values are log-probabilities of different tokens" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
     levels = {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
-    assert set(levels.values()) == {"note"} and any("kept tokens of my teacher" in text for text in levels)
+    assert set(levels.values()) == {"note"} and any("top 24 entries of my teacher" in text for text in levels)
 
 
 def spoil(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
@@ -240,7 +272,7 @@ def late(folder: Path) -> None:
     """Entry i says what token i is and not what follows it, as servers number their log-probabilities."""
     for path in folder.glob("part-*"):
         content = {
-            key: tensor.roll(1, 0) if key.startswith("teacher") else tensor.clone()
+            key: tensor.roll(1, 0) if key in ("logprobs", "indices") else tensor.clone()
             for key, tensor in load_file(path).items()
         }
         save_file(content, path)
@@ -253,7 +285,7 @@ def keeps_all(folder: Path) -> None:
         content = load_file(path)
         entries = torch.full((len(content["input_ids"]), 286), 1 / 286).log()
         everything = torch.arange(286, dtype=torch.int32).expand(len(entries), -1).contiguous()
-        save_file({**content, "teacher_logprobs": entries, "teacher_token_ids": everything}, path)
+        save_file({**content, "logprobs": entries, "indices": everything}, path)
 
 
 def first(value: float) -> Callable[[Tensor], Tensor]:
@@ -280,20 +312,20 @@ def manifest(**fields: object) -> Callable[[Path], None]:
     ("damage", "sentence"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), r"there is no .*manifest.json; with teacher.signal shards"),
-        (manifest(format=2), r"must name the format 'kdtrain teacher shards 1', got 2"),
+        (manifest(format=2), r"must name the format 'kdtrain teacher store 3', got 2"),
         (manifest(top_k="many"), r"top_k must be a whole number above 0, got 'many'"),
-        (manifest(top_k=8), r"teacher_logprobs must have shape \(\d+, 8\) for documents of"),
+        (manifest(top_k=8), r"logprobs must have shape \(\d+, 8\) for documents of"),
         (lambda folder: [path.unlink() for path in folder.glob("part-*")], r"holds no .safetensors or .arrow file"),
-        (lambda folder: (folder / "part-00001.safetensors").unlink(), r"pieces of the training documents are not in"),
+        (lambda folder: (folder / "part-00001.safetensors").unlink(), r"segments of the training documents are not in"),
         (lambda folder: (folder / "part-00001.safetensors").write_bytes(b"0" * 99), r"is damaged .*; make or copy it again"),
         (spoil("lengths", lambda tensor: tensor.int()), r"lengths must be int64, got torch.int32"),
         (spoil("lengths", lambda tensor: tensor + 1), r"input_ids must have shape"),
-        (spoil("teacher_logprobs", first(0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
-        (spoil("teacher_logprobs", lambda tensor: tensor * 0), r"the entry of token 0 holds probabilities whose sum is"),
-        (spoil("teacher_token_ids", first(286)), r"token 4 holds ids outside of 0 to 285, the tokens that"),
-        (spoil("teacher_token_ids", lambda tensor: tensor * 0), r"the entry of token 0 holds one id twice"),
+        (spoil("logprobs", first(0.5)), r"the entry of token 4 holds log-probabilities that are NaN, or above 0"),
+        (spoil("logprobs", lambda tensor: tensor * 0), r"the entry of token 0 holds probabilities whose sum is"),
+        (spoil("indices", first(286)), r"token 4 holds ids outside of 0 to 285, the tokens that"),
+        (spoil("indices", lambda tensor: tensor * 0), r"the entry of token 0 holds one id twice"),
         (keeps_all, r"keeps all 286 tokens and leaves nothing for teacher.tail bucket; set it to renormalize"),
-        (late, r"fit another token than the next one \(loss at the token itself"),
+        (late, r"are misaligned: entry i scores token i \(loss "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(

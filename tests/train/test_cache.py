@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdtrain.data.tokens import tokenize
@@ -20,8 +22,15 @@ from kdtrain.files import _host
 from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.recipe import DataRecipe, Recipe, TeacherRecipe
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
-from kdtrain.teacher_cache.row_build import build_cache, teacher_outputs, verify_cache
-from kdtrain.teacher_cache.row_cache import Identity, TeacherCache, open_cache
+from kdtrain.tasks.classification.teacher_outputs import (
+    TeacherRows,
+    filled_store,
+    prepare_work,
+    store_spec,
+    teacher_outputs,
+)
+from kdtrain.teacher_cache.store import Store, StoreSpec, keys_of, shard_paths
+from kdtrain.teacher_cache.verify import verify
 from tests.support.commands import Program
 from tests.train.conftest import CLASSES, FOCUS
 
@@ -38,21 +47,24 @@ def model(teacher: Path) -> Teacher:
     return load_teacher(str(teacher), CLASSES)
 
 
-def identity_of(teacher: Teacher, dtype: str = "float32", layers: tuple[int, ...] = (1, 3)) -> Identity:
-    return Identity.of(teacher, focus=FOCUS, dtype=dtype, layers=layers)
+def spec_of(
+    teacher: Teacher, dtype: str = "float32", layers: tuple[int, ...] = (1, 3), *, sequences: bool = False
+) -> StoreSpec:
+    return store_spec(teacher, focus=FOCUS, dtype=dtype, layers=layers, sequences=sequences)
 
 
 def build(
-    folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData, count: int = 40
-) -> TeacherCache:
+    folder: Path, teacher: Teacher, spec: StoreSpec, data: ClassificationData, count: int = 40
+) -> Store:
     rows = data.test.select(list(range(count)))
-    return build_cache(folder, teacher, identity, rows, batch_tokens=300, device=CPU)
+    prepare = prepare_work(teacher, rows, FOCUS, CPU)
+    return filled_store(folder, spec, rows.keys(), prepare, Accelerator(cpu=True), batch_tokens=300)
 
 
-def check(folder: Path, teacher: Teacher, identity: Identity, data: ClassificationData) -> int:
-    cache = open_cache(folder, identity)
-    assert cache is not None
-    return verify_cache(cache, teacher, identity, data.test, count=10, seed=0, device=CPU)
+def check(folder: Path, teacher: Teacher, spec: StoreSpec, data: ClassificationData) -> int:
+    prepare = prepare_work(teacher, data.test, FOCUS, CPU)
+    store, keys = Store.open(folder, spec), keys_of(data.test.keys())
+    return verify(store, keys, prepare, Accelerator(cpu=True), count=10, seed=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
@@ -60,8 +72,8 @@ def test_stored_outputs_are_the_teachers(
     tmp_path: Path, model: Teacher, data: ClassificationData, dtype: str, tolerance: float
 ) -> None:
     """Against the plain model on one row at a time, as a user would call it."""
-    cache = build(tmp_path, model, identity_of(model, dtype), data)
-    rows = cache.rows(data.test.keys(), (3,))
+    cache = build(tmp_path, model, spec_of(model, dtype), data)
+    rows = TeacherRows(cache, data.test, (3,))
     lengths = tokenize(data.test.texts, model.tokenizer, 1000).lengths
     whole = [i for i in range(40) if lengths[i] <= model.max_length]  # the others are cut around the focus
     assert len(whole) > 10
@@ -79,44 +91,46 @@ def test_stored_outputs_are_the_teachers(
 
 
 def test_manifest_says_whose_it_is(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    build(tmp_path, model, identity_of(model), data)
+    store = build(tmp_path, model, spec_of(model), data)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["teacher_weights"] == model.weights_hash()
     assert manifest["tokenizer"] == model.tokenizer_hash()
     assert (manifest["max_length"], manifest["focus"], manifest["dtype"]) == (64, FOCUS, "float32")
-    assert (manifest["layers"], manifest["classes"], manifest["rows"]) == ([1, 3], 3, 40)
-    assert manifest["sequences"] is False
+    assert (manifest["classes"], len(store)) == (3, 40)
+    assert manifest["tensors"] == {
+        "logits": ["float32", [3]],
+        "states.1": ["float32", [48]],
+        "states.3": ["float32", [48]],
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"teacher_weights": "0" * 32}, "the weights of the teacher is"),
-        ({"tokenizer": "0" * 32}, "the tokenizer of the teacher is"),
+        ({"teacher_weights": "0" * 32}, "the hash of the weights of the teacher is"),
+        ({"tokenizer": "0" * 32}, "the hash of the tokenizer of the teacher is"),
         (
             {"max_length": 32},
-            "the tokens the teacher sees of a row (teacher.max_length) is 64 there and 32 here",
+            "the number of tokens the teacher sees of a row (teacher.max_length) is 64 there and 32 here",
         ),
         ({"focus": None}, "the focus marker of the data is '__HOLE__' there and None here"),
         (
             {"dtype": "float16"},
-            "how features are stored (teacher.dtype) is 'float32' there and 'float16' here",
+            "the dtype of stored states (teacher.dtype) is 'float32' there and 'float16' here",
         ),
         ({"classes": 20}, "the number of classes is 3 there and 20 here"),
         (
             {"outputs": "[1, 0] []"},
-            "its inserted tokens (teacher.class_order, teacher.insert) is '[] []' there",
+            "the inserted tokens of the teacher (teacher.class_order, teacher.insert) is '[] []' there",
         ),
-        ({"sequences": True}, "stores first tokens only and this run needs whole sequences"),
-        ({"layers": (1, 2)}, "stores the layers [1, 3] and this run needs [2] too"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(
     tmp_path: Path, model: Teacher, data: ClassificationData, change: dict[str, Any], sentence: str
 ) -> None:
-    build(tmp_path, model, identity_of(model), data, count=8)
+    build(tmp_path, model, spec_of(model), data, count=8)
     with pytest.raises(KdtrainError) as caught:
-        open_cache(tmp_path, replace(identity_of(model), **change))
+        Store.open(tmp_path, replace(spec_of(model), **change))
     assert sentence in str(caught.value)
     assert str(tmp_path) in str(caught.value) and "teacher.cache" in str(caught.value)
 
@@ -124,88 +138,120 @@ def test_a_cache_of_something_else_is_refused(
 def test_a_teacher_with_one_other_weight_is_refused(
     tmp_path: Path, teacher: Path, model: Teacher, data: ClassificationData
 ) -> None:
-    build(tmp_path / "cache", model, identity_of(model), data, count=8)
+    build(tmp_path / "cache", model, spec_of(model), data, count=8)
     changed = AutoModelForSequenceClassification.from_pretrained(teacher)
     with torch.no_grad():
         changed.classifier.out_proj.bias[0] += 1e-3
     changed.save_pretrained(tmp_path / "changed")
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "changed")
     other = load_teacher(str(tmp_path / "changed"), CLASSES)
-    with pytest.raises(KdtrainError, match=r"the weights of the teacher is '.*' there and '.*' here"):
-        open_cache(tmp_path / "cache", identity_of(other))
+    with pytest.raises(
+        KdtrainError, match=r"the hash of the weights of the teacher is '.*' there and '.*' here"
+    ):
+        Store.open(tmp_path / "cache", spec_of(other))
     assert load_teacher(str(teacher), CLASSES).weights_hash() == model.weights_hash()
 
 
 def test_fewer_layers_and_known_rows_cost_nothing(
     tmp_path: Path, model: Teacher, data: ClassificationData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(tmp_path, model, identity_of(model), data)
-    assert "teacher cache: 40 rows x (3 logits + 2 x 48 features in float32)" in capsys.readouterr().err
+    build(tmp_path, model, spec_of(model), data)
+    said = capsys.readouterr().err
+    assert "teacher cache: 40 rows (logits: 40 x 3 float32; states.1, states.3: 40 x 48 float32), " in said
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    cache = build(tmp_path, model, identity_of(model, layers=(3,)), data)
+    cache = build(tmp_path, model, spec_of(model, layers=(3,)), data)
     assert len(cache) == 40
     assert capsys.readouterr().err == ""
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def test_a_cache_of_one_method_serves_another(
+    tmp_path: Path, model: Teacher, data: ClassificationData
+) -> None:
+    """Layers and whole sequences that it lacks are added; logits and layers that it had stay byte for byte."""
+    build(tmp_path, model, spec_of(model, layers=()), data)
+    for layers, sequences in (((1, 3), False), ((2,), False), ((1, 2), True)):
+        before = {path: path.read_bytes() for path in shard_paths(tmp_path)}
+        spec = spec_of(model, layers=layers, sequences=sequences)
+        store = build(tmp_path, model, spec, data)
+        assert {path: path.read_bytes() for path in before} == before
+        (added,) = [path for path in shard_paths(tmp_path) if path not in before]
+        names = {name for name in load_file(added) if name not in ("keys", "lengths", "checksums")}
+        assert (
+            names
+            == {(1, 3): {"states.1", "states.3"}, (2,): {"states.2"}, (1, 2): {"tokens.1", "tokens.2"}}[
+                layers
+            ]
+        )
+        assert len(store) == 40 and check(tmp_path, model, spec, data) == 10
+    fresh = build(tmp_path / "fresh", model, spec_of(model, layers=(1, 2, 3), sequences=True), data)
+    wide = Store.open(tmp_path, fresh.spec)
+    for name in set(fresh.spec.tensors) - {"tokens.3"}:
+        mine, theirs = (
+            store.rows(keys_of(data.test.keys()), [name]).batch(range(40))[name].values
+            for store in (wide, fresh)
+        )
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_more_rows_are_added(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    first = build(tmp_path, model, identity_of(model), data, count=15).rows(data.test.keys()[:15]).logits
-    cache = build(tmp_path, model, identity_of(model), data)
+    some = data.test.select(list(range(15)))
+    first = TeacherRows(build(tmp_path, model, spec_of(model), data, count=15), some).logits
+    cache = build(tmp_path, model, spec_of(model), data)
     assert len(cache) == 40 and len(list(tmp_path.glob("shard-*"))) == 2
-    assert torch.equal(cache.rows(data.test.keys()[:15]).logits, first)
-    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == 40
+    assert torch.equal(TeacherRows(cache, some).logits, first)
 
 
 def test_verify_finds_a_flipped_byte(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    identity = identity_of(model)
-    build(tmp_path, model, identity, data)
-    assert check(tmp_path, model, identity, data) == 10
-    shard = tmp_path / "shard-00000.safetensors"
+    spec = spec_of(model)
+    build(tmp_path, model, spec, data)
+    assert check(tmp_path, model, spec, data) == 10
+    (shard,) = shard_paths(tmp_path)
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1  # the lowest bits of one feature: no recomputation with a tolerance could tell
     shard.write_bytes(content)
-    with pytest.raises(KdtrainError, match=r"shard-00000.safetensors has changed since it was written"):
-        check(tmp_path, model, identity, data)
+    with pytest.raises(KdtrainError, match=rf"{shard.name} has changed since it was written"):
+        check(tmp_path, model, spec, data)
     shard.unlink()  # what the sentence advises
-    build(tmp_path, model, identity, data)
-    assert check(tmp_path, model, identity, data) == 10
+    build(tmp_path, model, spec, data)
+    assert check(tmp_path, model, spec, data) == 10
 
 
 def test_verify_finds_rows_of_another_model(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
     """Whole shards with whole checksums that the teacher never produced."""
-    identity = identity_of(model)
+    spec = spec_of(model)
     with torch.no_grad():
         model.model.classifier.out_proj.bias += 0.5  # type: ignore[union-attr, operator]
-        build(tmp_path, model, identity, data)
+        build(tmp_path, model, spec, data)
         model.model.classifier.out_proj.bias -= 0.5  # type: ignore[union-attr, operator]
     with pytest.raises(KdtrainError, match=r"the stored logits differ from the recomputed ones by 0.5"):
-        check(tmp_path, model, identity, data)
+        check(tmp_path, model, spec, data)
 
 
 @pytest.mark.xdist_group("programs")
 def test_cut_shard_is_a_sentence(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    build(tmp_path, model, identity_of(model), data)
-    shard = tmp_path / "shard-00000.safetensors"
+    build(tmp_path, model, spec_of(model), data)
+    (shard,) = shard_paths(tmp_path)
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(KdtrainError, match=r"shard-00000.safetensors is damaged .* delete this one file"):
-        open_cache(tmp_path, identity_of(model))
+    with pytest.raises(KdtrainError, match=rf"{shard.name} is damaged .* delete this one file"):
+        Store.open(tmp_path, spec_of(model))
 
 
 def test_a_folder_that_is_no_whole_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
-    identity, folder = identity_of(model), tmp_path / "cache"
-    build(folder, model, identity, data)
+    spec, folder = spec_of(model), tmp_path / "cache"
+    build(folder, model, spec, data)
     manifest = folder / "manifest.json"
     content = manifest.read_text()
-    manifest.write_text(content.replace('"layers"', '"layerz"'))
-    with pytest.raises(KdtrainError, match=r"manifest.json is damaged, it has no layers"):
-        open_cache(folder, identity)
+    manifest.write_text(content.replace('"tensors"', '"tensorz"'))
+    with pytest.raises(KdtrainError, match=r"manifest.json is damaged, it has no tensors"):
+        Store.open(folder, spec)
     manifest.unlink()
     with pytest.raises(KdtrainError, match=r"has no manifest.json, so nothing says whose outputs these are"):
-        build(folder, model, identity, data)
+        build(folder, model, spec, data)
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(KdtrainError, match=r"cannot be written: .*; give another teacher.cache"):
-            build(place, model, identity, data)
+            build(place, model, spec, data)
 
 
 def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Path) -> None:
@@ -222,12 +268,12 @@ def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Pat
     while not list((tmp_path / "cache").glob("shard-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.kill() == -signal.SIGKILL, "the build was over before it could be killed"
-    kept = len(TeacherCache(tmp_path / "cache", ()))
+    kept = sum(len(load_file(path)["keys"]) for path in shard_paths(tmp_path / "cache"))
     assert 2048 <= kept < 6000
     again = Program([*command, "--verify"])
     _, errors = again.communicate()
     assert again.returncode == 0, errors
-    assert f"teacher cache: {6000 - kept} rows x (3 logits)" in errors
+    assert f"teacher cache: {6000 - kept} rows (logits: {6000 - kept} x 3 float32), " in errors
     assert "all checksums hold and 64 recomputed rows agree" in errors
 
 
@@ -245,7 +291,7 @@ def test_teacher_that_cannot_be_used(tmp_path: Path, teacher: Path) -> None:
     ):
         load_teacher(str(teacher), CLASSES, TeacherRecipe(max_length=65))
     with pytest.raises(KdtrainError, match=r"teacher layer 4 was asked for, but .* has 3 layers"):
-        identity_of(load_teacher(str(teacher), CLASSES), layers=(4,))
+        spec_of(load_teacher(str(teacher), CLASSES), layers=(4,))
     encoder = AutoModelForSequenceClassification.from_pretrained(teacher).roberta
     encoder.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path)
@@ -273,15 +319,17 @@ def test_whole_sequences_are_the_teachers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every real token of every layer, whatever batch it was computed in; first tokens come out of the same cache."""
-    identity = Identity.of(model, focus=FOCUS, dtype=dtype, layers=(0, 2), sequences=True)
-    cache = build(tmp_path, model, identity, data)
+    spec = spec_of(model, dtype, (0, 2), sequences=True)
+    cache = build(tmp_path, model, spec, data)
     rows = tokenize(data.test.texts, model.tokenizer, model.max_length, FOCUS)
     size = {"float32": 4, "float16": 2}[dtype]
     tokens = int(rows.lengths.sum())
-    assert f"40 rows x (3 logits) + {tokens} tokens x (2 x 48 features in {dtype})" in capsys.readouterr().err
-    stored = sum(shard["states"].numel() * shard["states"].element_size() for shard in cache.shards)
+    assert f"tokens.0, tokens.2: {tokens} x 48 {dtype}), " in capsys.readouterr().err
+    stored = sum(
+        tensor.nbytes for shard in cache.shards for name, tensor in shard.tensors.items() if "tokens" in name
+    )
     assert stored == tokens * 2 * 48 * size
-    found = cache.rows(data.test.keys(), (2, 0))
+    found, sentences = (TeacherRows(cache, data.test, (2, 0), sequences=each) for each in (True, False))
     index = torch.tensor([7, 3, 30])
     states, mask = found.sequences(index)
     assert mask.sum(1).tolist() == rows.lengths[index].tolist() and states.shape[:2] == (3, 2)
@@ -292,8 +340,13 @@ def test_whole_sequences_are_the_teachers(
         expected = torch.stack([hidden[2][0], hidden[0][0]])
         torch.testing.assert_close(states[row, :, mask[row]], expected, rtol=tolerance, atol=tolerance)
         assert not bool(states[row, :, ~mask[row]].any())
-        torch.testing.assert_close(found.states(index)[row], states[row, :, 0])
-    assert check(tmp_path, model, replace(identity, sequences=False, layers=(2,)), data) == 10
+        assert torch.equal(sentences.states(index)[row], states[row, :, 0])
+    assert check(tmp_path, model, spec_of(model, dtype, (2,)), data) == 10
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    build(tmp_path, model, spec_of(model, dtype, (2,)), data)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before, (
+        "first tokens are stored too"
+    )
 
 
 def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: ClassificationData) -> None:
@@ -315,7 +368,7 @@ def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: Classifi
     with pytest.raises(
         KdtrainError, match=rf"another run \(process {process.pid}\) is writing the teacher cache"
     ):
-        build(tmp_path, model, identity_of(model), data)
+        build(tmp_path, model, spec_of(model), data)
     for name, kind in (("file", "tmp"), ("folder", "tmp/inner"), ("folder", "old/inner")):
         left = tmp_path / f".{name}.{_host()}-{process.pid}.{kind}"
         left.parent.mkdir(exist_ok=True)
@@ -325,7 +378,7 @@ def test_two_writers_of_one_cache(tmp_path: Path, model: Teacher, data: Classifi
     process.wait()
     process.stdin.close()
     process.stdout.close()
-    assert len(build(tmp_path, model, identity_of(model), data)) == 40
+    assert len(build(tmp_path, model, spec_of(model), data)) == 40
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 

@@ -72,6 +72,20 @@ def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_pa
     assert low <= difference <= high
 
 
+def test_moved_cache_costs_the_measured_rows(
+    distillation: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher is asked about the rows of the split, and for their logits alone."""
+    cache = tmp_path / "cache"
+    teacher = replace(distillation.teacher, cache=str(cache))
+    run(replace(distillation, teacher=teacher, output=str(tmp_path / "run")))
+    wanted = evaluate_run(tmp_path / "run")["agreement"]
+    cache.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert evaluate_run(tmp_path / "run")["agreement"] == wanted
+    assert "teacher cache: 40 rows (logits: 40 x 3 float32), " in capsys.readouterr().err
+
+
 def test_other_texts_with_the_same_labels_make_no_pairs(
     recipe: Recipe, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from kdtrain.recipe import DataRecipe, TeacherRecipe
 from kdtrain.tasks.classification.metrics import classification_metrics
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
-from kdtrain.teacher_cache.row_build import teacher_outputs
+from kdtrain.tasks.classification.teacher_outputs import teacher_outputs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = 120

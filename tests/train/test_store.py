@@ -156,7 +156,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, accelerator: Accelerator) -
 def reseal(path: Path, name: str, row: int) -> None:
     """Change the last number of the first element of one row, with the right checksum: what no checksum can find."""
     tensors = load_file(path)
-    shard = Shard(path, dict(tensors))
+    shard = Shard.of(path, tensors)
     first, size = int(shard.starts[row]), int(shard.sizes[row])
     values = tensors[name].clone()
     flat = values[first].reshape(-1)

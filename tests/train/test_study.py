@@ -122,7 +122,8 @@ def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: 
     check_report(output, printed)
     assert len(list((output / "tokenizers").iterdir())) == 1
     manifest = json.loads((output / "teacher-cache" / "toy" / "manifest.json").read_text())
-    assert manifest["layers"] == [0, 2, 3] and manifest["sequences"]
+    states = {f"{kind}.{layer}" for kind in ("states", "tokens") for layer in (0, 2, 3)}
+    assert set(manifest["tensors"]) == {"logits", *states}
     for folder in output.glob("runs/*"):
         assert not list((folder / "checkpoints").glob("step-*"))
     AutoModelForSequenceClassification.from_pretrained(output / "runs" / "toy-small-bigru-ckd-1" / "student")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -31,8 +32,14 @@ from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, Teac
 from kdtrain.run import run
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
-from kdtrain.teacher_cache.row_build import build_cache, teacher_outputs, verify_cache
-from kdtrain.teacher_cache.row_cache import Identity
+from kdtrain.tasks.classification.teacher_outputs import (
+    filled_store,
+    prepare_work,
+    store_spec,
+    teacher_outputs,
+)
+from kdtrain.teacher_cache.store import keys_of
+from kdtrain.teacher_cache.verify import verify
 
 CPU = torch.device("cpu")
 TEXTS = ["int f(int x) { return x; }", "int g() { return 0; }", "void h(char *p) { free(p); free(p); }"]
@@ -136,10 +143,12 @@ def test_modernbert(tmp_path: Path) -> None:
     ModernBertForSequenceClassification(config).save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), CLASSES)
-    identity = Identity.of(teacher, focus=None, dtype="float32", layers=(0, 2, 4), sequences=True)
+    spec = store_spec(teacher, focus=None, dtype="float32", layers=(0, 2, 4), sequences=True)
     rows = rows_of(TEXTS)
-    cache = build_cache(tmp_path / "cache", teacher, identity, rows, batch_tokens=1000, device=CPU)
-    assert verify_cache(cache, teacher, identity, rows, count=3, seed=0, device=CPU) == 3
+    accelerator = Accelerator(cpu=True)
+    prepare = prepare_work(teacher, rows, None, CPU)
+    store = filled_store(tmp_path / "cache", spec, rows.keys(), prepare, accelerator, batch_tokens=1000)
+    assert verify(store, keys_of(rows.keys()), prepare, accelerator, count=3, seed=0) == 3
 
 
 def clone_checkpoint(folder: Path, prefix: str) -> Path:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdtrain.outputs import Batch
 from kdtrain.tasks.classification.pairs import Rows
-from kdtrain.teacher_cache.row_cache import TeacherRows
+from kdtrain.tasks.classification.teacher_outputs import TeacherRows
 
 
 @dataclass(frozen=True)

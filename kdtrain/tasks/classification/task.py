@@ -42,8 +42,9 @@ from kdtrain.tasks.classification.outputs import Classifiers
 from kdtrain.tasks.classification.pairs import Rows, tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
-from kdtrain.teacher_cache.row_build import build_cache
-from kdtrain.teacher_cache.row_cache import Identity, TeacherCache
+from kdtrain.tasks.classification.teacher_outputs import TeacherRows, filled_store, prepare_work, store_spec
+from kdtrain.teacher_cache.build import Prepare
+from kdtrain.teacher_cache.store import Store, StoreSpec
 
 
 class Classification(Task[Recipe]):
@@ -191,28 +192,37 @@ class Classification(Task[Recipe]):
         """Whether the methods read the states of every token of the teacher."""
         return bool(teacher_layers(self.methods, "teacher").tokens)
 
-    def cache_identity(self) -> Identity:
+    def store_spec(self, *, logits_only: bool = False) -> StoreSpec:
         """Whose outputs, of which layers, this run needs."""
         assert self.teacher is not None
         section = self.recipe.teacher
-        return Identity.of(
+        return store_spec(
             self.teacher,
             focus=self.data.focus,
             dtype=section.dtype,
-            layers=section.layers + self.stored_layers,
-            sequences=section.sequences or self.stores_sequences,
+            layers=() if logits_only else section.layers + self.stored_layers,
+            sequences=not logits_only and (section.sequences or self.stores_sequences),
         )
 
-    def build_cache(self, device: torch.device) -> TeacherCache:
-        """Open the teacher cache and compute the rows that it lacks."""
+    def prepare_work(self, rows: TextRows, device: torch.device) -> Prepare:
+        """How the teacher computes these rows."""
         assert self.teacher is not None
-        return build_cache(
+        return prepare_work(self.teacher, rows, self.data.focus, device)
+
+    def filled_store(self, accelerator: Accelerator, measured: TextRows | None = None) -> Store:
+        """Open the teacher cache and compute what it lacks; all processes take part.
+
+        Args:
+            measured: rows that only logits are needed of, in place of all rows of the run.
+        """
+        rows = self.cached_rows if measured is None else measured
+        return filled_store(
             self.cache_folder,
-            self.teacher,
-            self.cache_identity(),
-            self.cached_rows,
+            self.store_spec(logits_only=measured is not None),
+            rows.keys(),
+            self.prepare_work(rows, accelerator.device),
+            accelerator,
             batch_tokens=self.recipe.teacher.batch_tokens,
-            device=device,
         )
 
     # ---- the run
@@ -225,15 +235,12 @@ class Classification(Task[Recipe]):
         student = self.student
         cache = None
         if teacher is not None:
-            with main_process_first(accelerator):
-                cache = self.build_cache(accelerator.device)
+            cache = self.filled_store(accelerator)
             teacher.model.cpu()
         rows = self.training_rows
-        stored = (
-            cache.rows(rows.keys(), self.stored_layers)
-            if cache is not None and self.learns_from_teacher
-            else None
-        )
+        stored = None
+        if cache is not None and self.learns_from_teacher:
+            stored = TeacherRows(cache, rows, self.stored_layers, sequences=self.stores_sequences)
         train = LabelledRows(
             self.tokens(f"train, {len(rows)} rows", rows),
             rows.labels,
@@ -246,9 +253,9 @@ class Classification(Task[Recipe]):
         )
         return Prepared(Objective(student, self.methods, Classifiers()), train, valid, test)
 
-    def measured(self, name: str, split: TextRows, cache: TeacherCache | None) -> LabelledRows:
+    def measured(self, name: str, split: TextRows, cache: Store | None) -> LabelledRows:
         """A split to measure on, with the logits of the teacher where a cache is at hand."""
-        stored = None if cache is None else cache.rows(split.keys())
+        stored = None if cache is None else TeacherRows(cache, split)
         return LabelledRows(self.tokens(name, split), split.labels, split.digest(), stored)
 
     def metrics(self, values: Tensor, data: TrainingData) -> dict[str, float]:

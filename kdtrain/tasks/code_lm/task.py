@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.console import say
 from kdtrain.engine.checkpoint import Position
-from kdtrain.engine.processes import main_process_first
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
 from kdtrain.methods import METHODS, build_methods
@@ -39,10 +38,8 @@ from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.tasks.code_lm.store import stored_rows
-from kdtrain.teacher_cache.external import ShardRows, open_shards
-from kdtrain.teacher_cache.token_build import build_language_cache
-from kdtrain.teacher_cache.token_cache import Kind, Signal
-from kdtrain.teacher_cache.token_rows import CachedRows
+from kdtrain.tasks.code_lm.teacher_outputs import Kind, Target, TeacherRows
+from kdtrain.teacher_cache.external import ExternalStore
 
 PADDING = 0
 """What rows are filled up with. It is never read, but every model has to have it: a tokenizer's own may be one that was added for
@@ -129,16 +126,19 @@ class CodeLM(Task[LanguageRecipe]):
         )
 
     @cached_property
-    def shards(self) -> ShardRows | None:
-        """The training rows with top-k entries of a teacher that ran elsewhere, in its place."""
+    def external(self) -> ExternalStore | None:
+        """Top-k entries of a teacher that ran elsewhere, in its place."""
         section = self.recipe.teacher
         if section.signal != "shards" or not self.learns_from_teacher:
             return None
         size = self.student.config.get_text_config().vocab_size
-        opened = open_shards(
-            str(section.path), self.recipe.data.max_length, self.tokenizer, size, section.tail
-        )
-        return ShardRows.of(self.rows[0], opened)
+        folder, length = Path(str(section.path)), self.recipe.data.max_length
+        return ExternalStore.open_for(folder, length, self.tokenizer, size, section.tail)
+
+    @cached_property
+    def shards(self) -> TeacherRows | None:
+        """The training rows with those entries."""
+        return None if self.external is None else TeacherRows.external(self.rows[0], self.external)
 
     @property
     def learns_from_teacher(self) -> bool:
@@ -153,7 +153,7 @@ class CodeLM(Task[LanguageRecipe]):
             return None
         return signal
 
-    def signal(self, kind: Kind) -> Signal:
+    def target(self, kind: Kind) -> Target:
         """What this run stores of its teacher.
 
         Raises:
@@ -161,18 +161,19 @@ class CodeLM(Task[LanguageRecipe]):
         """
         assert self.teacher is not None
         shared = self.models.shared(self.student)
-        return Signal.for_run(kind, self.teacher, self.student, shared, self.recipe)
+        return Target.for_run(kind, self.teacher, self.student, shared, self.recipe)
 
     def identity(self) -> dict[str, str | None]:
         """Hashes of data and teacher, once everything was checked against each other."""
         _, _, fingerprint = self.rows
         check_ids(self.rows[:2], self.tokenizer, self.student, self.teacher)
         if self.stored is not None:
-            self.signal(self.stored)  # refuses what cannot be stored before anything is written
+            self.target(self.stored)  # refuses what cannot be stored before anything is written
         teacher = None if self.teacher is None else self.teacher.weights_hash
+        _ = self.shards  # refuses documents that they lack
         return {
             "data": fingerprint,
-            "teacher": teacher if self.shards is None else self.shards.shards.fingerprint,
+            "teacher": teacher if self.external is None else self.external.fingerprint,
             "weights at student.path": weights_hash(self.student) if self.recipe.student.path else None,
             "student's tokenizer": tokenizer_hash(self.tokenizer),
         }
@@ -186,33 +187,36 @@ class CodeLM(Task[LanguageRecipe]):
         measured: TrainingData = valid
         if self.teacher is not None:
             if self.stored is not None:
-                with main_process_first(accelerator):
-                    data, measured = self.stored_signals(accelerator.device)
+                data, measured = self.stored_signals(accelerator)
                 self.teacher.release()
             self.teacher.place(accelerator)
-        elif self.shards is not None:
+        elif self.shards is not None and self.external is not None:
             data = self.shards
             if accelerator.is_main_process:
-                say(self.shards.shards.words)
+                say(self.external.words)
         return Prepared(self.objective, data, measured)
 
-    def stored_signals(self, device: torch.device) -> tuple[CachedRows, CachedRows]:
-        """Training rows with what the recipe stores, held-out rows with hidden states: both computed where missing."""
+    def stored_signals(self, accelerator: Accelerator) -> tuple[TeacherRows, TeacherRows]:
+        """Training rows with what the recipe stores, held-out rows with hidden states: both computed where missing.
+
+        All processes take part.
+        """
         assert self.teacher is not None and self.stored is not None
         section = self.recipe.teacher
         folder = Path(section.cache) if section.cache else Path(self.recipe.output) / "teacher_cache"
         found = []
         kinds: tuple[tuple[PackedRows, Kind], ...] = ((self.rows[0], self.stored), (self.rows[1], "hidden"))
         for rows, kind in kinds:
-            cache = build_language_cache(
-                folder / kind,
-                self.teacher,
-                self.signal(kind),
-                rows,
-                batch_tokens=section.batch_tokens,
-                device=device,
+            found.append(
+                TeacherRows.computed(
+                    rows,
+                    folder / kind,
+                    self.teacher,
+                    self.target(kind),
+                    accelerator,
+                    batch_tokens=section.batch_tokens,
+                )
             )
-            found.append(CachedRows.of(rows, cache))
         return found[0], found[1]
 
     def metrics(self, values: Tensor, data: TrainingData) -> dict[str, float]:
@@ -266,9 +270,8 @@ class CodeLM(Task[LanguageRecipe]):
 
     def describe_teacher(self, prepared: Prepared) -> dict[str, Any] | None:
         """The teacher as summary.json has it."""
-        if self.shards is not None:
-            shards = self.shards.shards
-            return {"path": str(shards.folder), "name": shards.manifest["teacher"]}
+        if self.external is not None:
+            return {"path": str(self.external.folder), "name": self.external.manifest["teacher"]}
         return self.teacher and {"path": self.teacher.path, "parameters": self.teacher.parameters}
 
 
