@@ -182,7 +182,8 @@ def _computed(
 ) -> "TeacherRows":
     from accelerate import Accelerator
 
-    from kdtrain.tasks.code_lm.teacher_outputs import Target, TeacherRows
+    from kdtrain.tasks.code_lm.targets import Target
+    from kdtrain.tasks.code_lm.teacher_outputs import TeacherRows
 
     target, accelerator = Target.of(kind, teacher, recipe), Accelerator(cpu=case.device == "cpu")
     tokens = case.rows * case.length

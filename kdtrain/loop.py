@@ -30,7 +30,7 @@ from kdtrain.files import append_line
 from kdtrain.methods.base import Step
 from kdtrain.objective import Objective
 from kdtrain.recipe import TrainingRecipe
-from kdtrain.tasks.base import RunRecipe, TrainingData
+from kdtrain.tasks.base import RunRecipe, TrainingData, WaitingData
 
 SMALLER_IS_BETTER = ("loss", "divergence", "perplexity")
 
@@ -210,6 +210,8 @@ def train(
                     "step_seconds": round(seconds / (position.step - window.step), 5),
                     "peak_memory_bytes": peak_memory(device),
                 }
+                if isinstance(data, WaitingData):
+                    line["teacher_wait_share"] = round(data.waited() / seconds, 4)
                 if main:
                     append_line(metrics_path, json.dumps(line))
                 bar.note(f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s")

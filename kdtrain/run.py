@@ -1,5 +1,6 @@
 """One run of any task, from recipe to student: prepare, train, measure, save."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def run(recipe: RunRecipe, shared: SharedInputs | None = None) -> Summary:
         KdtrainError: anything wrong with recipe, data, models or machine, as one sentence.
     """
     folder = Path(recipe.output)
-    task = task_of(recipe)(recipe, shared)
-    accelerator = start_accelerator(recipe.training, sharded=task.sharded)
-    with main_process_first(accelerator):
-        identity = task.identity()
-    with claimed(folder, recipe, identity, accelerator) as finished:
-        if not finished:
-            train_and_save(task, folder, accelerator)
+    with closing(task_of(recipe)(recipe, shared)) as task:
+        accelerator = start_accelerator(recipe.training, sharded=task.sharded)
+        with main_process_first(accelerator):
+            identity = task.identity()
+        with claimed(folder, recipe, identity, accelerator) as finished:
+            if not finished:
+                train_and_save(task, folder, accelerator)
     summary = Summary.load(folder)
     if finished and accelerator.is_main_process:
         say(f"already done: {summary.line()}")

@@ -1,12 +1,16 @@
 """kdtrain cache RECIPE."""
 
 import argparse
-from typing import Any
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict, task_of
 from kdtrain.tasks.code_lm.recipe import TASK, LanguageRecipe, language_recipe_from_dict
+
+if TYPE_CHECKING:
+    from kdtrain.tasks.code_lm.task import CodeLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
     from kdtrain.engine.accelerator import start_accelerator
     from kdtrain.tasks.classification.task import Classification
-    from kdtrain.teacher_cache.store import keys_of
+    from kdtrain.teacher_cache.shard import keys_of
     from kdtrain.teacher_cache.verify import verify
 
     run = Classification(recipe)
@@ -63,11 +67,19 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
             f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden, topk, "
             "cross_term or shards"
         )
-    from kdtrain.engine.accelerator import start_accelerator
     from kdtrain.tasks.code_lm.task import CodeLM
+
+    with closing(CodeLM(recipe)) as run:
+        return fill_and_verify(run, arguments)
+
+
+def fill_and_verify(run: "CodeLM", arguments: argparse.Namespace) -> int:
+    """Fill the store of an opened run of task code_lm."""
+    from kdtrain.engine.accelerator import start_accelerator
+    from kdtrain.tasks.code_lm.teacher_outputs import TeacherRows
     from kdtrain.teacher_cache.verify import verify
 
-    run = CodeLM(recipe)
+    recipe = run.recipe
     accelerator = start_accelerator(recipe.training)
     main = accelerator.is_main_process
     run.identity()
@@ -83,6 +95,9 @@ def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace)
             f"{arguments.recipe} learns nothing from the teacher, so nothing is stored; set method.name to kd"
         )
     for rows in run.stored_signals(accelerator):
+        if not isinstance(rows, TeacherRows):  # held-out rows of a teacher that answers no hidden states
+            continue
+        assert rows.store is not None
         if main:
             say(f"teacher cache: {len(rows.store)} segments in {rows.store.folder}")
         if arguments.verify:

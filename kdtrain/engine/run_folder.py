@@ -19,8 +19,8 @@ from kdtrain.summary import FILE, OUTPUTS
 
 RECIPE = "recipe.yaml"
 IDENTITY = "checkpoints/identity.json"
-FREE = ("training.accumulation:", "training.checkpointing:", "training.ddp_timeout:")
-"""Fields that change memory and not the result: a run that found too little of it goes on with others."""
+FREE = ("training.accumulation:", "training.checkpointing:", "training.ddp_timeout:", "teacher.url:")
+"""Fields that change memory, or the machine that answers, and not the result: an unfinished run goes on with others."""
 
 
 @contextmanager

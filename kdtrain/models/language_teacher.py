@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,8 @@ class LanguageTeacher:
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    runs_here: ClassVar[bool] = True
+    """whether its body is on this machine"""
 
     @property
     def head(self) -> Head:

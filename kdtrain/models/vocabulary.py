@@ -1,10 +1,11 @@
 """Which tokens of two vocabularies are the same, found by comparing them one by one."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.errors import KdtrainError
 
@@ -77,3 +78,29 @@ def match_vocabularies(
                 f"{text[:40]!r}; give the student the teacher's tokenizer (student.tokenizer)"
             )
     return VocabularyMatch(shared, student_size, teacher_size)
+
+
+def check_ids(
+    documents: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
+) -> None:
+    """Refuse documents with tokens for which a model has no embedding, such as those added for the student alone.
+
+    Args:
+        documents: token ids of the training documents and of the held-out ones.
+        models: by side, `student` and perhaps `teacher`.
+    """
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    for side, model in models.items():
+        table = model.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        size = len(table)
+        if max(names) < size:
+            continue
+        for tokens in documents:
+            beyond = tokens[tokens >= size]
+            if len(beyond):
+                raise KdtrainError(
+                    f"the documents hold {len(beyond)} tokens that the {side} cannot read: the first is {int(beyond[0])} "
+                    f"({names.get(int(beyond[0]))!r}), its embeddings end at {size - 1}; choose a student.tokenizer without "
+                    "them, or leave such documents out"
+                )

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -103,6 +103,15 @@ class TrainingData(Protocol):
         ...
 
 
+@runtime_checkable
+class WaitingData(Protocol):
+    """Training rows that wait for something outside of this machine."""
+
+    def waited(self) -> float:
+        """Seconds that `batch` has waited since this was last asked."""
+        ...
+
+
 R = TypeVar("R", bound=RunRecipe)
 
 
@@ -177,3 +186,6 @@ class Task(ABC, Generic[R]):
     def describe_teacher(self, prepared: Prepared) -> dict[str, Any] | None:
         """The teacher; None without one."""
         return None
+
+    def close(self) -> None:
+        """Let go of what the run holds open, such as connections."""

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from kdtrain.console import progress, say
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes, writing
-from kdtrain.teacher_cache.store import Keys, Ragged, Store, StoreSpec
+from kdtrain.teacher_cache.shard import Keys, Ragged
+from kdtrain.teacher_cache.store import Store, StoreSpec
 
 SHARD_ROWS = 2048
 SHARD_BYTES = 256e6
@@ -26,17 +27,17 @@ SHARD_SECONDS = 60.0
 Item = TypeVar("Item")
 
 
-class Work(Protocol):
-    """A teacher and the rows that it has to compute. Every task has its own."""
+class Work:
+    """A teacher and the rows that it has to compute; every task has a subclass, which implements the first three."""
 
     @property
     def costs(self) -> Tensor:
         """(R,) int64: tokens of each row in a forward pass."""
-        ...
+        raise NotImplementedError
 
     def elements(self, name: str) -> Tensor:
         """(R,) int64: elements of each row in tensor `name`."""
-        ...
+        raise NotImplementedError
 
     def compute(self, rows: Tensor, names: Sequence[str], indices: Tensor | None = None) -> dict[str, Ragged]:
         """These tensors of these rows, on the host.
@@ -46,7 +47,17 @@ class Work(Protocol):
             names: what to compute.
             indices: (elements, K) ids whose `logprobs` are asked for, in place of the K most likely ones.
         """
-        ...
+        raise NotImplementedError
+
+    def expect(self, batches: Sequence[Tensor]) -> None:
+        """Told the row numbers of the calls of `compute` that follow, so that a teacher elsewhere is asked ahead."""
+
+    def note(self) -> str:
+        """Remark for the progress bar."""
+        return ""
+
+    def close(self) -> None:
+        """Let go of what the work holds open."""
 
 
 Prepare = Callable[[np.ndarray], Work]
@@ -89,6 +100,7 @@ def build(store: Store, keys: Keys, prepare: Prepare, accelerator: Accelerator, 
             numbers = np.unique(np.concatenate([rows for _, rows in plan]))
             groups = [(names, torch.from_numpy(np.searchsorted(numbers, rows))) for names, rows in plan]
             work = prepare(numbers)
+            stack.callback(work.close)
             _check_room(store, work, groups, accelerator)
             _compute(store, keys[numbers], work, groups, accelerator, batch_tokens)
     store.refresh()
@@ -160,18 +172,18 @@ def _compute(
         for batch in token_budget_batches(work.costs[rows], batch_tokens)
     ]
     total = sum(int(work.costs[rows].sum()) for _, rows in groups)
+    count = accelerator.num_processes
+    work.expect([rows for _, rows in batches[accelerator.process_index :: count]])
     waiting = Waiting(store, keys)
     with progress(total, "teacher", unit="tokens", show=accelerator.is_main_process) as bar:
-        for number, (names, rows) in enumerate(share(batches, accelerator)):
-            waiting.add(names, rows, work.compute(rows, names))
-            first = number * accelerator.num_processes
-            bar.update(
-                sum(
-                    int(work.costs[rows].sum())
-                    for _, rows in batches[first : first + accelerator.num_processes]
-                )
-            )
-        waiting.write()
+        try:
+            for number, (names, rows) in enumerate(share(batches, accelerator)):
+                waiting.add(names, rows, work.compute(rows, names))
+                together = batches[number * count : (number + 1) * count]
+                bar.note(work.note())
+                bar.update(sum(int(work.costs[rows].sum()) for _, rows in together))
+        finally:
+            waiting.write()  # what was computed before a failure is kept
         accelerator.wait_for_everyone()
 
 
@@ -222,12 +234,13 @@ def stored_as(spec: StoreSpec, name: str, outputs: Ragged) -> Ragged:
     element, values = spec.tensors[name], outputs.values
     if tuple(values.shape[1:]) != element.shape:
         raise ValueError(f"{name} has elements of {tuple(values.shape[1:])}, not {element.shape}")
-    if not bool(values.isfinite().all()):
+    left_out = values.isneginf() if name == "logprobs" else torch.zeros((), dtype=torch.bool)
+    if not bool((values.isfinite() | left_out).all()):
         raise KdtrainError(
             f"the teacher {spec.teacher} computed {name} that are NaN or infinite; check its weights, precision and attention mask"
         )
     stored = values.to(getattr(torch, element.dtype))
-    if not bool(stored.isfinite().all()):
+    if not bool((stored.isfinite() | left_out).all()):
         raise KdtrainError(
             f"{name} of the teacher {spec.teacher} reach {float(values.abs().max()):.3g}, too large for {element.dtype}; set "
             "teacher.dtype: float32"

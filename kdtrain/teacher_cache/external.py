@@ -32,16 +32,8 @@ from kdtrain.errors import KdtrainError
 from kdtrain.models.language_student import SAMPLE_CODE
 from kdtrain.models.loading import load_tokenizer
 from kdtrain.models.vocabulary import match_vocabularies
-from kdtrain.teacher_cache.store import (
-    FORMAT,
-    MANIFEST,
-    Element,
-    Shard,
-    Store,
-    StoreSpec,
-    map_file,
-    token_keys,
-)
+from kdtrain.teacher_cache.shard import Shard, map_file, token_keys
+from kdtrain.teacher_cache.store import FORMAT, MANIFEST, Element, Store, StoreSpec
 
 REMEDY = "make or copy it again"
 DTYPES = {

@@ -1,6 +1,7 @@
 """Check a teacher store: every byte against its checksum, and random rows against what the teacher computes now."""
 
 import random
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from kdtrain.errors import KdtrainError
 from kdtrain.teacher_cache.build import Prepare, Work, share
-from kdtrain.teacher_cache.store import Keys, Ragged, Store, StoreSpec
+from kdtrain.teacher_cache.shard import Keys, Ragged
+from kdtrain.teacher_cache.store import Store, StoreSpec
 
 ROUNDINGS = 2**8
 """Of one value after the other in a deep model: 64 layers of four matmuls. Independent errors grow with the root."""
@@ -53,17 +55,40 @@ def verify(
         for name in shard.tensors:
             for row in range(len(shard.keys)):
                 shard.read(row, name)
-    held = {name: store.find(name, keys)[2] for name in store.spec.tensors}
-    stored = np.flatnonzero(np.any(list(held.values()), axis=0)).tolist()
-    chosen = sorted(random.Random(seed).sample(stored, min(count, len(stored))))
+    chosen = _sample(store, keys, count, seed)
     if chosen:
-        work = prepare(np.array(chosen))
-        for number in share(range(len(chosen)), accelerator):
-            row = chosen[number]
-            names = [name for name in store.spec.tensors if held[name][row]]
-            found = store.rows(keys[row : row + 1], names).batch([0])
-            _compare(store, keys[row : row + 1].tobytes().hex(), found, work, torch.tensor([number]))
+        with closing(prepare(np.array(chosen))) as work:
+            work.expect([torch.arange(len(chosen))[accelerator.process_index :: accelerator.num_processes]])
+            for number in share(range(len(chosen)), accelerator):
+                _recompute(store, keys[chosen[number]], work, number)
     return len(chosen)
+
+
+def spot_check(store: Store, keys: Keys, prepare: Prepare, *, count: int) -> None:
+    """Compare a few stored rows with what the teacher computes now, before others are stored beside them.
+
+    Raises:
+        KdtrainError: the teacher computes something else now.
+    """
+    chosen = _sample(store, keys, count, seed=0)
+    if chosen:
+        with closing(prepare(np.array(chosen))) as work:
+            for number in range(len(chosen)):
+                _recompute(store, keys[chosen[number]], work, number)
+
+
+def _sample(store: Store, keys: Keys, count: int, seed: int) -> list[int]:
+    """Numbers of some rows of which something is stored, ascending."""
+    held = [store.find(name, keys)[2] for name in store.spec.tensors]
+    stored = np.flatnonzero(np.any(held, axis=0)).tolist()
+    return sorted(random.Random(seed).sample(stored, min(count, len(stored))))
+
+
+def _recompute(store: Store, key: bytes, work: Work, number: int) -> None:
+    """Compare what is stored of one row with what the teacher computes of row `number` of the work."""
+    keys = np.array([key], "S16")
+    names = [name for name in store.spec.tensors if store.find(name, keys)[2].all()]
+    _compare(store, keys.tobytes().hex(), store.rows(keys, names).batch([0]), work, torch.tensor([number]))
 
 
 def _compare(store: Store, key: str, found: dict[str, Ragged], work: Work, row: Tensor) -> None:

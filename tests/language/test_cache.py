@@ -19,7 +19,7 @@ from kdtrain.recipe import save_recipe
 from kdtrain.run import run
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.tasks.code_lm.task import CodeLM
-from kdtrain.tasks.code_lm.teacher_outputs import segments_of
+from kdtrain.tasks.code_lm.work import segments_of
 from tests.language.conftest import opened
 from tests.support.commands import torchrun
 

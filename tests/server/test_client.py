@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
 from kdtrain.models.tokenizers import train_tokenizer
-from kdtrain.teacher_cache.server import API_KEY, TeacherServers, covered_probability
+from kdtrain.teacher_cache.server.answers import covered_probability
+from kdtrain.teacher_cache.server.connection import API_KEY
+from kdtrain.teacher_cache.server.servers import TeacherServers
 from tests.support.model_server import ServedTeacher, serving
 
 PIECES = [[5, 9, 2, 77, 31], [8], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [250, 1, 17]]
@@ -74,7 +76,7 @@ Connect = Callable[..., TeacherServers]
 def test_hidden_states_are_the_models_own(served: Served, model: LlamaForCausalLM, connect: Connect) -> None:
     _, url = served()
     servers = connect([url])
-    assert servers.model.name == "tiny" and servers.model.max_length == 511
+    assert servers.model.name == "tiny" and servers.model.max_length == 512
     for ids, found in zip(PIECES, servers.hidden(PIECES, dtype="float32"), strict=True):
         assert torch.equal(found, own_hidden(model, ids))
     for ids, found in zip(PIECES, servers.hidden(PIECES, dtype="bfloat16"), strict=True):
@@ -84,7 +86,7 @@ def test_hidden_states_are_the_models_own(served: Served, model: LlamaForCausalL
 def test_top_k_is_the_models_own_after_every_token(
     served: Served, model: LlamaForCausalLM, connect: Connect
 ) -> None:
-    _, url = served()
+    _, url = served(pooling=False)
     for ids, (logprobs, indices) in zip(PIECES, connect([url]).top_k(PIECES, 7), strict=True):
         with torch.no_grad():
             table = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
@@ -95,7 +97,8 @@ def test_top_k_is_the_models_own_after_every_token(
 
 
 def test_the_reference_server_keeps_the_form_of_vllm(served: Served) -> None:
-    teacher, url = served()
+    teacher, url = served(pooling=False)
+    _, pooling = served()
     body = {"model": "tiny", "prompt": PIECES[0], "max_tokens": 1, "prompt_logprobs": 3, "logprobs": 3}
     ours = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
     real = RECORDED["completion"]["choices"][0]
@@ -111,7 +114,7 @@ def test_the_reference_server_keeps_the_form_of_vllm(served: Served) -> None:
     for entry in (ours["logprobs"]["top_logprobs"][0], real_generated["top_logprobs"][1]):
         assert all(key.startswith("token_id:") and isinstance(value, float) for key, value in entry.items())
     body = {"model": "tiny", "input": [PIECES[0]], "encoding_format": "bytes", "embed_dtype": "float16"}
-    header = json.loads(httpx.post(f"{url}/pooling", json=body).headers["metadata"])
+    header = json.loads(httpx.post(f"{pooling}/pooling", json=body).headers["metadata"])
     assert set(header) == set(RECORDED["pooling_metadata"])
     assert set(header["data"][0]) == set(RECORDED["pooling_metadata"]["data"][0])
     teacher.max_logprobs = 100
@@ -133,7 +136,9 @@ def test_several_servers_share_the_requests(
     assert sum(counts) == 40 and min(counts) > 5
 
 
-def test_requests_stay_a_bounded_number_ahead(served: Served, connect: Connect) -> None:
+def test_requests_stay_within_a_bound_of_the_reader(
+    served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher, url = served()
     taken = []
 
@@ -142,12 +147,13 @@ def test_requests_stay_a_bounded_number_ahead(served: Served, connect: Connect) 
             taken.append(i)
             yield [i, i + 1]
 
-    answers = connect([url], in_flight=4).hidden(pieces())
+    monkeypatch.setattr("kdtrain.teacher_cache.server.servers.AHEAD_TOKENS", 8)
+    answers = connect([url], in_flight=2).hidden(pieces())
     next(answers)
     time.sleep(0.3)
-    assert len(taken) <= 5
+    assert len(taken) == 6, "one is read, four of two tokens fit in the bound, and one waits for room"
     answers.close()
-    assert len(teacher.requests) <= 6
+    assert teacher.requests.count("/pooling") <= 5
 
 
 @pytest.mark.parametrize("fault", ["close", "500", "429", "cut", "html"])
@@ -155,7 +161,9 @@ def test_failures_that_pass_are_asked_again(
     served: Served, model: LlamaForCausalLM, fault: str, connect: Connect
 ) -> None:
     # Two of three requests fail: a connection that closes, an overloaded server, a body cut short, a proxy's page.
-    _, url = served(fault=lambda number, path: fault if path == "/v1/completions" and number % 3 else None)
+    _, url = served(
+        pooling=False, fault=lambda number, path: fault if path == "/v1/completions" and number % 3 else None
+    )
     servers = connect([url], in_flight=1)
     with torch.no_grad():
         expected = [model(input_ids=torch.tensor([ids])).logits[0].topk(4).indices for ids in PIECES]
@@ -186,26 +194,30 @@ def test_a_restarted_server_is_found_again(
 
 
 REFUSALS: list[tuple[dict[str, Any], Callable[[TeacherServers], object], str]] = [
-    ({"pooling": False}, lambda s: list(s.hidden(PIECES)), "start it with --runner pooling"),
+    ({"pooling": False}, lambda s: list(s.hidden(PIECES)), "start it with --runner pooling --pooler-config"),
     (
-        {"max_logprobs": 3},
+        {"max_logprobs": 3, "pooling": False},
         lambda s: list(s.top_k(PIECES, 4)),
         "start the server with a larger --max-logprobs",
     ),
-    ({"max_length": 8}, lambda s: list(s.hidden(PIECES)), "a piece of 11 tokens is longer than the 7"),
+    ({"max_length": 8}, lambda s: list(s.hidden(PIECES)), "a piece of 11 tokens is longer than the 8"),
     (
         {"fault": lambda n, path: "nan" if n > 1 else None},
         lambda s: list(s.hidden(PIECES)),
-        "states that are not finite",
+        "states that are NaN or infinite",
     ),
     (
         {"fault": lambda n, path: "short" if n > 1 else None},
         lambda s: list(s.hidden(PIECES)),
         "answered 4 states for 5 tokens",
     ),
-    ({"fault": lambda n, path: "nan" if n > 1 else None}, lambda s: list(s.top_k(PIECES, 4)), "not finite"),
     (
-        {"fault": lambda n, path: "short" if n > 1 else None},
+        {"fault": lambda n, path: "nan" if n > 1 else None, "pooling": False},
+        lambda s: list(s.top_k(PIECES, 4)),
+        "log-probabilities that are NaN or infinite",
+    ),
+    (
+        {"fault": lambda n, path: "short" if n > 1 else None, "pooling": False},
         lambda s: list(s.top_k(PIECES, 4)),
         "answered 4 distributions for 5 tokens",
     ),
@@ -228,7 +240,10 @@ def test_answers_that_cannot_be_used(
 
 
 def test_no_server(tmp_path: Path, connect: Connect) -> None:
-    with pytest.raises(KdtrainError, match=r"http://127\.0\.0\.1:9 does not answer: nothing listens there"):
+    with pytest.raises(
+        KdtrainError,
+        match=r"http://127\.0\.0\.1:9 did not answer for 1 s: nothing listens there .*; start the server, or correct teacher.url",
+    ):
         connect(["http://127.0.0.1:9"])
 
 
@@ -267,7 +282,7 @@ def test_a_slow_server_ends_with_a_sentence(served: Served, connect: Connect) ->
     servers = connect([url], timeout=0.2, patience=0.6)
     with pytest.raises(
         KdtrainError,
-        match=r"did not answer for 1 s: /pooling took longer than 0 s; the same command continues",
+        match=r"did not answer for 1 s: /pooling took longer than 0.2 s; look at the server, or name another one in teacher.url; the same",
     ):
         list(servers.hidden(PIECES))
 

@@ -1,6 +1,6 @@
 """A small server with vLLM's answers over a transformers model: real HTTP on loopback, for tests of a served teacher.
 
-It answers `/v1/models`, `/tokenize`, `/pooling` and `/v1/completions` as vLLM 0.32 does; `tests/support/recorded_vllm.json` holds
+It answers `/v1/models`, `/tokenize` and, as vLLM 0.32 does, either `/pooling` or `/v1/completions`; `tests/support/recorded_vllm.json` holds
 answers of the real one, and a test compares their form. `faults` make it fail as servers do.
 """
 
@@ -30,6 +30,10 @@ class ServedTeacher:
     max_length: int = 512
     max_logprobs: int = 20
     pooling: bool = True
+    """started with --runner pooling, else to generate text"""
+    dtype: torch.dtype = torch.float32
+    """in which it computes"""
+    root: str = "/models/tiny"
     key: str | None = None
     normalized: bool = False
     """pooling that normalises, as without use_activation false"""
@@ -41,7 +45,7 @@ class ServedTeacher:
     def hidden(self, ids: list[int]) -> Tensor:
         """(n, D) what enters the head."""
         base: Any = self.model.base_model
-        states = base(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        states = base(input_ids=torch.tensor([ids])).last_hidden_state[0].to(self.dtype).float()
         return torch.nn.functional.normalize(states, dim=-1) if self.normalized else states
 
     @torch.no_grad()
@@ -82,6 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: dict[str, Any] | None) -> None:
         teacher = self.teacher
+        if body == {}:  # asks what there is
+            known = self.path in ("/tokenize", "/pooling" if teacher.pooling else "/v1/completions")
+            return self._refuse(*((400, "Field required") if known else (404, "Not Found")))
         with self._model_lock:
             teacher.requests.append(self.path)
             fault = teacher.fault(len(teacher.requests), self.path)
@@ -96,9 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._write(200, b"<html>a proxy</html>", {"Content-Type": "text/html"})
         if teacher.key is not None and self.headers.get("Authorization") != f"Bearer {teacher.key}":
             return self._refuse(401, "Unauthorized")
-        routes = {"/v1/models": self._models, "/tokenize": self._tokenize, "/v1/completions": self._complete}
-        if teacher.pooling:
-            routes["/pooling"] = self._pool
+        routes = {"/v1/models": self._models, "/tokenize": self._tokenize}
+        routes |= {"/pooling": self._pool} if teacher.pooling else {"/v1/completions": self._complete}
         if self.path not in routes:
             return self._refuse(404, "Not Found")
         if body is not None and body.get("model") != teacher.name:
@@ -110,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         model = {
             "id": self.teacher.name,
             "object": "model",
-            "root": "/models/tiny",
+            "root": self.teacher.root,
             "max_model_len": self.teacher.max_length,
         }
         self._json({"object": "list", "data": [model]})
@@ -212,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             "stop_reason": None,
             "token_ids": None,
             "prompt_logprobs": entries,
-            "prompt_token_ids": None,
+            "prompt_token_ids": ids if body.get("return_token_ids") else None,
         }
         content = {
             "id": "cmpl-0",

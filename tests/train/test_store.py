@@ -15,7 +15,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from kdtrain.errors import KdtrainError
 from kdtrain.files import writing
-from kdtrain.teacher_cache.store import Shard, Store, StoreSpec, checksum, read_manifest, shard_paths
+from kdtrain.teacher_cache.shard import Shard, checksum
+from kdtrain.teacher_cache.store import Store, StoreSpec, read_manifest, shard_paths
 from kdtrain.teacher_cache.verify import verify
 from tests.support.processes import run_processes
 from tests.train.toy_work import (

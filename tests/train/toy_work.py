@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from kdtrain.teacher_cache.build import build
-from kdtrain.teacher_cache.store import Element, Keys, Ragged, Store, StoreSpec, keys_of
+from kdtrain.teacher_cache.build import Work, build
+from kdtrain.teacher_cache.shard import Keys, Ragged, keys_of
+from kdtrain.teacher_cache.store import Element, Store, StoreSpec
 
 LAYERS, WIDTH, KEPT = 4, 6, 5
 KINDS = {
@@ -56,7 +57,7 @@ class Network(nn.Module):
 
 
 @dataclass
-class ToyWork:
+class ToyWork(Work):
     """Texts with that network; `computed` notes how often each row was asked for."""
 
     texts: list[str]

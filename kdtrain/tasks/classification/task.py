@@ -1,5 +1,6 @@
 """Task classification: rows of one or two texts with a class, learned from labels and a stored teacher."""
 
+import copy
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -283,7 +284,11 @@ class Classification(Task[Recipe]):
         assert isinstance(student, PreTrainedModel) and isinstance(test, LabelledRows)
         with quiet(), atomic_folder(folder / "student") as temporary:
             student.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
+            tokenizer = copy.copy(self.tokenizer)
+            tokenizer.model_max_length = (
+                self.recipe.student.max_length
+            )  # a teacher is asked as it was trained
+            tokenizer.save_pretrained(temporary)
         own = {name: value for name, value in state.items() if not name.startswith("student.")}
         if own:
             write_tensors(folder / "projection.safetensors", own)

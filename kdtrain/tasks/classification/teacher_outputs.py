@@ -14,8 +14,9 @@ from kdtrain.models.loading import sentence_states, sequence_states, shape_of
 from kdtrain.models.teachers import Teacher
 from kdtrain.tasks.classification.pairs import PairRows, Rows, tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
-from kdtrain.teacher_cache.build import Prepare, build
-from kdtrain.teacher_cache.store import Element, Ragged, Store, StoreSpec, keys_of
+from kdtrain.teacher_cache.build import Prepare, Work, build
+from kdtrain.teacher_cache.shard import Ragged, keys_of
+from kdtrain.teacher_cache.store import Element, Store, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def store_spec(
     )
 
 
-class ClassifierWork:
+class ClassifierWork(Work):
     """Rows in the teacher's tokens, for `kdtrain.teacher_cache.build`."""
 
     def __init__(self, teacher: Teacher, rows: Rows, device: torch.device) -> None:

@@ -33,8 +33,8 @@ class LanguageModels:
 
     @property
     def teachers(self) -> Mapping[str, Any]:
-        """The teacher, where it runs now."""
-        return {} if self.teacher is None else {"teacher": self.teacher.model}
+        """The teacher, where it runs here."""
+        return {} if self.teacher is None or not self.teacher.runs_here else {"teacher": self.teacher.model}
 
     def student_outputs(self, student: Any, batch: Batch, layers: Layers) -> HeadOutputs:
         """The student on one micro-batch."""

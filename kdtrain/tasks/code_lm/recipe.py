@@ -104,6 +104,21 @@ class LanguageTeacherRecipe:
         "all that forward KL needs for a student whose head is not trained (cross_term: exact); or read the tokens that "
         "another program kept (shards)",
     )
+    source: Literal["local", "server"] = option(
+        "local",
+        "where the teacher runs: here, or on vLLM servers (url); of a served teacher, path is read for configuration, tokenizer "
+        "and head only",
+    )
+    url: str | None = option(
+        None, "address of the vLLM server, such as http://127.0.0.1:8000; several with commas between"
+    )
+    served_name: str | None = option(
+        None, "name that the servers serve the model by; by default the only one they serve"
+    )
+    targets: Literal["hidden", "topk"] = option(
+        "hidden",
+        "what servers are asked for in every step (source server, signal online): hidden states (exact) or top_k log-probabilities",
+    )
     cache: str | None = option(
         None, "folder of the stored outputs, shared by runs; <output>/teacher_cache by default"
     )
@@ -118,6 +133,35 @@ class LanguageTeacherRecipe:
 
     def __post_init__(self) -> None:
         positive(self, "teacher", "top_k", "batch_tokens")
+        if self.source == "local":
+            for name in ("url", "served_name"):
+                if getattr(self, name) is not None:
+                    raise KdtrainError(
+                        f"teacher.{name} does nothing with teacher.source local; set teacher.source: server"
+                    )
+            if self.targets != "hidden":
+                raise KdtrainError(
+                    f"teacher.targets {self.targets} does nothing with teacher.source local; set teacher.source: server, or "
+                    f"teacher.signal: {self.targets}"
+                )
+        elif self.signal == "shards":
+            raise KdtrainError(
+                "teacher.signal shards reads what another program stored and asks no server; set teacher.source: local"
+            )
+        elif self.signal != "online" and self.targets != "hidden":
+            raise KdtrainError(
+                f"teacher.targets {self.targets} is for teacher.signal online; teacher.signal {self.signal} says what is stored"
+            )
+
+    @property
+    def asked(self) -> Literal["hidden", "topk"]:
+        """What servers answer."""
+        return self.targets if self.signal == "online" else "topk" if self.signal == "topk" else "hidden"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether layers of the teacher run on this machine while the student trains."""
+        return self.signal == "online" and self.source == "local"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +267,14 @@ class LanguageRecipe:
                 f"method kd_features reads inner layers of the teacher, which teacher.signal {self.teacher.signal} does not "
                 "store; set teacher.signal: online"
             )
-        kept = self.teacher.signal in ("topk", "shards") and self.teacher.tail == "renormalize"
+        if self.method.name == "kd_features" and self.teacher.source == "server":
+            raise KdtrainError(
+                "method kd_features reads inner layers of the teacher, which a server does not answer; set teacher.source: local"
+            )
+        top_k = (
+            self.teacher.asked == "topk" if self.teacher.source == "server" else self.teacher.signal == "topk"
+        )
+        kept = (top_k or self.teacher.signal == "shards") and self.teacher.tail == "renormalize"
         if kept and self.method.name == "kd" and self.method.divergence == "reverse_kl":
             raise KdtrainError(
                 "method.divergence reverse_kl is infinite where teacher.tail renormalize gives the tokens that were not kept the "

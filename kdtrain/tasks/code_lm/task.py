@@ -27,9 +27,9 @@ from kdtrain.models.language_student import (
 from kdtrain.models.language_teacher import LanguageTeacher, load_language_teacher
 from kdtrain.models.loading import Shape, quiet, tokenizer_hash, weights_hash
 from kdtrain.models.lora import adapted_layers, merged_student
-from kdtrain.models.vocabulary import match_vocabularies
+from kdtrain.models.vocabulary import VocabularyMatch, check_ids, match_vocabularies
 from kdtrain.objective import Objective
-from kdtrain.outputs import IGNORED, Batch
+from kdtrain.outputs import IGNORED, Batch, Layers
 from kdtrain.recipe.base import MethodOptions
 from kdtrain.tasks.base import Prepared, Task, TrainingData
 from kdtrain.tasks.code_lm.documents import Documents, load_documents
@@ -37,8 +37,10 @@ from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
 from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.tasks.code_lm.served import ServedTeacher
 from kdtrain.tasks.code_lm.store import stored_rows
-from kdtrain.tasks.code_lm.teacher_outputs import Kind, Target, TeacherRows
+from kdtrain.tasks.code_lm.targets import Kind, Target
+from kdtrain.tasks.code_lm.teacher_outputs import ServedRows, TeacherRows
 from kdtrain.teacher_cache.external import ExternalStore
 
 PADDING = 0
@@ -78,13 +80,26 @@ class CodeLM(Task[LanguageRecipe]):
 
     @cached_property
     def teacher(self) -> LanguageTeacher | None:
-        """The teacher, where it runs here."""
+        """The teacher, unless another program stored the outputs; of a served one only what is here."""
         section = self.recipe.teacher
         if section.path is None or section.signal == "shards":
             return None
-        teacher = load_language_teacher(section.path, section.precision, packing=self.recipe.data.packing)
-        check_length(teacher.model, "teacher", self.recipe.data.max_length)
+        length = self.recipe.data.max_length
+        if section.source == "server":
+            teacher = ServedTeacher.load(section, length, head=section.asked == "hidden")
+        else:
+            teacher = load_language_teacher(section.path, section.precision, packing=self.recipe.data.packing)
+        check_length(teacher.model, "teacher", length)
         return teacher
+
+    @cached_property
+    def match(self) -> VocabularyMatch | None:
+        """How the heads line up, compared token by token."""
+        student, teacher = self.student, self.teacher
+        if teacher is None:
+            return None
+        sizes = (model.config.get_text_config().vocab_size for model in (student, teacher.model))
+        return match_vocabularies(self.tokenizer, teacher.tokenizer, *sizes, SAMPLE_CODE)
 
     @cached_property
     def student(self) -> PreTrainedModel:
@@ -99,17 +114,10 @@ class CodeLM(Task[LanguageRecipe]):
     @cached_property
     def models(self) -> LanguageModels:
         """Teacher and student, checked against each other."""
-        student, teacher, section = self.student, self.teacher, self.recipe.teacher
-        vocab_map = None
-        if teacher is not None:
-            match = match_vocabularies(
-                self.tokenizer,
-                teacher.tokenizer,
-                student.config.get_text_config().vocab_size,
-                teacher.model.config.get_text_config().vocab_size,
-                SAMPLE_CODE,
-            )
-            vocab_map = match.vocab_map
+        teacher, section = self.teacher, self.recipe.teacher
+        vocab_map = None if self.match is None else self.match.vocab_map
+        if isinstance(teacher, ServedTeacher) and section.asked == "topk":
+            teacher = None  # of which there is no head
         return LanguageModels(teacher, vocab_map, section.tail, self.recipe.method.temperature)
 
     @cached_property
@@ -159,16 +167,41 @@ class CodeLM(Task[LanguageRecipe]):
         Raises:
             KdtrainError: it cannot be stored for this student.
         """
-        assert self.teacher is not None
-        shared = self.models.shared(self.student)
-        return Target.for_run(kind, self.teacher, self.student, shared, self.recipe)
+        assert self.teacher is not None and self.match is not None
+        return Target.for_run(kind, self.teacher, self.student, self.match.shared, self.recipe)
+
+    @cached_property
+    def served(self) -> ServedTeacher | None:
+        """The teacher on servers that are asked in every step, compared with the recipe.
+
+        Raises:
+            KdtrainError: they do not answer, or serve something else; or a method reads more than they answer.
+        """
+        teacher = self.teacher
+        if not isinstance(teacher, ServedTeacher) or not self.learns_from_teacher:
+            return None
+        if self.objective.teacher_layers["teacher"] != Layers():
+            raise KdtrainError(
+                "a method reads inner layers of the teacher, which a server does not answer; set teacher.source: local"
+            )
+        if self.recipe.teacher.signal != "online":
+            return None
+        teacher.check(self.target(self.recipe.teacher.asked))
+        return teacher
 
     def identity(self) -> dict[str, str | None]:
         """Hashes of data and teacher, once everything was checked against each other."""
         _, _, fingerprint = self.rows
-        check_ids(self.rows[:2], self.tokenizer, self.student, self.teacher)
+        check_ids(
+            [rows.tokens for rows in self.rows[:2]],
+            self.tokenizer,
+            {"student": self.student}
+            if self.teacher is None
+            else {"student": self.student, "teacher": self.teacher.model},
+        )
         if self.stored is not None:
             self.target(self.stored)  # refuses what cannot be stored before anything is written
+        _ = self.served
         teacher = None if self.teacher is None else self.teacher.weights_hash
         _ = self.shards  # refuses documents that they lack
         return {
@@ -189,39 +222,50 @@ class CodeLM(Task[LanguageRecipe]):
             if self.stored is not None:
                 data, measured = self.stored_signals(accelerator)
                 self.teacher.release()
-            self.teacher.place(accelerator)
+            elif self.served is not None:
+                several = len(self.objective.gradient_groups) > 1
+                target = self.target(self.recipe.teacher.asked)
+                data = ServedRows.asked(train, self.served, target, accelerator, self.recipe, keep=several)
+                measured = self.held_out(accelerator)
+            if self.models.teacher is not None:
+                self.teacher.place(accelerator)
         elif self.shards is not None and self.external is not None:
             data = self.shards
             if accelerator.is_main_process:
                 say(self.external.words)
         return Prepared(self.objective, data, measured)
 
-    def stored_signals(self, accelerator: Accelerator) -> tuple[TeacherRows, TeacherRows]:
-        """Training rows with what the recipe stores, held-out rows with hidden states: both computed where missing.
+    def stored_signals(self, accelerator: Accelerator) -> tuple[TeacherRows, TrainingData]:
+        """Training rows with what the recipe stores, and the held-out rows: computed where missing.
 
         All processes take part.
         """
-        assert self.teacher is not None and self.stored is not None
+        assert self.stored is not None
+        return self.computed(self.rows[0], self.stored, accelerator), self.held_out(accelerator)
+
+    def held_out(self, accelerator: Accelerator) -> TrainingData:
+        """Held-out rows with hidden states; without, where the teacher answers none."""
+        if self.models.teacher is None:
+            return self.rows[1]
+        return self.computed(self.rows[1], "hidden", accelerator)
+
+    def computed(self, rows: PackedRows, kind: Kind, accelerator: Accelerator) -> TeacherRows:
+        """Rows with what a store holds of them; what it lacks is computed."""
+        assert self.teacher is not None
         section = self.recipe.teacher
         folder = Path(section.cache) if section.cache else Path(self.recipe.output) / "teacher_cache"
-        found = []
-        kinds: tuple[tuple[PackedRows, Kind], ...] = ((self.rows[0], self.stored), (self.rows[1], "hidden"))
-        for rows, kind in kinds:
-            found.append(
-                TeacherRows.computed(
-                    rows,
-                    folder / kind,
-                    self.teacher,
-                    self.target(kind),
-                    accelerator,
-                    batch_tokens=section.batch_tokens,
-                )
-            )
-        return found[0], found[1]
+        return TeacherRows.computed(
+            rows,
+            folder / kind,
+            self.teacher,
+            self.target(kind),
+            accelerator,
+            batch_tokens=section.batch_tokens,
+        )
 
     def metrics(self, values: Tensor, data: TrainingData) -> dict[str, float]:
         """Of the held-out rows."""
-        return language_metrics(values, teacher=self.teacher is not None)
+        return language_metrics(values, teacher=self.models.teacher is not None)
 
     def final(
         self, prepared: Prepared, position: Position, folder: Path, accelerator: Accelerator
@@ -273,6 +317,11 @@ class CodeLM(Task[LanguageRecipe]):
         if self.external is not None:
             return {"path": str(self.external.folder), "name": self.external.manifest["teacher"]}
         return self.teacher and {"path": self.teacher.path, "parameters": self.teacher.parameters}
+
+    def close(self) -> None:
+        """Let go of servers."""
+        if isinstance(vars(self).get("teacher"), ServedTeacher):
+            vars(self)["teacher"].close()
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -332,30 +381,3 @@ def checked_objective(student: PreTrainedModel, methods: list[Method], models: L
         with evaluating(objective), torch.no_grad():
             objective.loss(trial, 1)
     return objective
-
-
-def check_ids(
-    parts: tuple[PackedRows, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
-    teacher: LanguageTeacher | None,
-) -> None:
-    """Refuse documents with tokens for which a model has no embedding, such as those added for the student alone."""
-    names = {number: token for token, number in tokenizer.get_vocab().items()}
-    sides = {"student": student}
-    if teacher is not None:
-        sides["teacher"] = teacher.model
-    for side, model in sides.items():
-        table = model.get_input_embeddings().weight
-        assert isinstance(table, Tensor)
-        size = len(table)
-        if max(names) < size:
-            continue
-        for rows in parts:
-            beyond = rows.tokens[rows.tokens >= size]
-            if len(beyond):
-                raise KdtrainError(
-                    f"the documents hold {len(beyond)} tokens that the {side} cannot read: the first is {int(beyond[0])} "
-                    f"({names.get(int(beyond[0]))!r}), its embeddings end at {size - 1}; choose a student.tokenizer without "
-                    "them, or leave such documents out"
-                )

@@ -4,235 +4,34 @@ A row of the store is a segment: the tokens of a document that packing lays into
 a packed row do not see each other, so a segment has the same outputs in whatever row it is packed.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from kdkernels import teacher_cross_term
 from kdtrain.console import say
-from kdtrain.data.tokens import TokenRows
+from kdtrain.data.tokens import TokenRows, length_grouped_batches
 from kdtrain.errors import KdtrainError
-from kdtrain.models.heads import Head, head_of
 from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.outputs import Batch
 from kdtrain.tasks.code_lm.packing import PackedRows
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe, LanguageTeacherRecipe
+from kdtrain.tasks.code_lm.recipe import LanguageRecipe
+from kdtrain.tasks.code_lm.served import AskedRows, ServedTeacher, ServedWork
+from kdtrain.tasks.code_lm.targets import Target
+from kdtrain.tasks.code_lm.work import LanguageWork, segments_of
 from kdtrain.teacher_cache.build import Prepare, build
 from kdtrain.teacher_cache.external import ExternalStore
-from kdtrain.teacher_cache.store import Element, Keys, Ragged, Store, StoredRows, StoreSpec, token_keys
+from kdtrain.teacher_cache.shard import Keys, StoredRows, token_keys
+from kdtrain.teacher_cache.store import Store
+from kdtrain.teacher_cache.verify import spot_check
 
-Kind = Literal["hidden", "topk", "cross_term"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEAD_TOKENS = 512
-"""Tokens whose logits are in memory at a time."""
 SAMPLED_ROWS = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenHead:
-    """A student's head in the precision of the matmuls of a step, and the temperature of its loss."""
-
-    weight: Tensor
-    """(V_s, D_s)"""
-    bias: Tensor | None
-    temperature: float
-
-    @classmethod
-    def of(cls, student: PreTrainedModel, recipe: LanguageRecipe) -> "FrozenHead":
-        """The student's head in the precision of training.
-
-        Raises:
-            KdtrainError: it is trained, or caps its logits.
-        """
-        head = head_of(student)
-        if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
-            raise KdtrainError(
-                "teacher.signal cross_term is stored for one head of the student, which training would change; set "
-                "student.frozen_head: true (or student.lora_rank), or teacher.signal: hidden"
-            )
-        if head.softcap is not None:
-            raise KdtrainError(
-                f"teacher.signal cross_term needs logits that are linear in the hidden states, but the student caps its own "
-                f"at {head.softcap}; set teacher.signal: hidden"
-            )
-        dtype = DTYPES[recipe.training.precision]
-        bias = None if head.bias is None else head.bias.detach().to(dtype)
-        return cls(head.weight.detach().to(dtype), bias, recipe.method.temperature)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over its numbers."""
-        digest = hashlib.sha256()
-        for tensor in (self.weight, self.bias):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What is stored of every token."""
-
-    kind: Kind
-    spec: StoreSpec
-    frozen: FrozenHead | None = None
-
-    @classmethod
-    def of(
-        cls,
-        kind: Kind,
-        teacher: LanguageTeacher,
-        recipe: LanguageTeacherRecipe,
-        *,
-        shared: int | None = None,
-        frozen: FrozenHead | None = None,
-    ) -> "Target":
-        """What the teacher section of a recipe asks for.
-
-        Args:
-            shared: ids 0 to shared - 1 mean the same token to student and teacher; None when all do.
-            frozen: the student's head, for a cross-term.
-        """
-        size, width = teacher.head.weight.shape
-        shared = size if shared is None else shared
-        pinned: dict[str, object] = {} if kind == "hidden" else {"vocabulary": shared}
-        if kind == "hidden":
-            tensors = {"hidden": Element(recipe.dtype, (width,))}
-            pinned["dtype"] = recipe.dtype
-        elif frozen is not None:
-            tensors = {
-                "cross": Element("float32", (frozen.weight.shape[1],)),
-                "bias": Element("float32", ()),
-                "entropy": Element("float32", ()),
-            }
-            pinned |= {"student_head": frozen.fingerprint, "temperature": frozen.temperature}
-        else:
-            top_k = recipe.top_k
-            if top_k > shared:
-                raise KdtrainError(
-                    f"teacher.top_k is {top_k}, but the teacher has {shared} tokens only that the student knows"
-                )
-            if top_k == shared and recipe.tail == "bucket":
-                raise KdtrainError(
-                    f"teacher.top_k keeps all {shared} tokens and leaves nothing for teacher.tail bucket; set it to renormalize"
-                )
-            tensors = {"logprobs": Element("float32", (top_k,)), "indices": Element("int32", (top_k,))}
-            pinned["top_k"] = top_k
-        spec = StoreSpec(
-            teacher=teacher.path,
-            teacher_weights=teacher.weights_hash,
-            precision=recipe.precision,
-            tensors=tensors,
-            **pinned,  # type: ignore[arg-type]
-        )
-        return cls(kind, spec, frozen)
-
-    @classmethod
-    def for_run(
-        cls,
-        kind: Kind,
-        teacher: LanguageTeacher,
-        student: PreTrainedModel,
-        shared: int,
-        recipe: LanguageRecipe,
-    ) -> "Target":
-        """What a run with this student stores of the teacher, with whom it shares ids 0 to shared - 1."""
-        rows = head_of(student).weight.shape[0]
-        if kind == "cross_term" and rows > shared:
-            raise KdtrainError(
-                f"the student's head has {rows} rows, of which the teacher shares {shared}; a cross-term would compare over "
-                "all of them and not, as the teacher itself would, over the shared ones; set teacher.signal: hidden"
-            )
-        frozen = FrozenHead.of(student, recipe) if kind == "cross_term" else None
-        return cls.of(kind, teacher, recipe.teacher, shared=shared, frozen=frozen)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """On disk."""
-        return sum(element.bytes for element in self.spec.tensors.values())
-
-    def describe(self) -> str:
-        """For people."""
-        return ", ".join(
-            f"{name}: {' '.join([*map(str, element.shape), element.dtype])}"
-            for name, element in self.spec.tensors.items()
-        )
-
-
-class LanguageWork:
-    """Segments in front of the teacher, for `kdtrain.teacher_cache.build`."""
-
-    def __init__(
-        self, teacher: LanguageTeacher, target: Target, segments: TokenRows, device: torch.device
-    ) -> None:
-        self.teacher, self.target, self.segments, self.device = teacher, target, segments, device
-        nn.Module.to(teacher.model, device)
-
-    @property
-    def costs(self) -> Tensor:
-        """(R,) int64 tokens of each segment."""
-        return self.segments.lengths
-
-    def elements(self, name: str) -> Tensor:
-        """(R,) int64: every tensor has one element for each token."""
-        return self.segments.lengths
-
-    @torch.inference_mode()
-    def compute(self, rows: Tensor, names: Sequence[str], indices: Tensor | None = None) -> dict[str, Ragged]:
-        """These tensors of these segments, on the host; see `kdtrain.teacher_cache.build.Work`."""
-        ids, mask = (tensor.to(self.device) for tensor in self.segments.batch(rows))
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        hidden = self.teacher.hidden(ids, positions)[0][mask.bool()]
-        lengths = self.segments.lengths[rows]
-        found = self._targets(hidden, indices)
-        return {name: Ragged(found[name].cpu(), lengths) for name in names}
-
-    def _targets(self, hidden: Tensor, indices: Tensor | None) -> dict[str, Tensor]:
-        """All tensors of the target for hidden states (tokens, D_t)."""
-        if self.target.kind == "hidden":
-            return {"hidden": hidden}
-        head, shared = self.teacher.head, slice(self.target.spec.vocabulary)
-        weight, bias = head.weight[shared], None if head.bias is None else head.bias[shared]
-        if self.target.frozen is not None:
-            student = self.target.frozen
-            found = teacher_cross_term(
-                replace(self.teacher.with_hidden(hidden), weight=weight, bias=bias),
-                student.weight[shared].to(self.device),
-                None if student.bias is None else student.bias[shared].to(self.device),
-                temperature=student.temperature,
-            )
-            return {name: getattr(found, name) for name in ("cross", "bias", "entropy")}
-        upcast = Head(weight.float(), None if bias is None else bias.float(), head.softcap, head.scale)
-        logprobs, ids = [], []
-        for first in range(0, len(hidden), HEAD_TOKENS):
-            log_p = upcast.logits(hidden[first : first + HEAD_TOKENS].float()).log_softmax(-1)
-            if indices is None:
-                top = log_p.topk(self.target.spec.tensors["logprobs"].shape[0], dim=-1)
-                logprobs.append(top.values)
-                ids.append(top.indices)
-            else:
-                ids.append(indices[first : first + HEAD_TOKENS].to(self.device).long())
-                logprobs.append(log_p.gather(-1, ids[-1]))
-        return {"logprobs": torch.cat(logprobs), "indices": torch.cat(ids).int()}
-
-
-def segments_of(rows: PackedRows) -> tuple[TokenRows, Tensor]:
-    """The segments of packed rows in their order, and (rows + 1,) the number of the first one of every row."""
-    opens = (rows.positions == 0).nonzero().squeeze(1)
-    lengths = torch.diff(opens, append=torch.tensor([len(rows.tokens)]))
-    first = torch.searchsorted(opens, rows.starts)
-    return TokenRows(rows.tokens, opens, lengths, rows.pad_id), torch.cat([first, torch.tensor([len(opens)])])
+SPOT_CHECKED = 2
+"""Stored segments that a server is asked once more before it fills the rest."""
 
 
 @dataclass(frozen=True)
@@ -240,13 +39,14 @@ class TeacherRows:
     """Packed rows whose batches carry what a store holds of their tokens."""
 
     rows: PackedRows
-    store: Store
+    store: Store | None
+    """None where servers are asked in every step"""
     segments: TokenRows
     first: Tensor
     """(rows + 1,) first segment of every row"""
     keys: Keys
     """of the segments"""
-    stored: StoredRows
+    stored: StoredRows | AskedRows
     prepare: Prepare | None = None
     """of the teacher that the store is of, when it is here"""
 
@@ -272,7 +72,16 @@ class TeacherRows:
 
         def prepare(numbers: np.ndarray) -> LanguageWork:
             chosen = replace(segments, starts=segments.starts[numbers], lengths=segments.lengths[numbers])
-            return LanguageWork(teacher, target, chosen, accelerator.device)
+            if not isinstance(teacher, ServedTeacher):
+                return LanguageWork(teacher, target, chosen, accelerator.device)
+            for line in teacher.check(target):
+                if accelerator.is_main_process:
+                    say(line)
+            return ServedWork(teacher, target, chosen, accelerator.device)
+
+        if isinstance(teacher, ServedTeacher) and store.missing(keys):
+            # Nothing but its answers tells one body from another.
+            spot_check(store, keys, prepare, count=SPOT_CHECKED)
 
         count = build(store, keys, prepare, accelerator, batch_tokens=batch_tokens)
         stored = store.rows(keys)
@@ -336,6 +145,67 @@ class TeacherRows:
             logprobs = found["logprobs"].float().masked_fill(~inside[..., None], -math.log(top_k))
             found = {"logprobs": logprobs, "indices": indices}
         return replace(batch, stored={"teacher": {name: value.to(device) for name, value in found.items()}})
+
+
+@dataclass(frozen=True)
+class ServedRows(TeacherRows):
+    """Packed rows whose batches carry what servers answer about their tokens, asked ahead of the step."""
+
+    @classmethod
+    def asked(
+        cls,
+        rows: PackedRows,
+        teacher: ServedTeacher,
+        target: Target,
+        accelerator: Accelerator,
+        recipe: LanguageRecipe,
+        *,
+        keep: bool,
+    ) -> "ServedRows":
+        """Rows of a run.
+
+        Args:
+            keep: whether a step reads its rows more than once.
+        """
+        segments, first = segments_of(rows)
+        options, count = recipe.training, accelerator.num_processes
+        steps = math.ceil(len(rows) / options.batch_size)
+        epoch, plan = -1, []
+
+        def segments_at(step: int) -> list[int]:
+            nonlocal epoch, plan
+            if (step - 1) // steps != epoch:
+                epoch = (step - 1) // steps
+                plan = length_grouped_batches(rows.lengths, options.batch_size, recipe.seed, epoch)
+            parts = plan[(step - 1) % steps].tensor_split(options.accumulation * count)
+            own = torch.cat(parts[accelerator.process_index :: count])
+            return [number for row in own.tolist() for number in range(int(first[row]), int(first[row + 1]))]
+
+        work = ServedWork(teacher, target, segments, accelerator.device)
+        total = options.max_steps or options.epochs * steps
+        asked = AskedRows(work, segments_at, total, keep=keep)
+        keys = token_keys(segments.tokens, segments.starts.numpy(), segments.lengths.numpy())
+        return cls(rows, None, segments, first, keys, asked)
+
+    def batch(
+        self,
+        index: Tensor,
+        device: torch.device,
+        *,
+        step: int = 0,
+        stored: bool = True,
+        whole: Tensor | None = None,
+    ) -> Batch:
+        """The given rows, padded, with the answers of the servers."""
+        assert isinstance(self.stored, AskedRows)
+        if stored:
+            self.stored.at(step)
+        return super().batch(index, device, step=step, stored=stored, whole=whole)
+
+    def waited(self) -> float:
+        """Seconds that training has waited for servers since this was last asked."""
+        assert isinstance(self.stored, AskedRows)
+        return self.stored.waited()
 
 
 def _padded(values: Tensor, inside: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""The tiny recipe, teacher and documents of the language tests, and a server of that teacher."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from tests.language.conftest import (
+    language_distillation,
+    language_recipe,
+    language_teacher,
+    sources,
+)
+from tests.language.conftest import tokenizer as tokenizer
+from tests.support.model_server import ServedTeacher, serving
+
+__all__ = ["language_distillation", "language_recipe", "language_teacher", "sources"]  # found here by pytest
+
+Start = Callable[..., tuple[ServedTeacher, str]]
+
+
+@pytest.fixture
+def start(language_teacher: Path) -> Iterator[Start]:
+    """Start a server of the teacher; options are those of `ServedTeacher`."""
+    model = AutoModelForCausalLM.from_pretrained(language_teacher).eval()
+    words = AutoTokenizer.from_pretrained(language_teacher)
+    with ExitStack() as stack:
+
+        def begin(port: int = 0, **options: Any) -> tuple[ServedTeacher, str]:
+            teacher = ServedTeacher(options.pop("model", model), options.pop("words", words), **options)
+            return teacher, stack.enter_context(serving(teacher, port))
+
+        yield begin
+
+
+@pytest.fixture(scope="session")
+def distillation(language_distillation: LanguageRecipe) -> LanguageRecipe:
+    """Ten steps with one segment in a forward pass, as servers answer piece by piece."""
+    return replace(
+        language_distillation,
+        teacher=replace(language_distillation.teacher, batch_tokens=1),
+        method=LanguageMethodRecipe(temperature=2.0),
+        training=replace(language_distillation.training, max_steps=10, evaluate_every=10, log_every=1),
+    )
+
+
+def served(recipe: LanguageRecipe, output: Path, url: str | None, **options: Any) -> LanguageRecipe:
+    """The recipe with a teacher on servers."""
+    teacher = replace(recipe.teacher, source="server", url=url, **options)
+    return replace(recipe, teacher=teacher, output=str(output))
