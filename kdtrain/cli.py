@@ -18,6 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("kdtrain.commands.data", "build a data set, or convert a public one"),
     "train": ("kdtrain.commands.train", "train one student as a recipe says"),
     "cache": ("kdtrain.commands.cache", "store the teacher's outputs that a recipe needs"),
+    "serve-command": (
+        "kdtrain.commands.serve_command",
+        "print the command of a vLLM server that runs the teacher of a recipe",
+    ),
     "evaluate": ("kdtrain.commands.evaluate", "measure a finished run again, or compare it with another"),
     "doctor": ("kdtrain.commands.doctor", "what can be told about a recipe before any training"),
     "study": ("kdtrain.commands.study", "a grid of methods, students, tasks and seeds: table, figure, costs"),

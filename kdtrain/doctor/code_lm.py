@@ -1,6 +1,7 @@
 """What can be told of a language-model run before any training: one small function a check, each names the way out."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from kdtrain.files import human_bytes
 from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.outputs import IGNORED, Batch
 from kdtrain.tasks.code_lm.recipe import LanguageRecipe, language_recipe_from_dict
+from kdtrain.tasks.code_lm.served import ServedTeacher
 from kdtrain.tasks.code_lm.task import CodeLM
 
 CPU = torch.device("cpu")
@@ -29,9 +31,16 @@ class LanguageSubject:
     @cached_property
     def run(self) -> CodeLM:
         """Data, tokenizer and models; refuses what a run would refuse."""
-        run = CodeLM(self.recipe)
-        run.identity()
+        with ExitStack() as stack:
+            run = stack.enter_context(closing(CodeLM(self.recipe)))
+            run.identity()
+            stack.pop_all()
         return run
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the teacher answers nothing now: it is on servers, and the recipe names none."""
+        return self.recipe.teacher.source == "server" and self.recipe.teacher.url is None
 
     @cached_property
     def sample(self) -> Batch:
@@ -49,11 +58,26 @@ def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
     if vocab_map is None:
         yield note(f"student and teacher have the same {sizes[0]} tokens, compared one by one")
         return
-    shared = subject.run.models.shared(subject.run.student)
+    assert subject.run.match is not None
+    shared = subject.run.match.shared
     yield note(
         f"the heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows; ids 0 to {shared - 1} are the same tokens, compared "
         "one by one, and the divergence is taken over those; the cross entropy is over all of the student's"
     )
+
+
+def servers_serve_the_teacher(subject: LanguageSubject) -> Iterator[Finding]:
+    """The servers answer what the recipe needs; each thing that is wrong names the flag or the field."""
+    run = subject.run
+    if not isinstance(run.teacher, ServedTeacher) or not run.learns_from_teacher:
+        return
+    if subject.is_silent:
+        yield note(
+            "the teacher is on servers, and teacher.url names none: only what is stored already can be read"
+        )
+        return
+    for line in run.teacher.check(run.target(run.recipe.teacher.asked)):
+        yield note(line)
 
 
 def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
@@ -74,12 +98,16 @@ def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
 def labels_are_shifted_once(subject: LanguageSubject) -> Iterator[Finding]:
     """The teacher (or a started student) has to find the next token likelier than the one after it, or the same one."""
     run, batch = subject.run, subject.sample
-    model = run.student if run.teacher is None else run.teacher.model
-    if run.teacher is None and subject.recipe.student.path is None:
+    teacher = run.models.teacher
+    if subject.is_silent or (teacher is None and subject.recipe.student.path is None):
         return  # a new student knows nothing yet
     with torch.no_grad():
-        hidden, _ = hidden_states(model, batch.input_ids, batch.positions)
-    log_p = head_of(model).logits(hidden.float()).log_softmax(-1)
+        if teacher is None:
+            hidden, _ = hidden_states(run.student, batch.input_ids, batch.positions)
+        else:
+            hidden, _ = teacher.hidden(batch.input_ids, batch.positions)
+        head = head_of(run.student) if teacher is None else teacher.head
+        log_p = head.logits(hidden.to(head.weight.dtype)).float().log_softmax(-1)
     counted = batch.labels != IGNORED
     losses = {}
     last = log_p.shape[-1] - 1  # a label of a student with more rows than the teacher is left to other checks
@@ -119,7 +147,7 @@ def documents_fit(subject: LanguageSubject) -> Iterator[Finding]:
 def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
     """Shape and ties of both heads; that they give the models' own logits was verified."""
     models = {"student": subject.run.student}
-    if subject.run.teacher is not None:
+    if subject.run.teacher is not None and subject.run.teacher.runs_here:
         models["teacher"] = subject.run.teacher.model
     for side, model in models.items():
         head = head_of(model)
@@ -134,6 +162,8 @@ def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
 
 def first_loss_is_finite(subject: LanguageSubject) -> Iterator[Finding]:
     """The untrained student's loss on held-out rows."""
+    if subject.is_silent:
+        return
     with torch.no_grad():
         sums = subject.run.models.measure(subject.run.student, subject.sample).sum(0)
     loss, divergence = (float(value / sums[3]) for value in sums[:2])
@@ -141,7 +171,7 @@ def first_loss_is_finite(subject: LanguageSubject) -> Iterator[Finding]:
         yield wrong(
             f"the first loss is not finite (cross entropy {loss}, divergence {divergence}); a checkpoint is damaged"
         )
-    elif subject.run.teacher is not None:
+    elif subject.run.models.teacher is not None:
         yield note(f"before training: cross entropy {loss:.2f}, divergence from the teacher {divergence:.2f}")
 
 
@@ -180,6 +210,8 @@ def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
         return
     target, held_out = run.target(run.stored), run.target("hidden")
     tokens, measured = (int(rows.lengths.sum()) for rows in run.rows[:2])
+    if run.models.teacher is None:
+        measured = 0  # held-out rows are measured without the teacher
     yield note(
         f"the teacher cache takes {target.bytes_per_token} bytes a token ({target.describe()}), "
         f"{human_bytes(tokens * target.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
@@ -188,6 +220,7 @@ def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
 
 
 CHECKS = (
+    servers_serve_the_teacher,
     vocabularies_meet,
     padding_is_told_from_the_end,
     labels_are_shifted_once,
@@ -204,10 +237,10 @@ def examine_language(content: dict[str, Any]) -> list[Finding]:
     """All findings of one run; where it could not start, only why."""
     subject = LanguageSubject(language_recipe_from_dict(content))
     try:
-        _ = subject.run
+        with closing(subject.run):
+            return list(examine(subject, CHECKS))
     except KdtrainError as error:
         return [wrong(str(error))]
-    return list(examine(subject, CHECKS))
 
 
 def available_memory() -> int | None:

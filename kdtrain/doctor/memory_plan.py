@@ -128,7 +128,7 @@ def plan_step(
     one_layer = tokens * unit * (10 * student.width + 4 * student.inner)
     distils = teacher is not None and recipe.method.name != "ft"
     widest = 0  # the widest moment of one layer of the teacher
-    if teacher is not None and distils and recipe.teacher.signal == "online":
+    if teacher is not None and distils and recipe.teacher.runs_here:
         size = WEIGHT_BYTES[recipe.teacher.precision]
         widest = tokens * size * (4 * teacher.width + 3 * teacher.inner)
     # Documents that share a row are kept apart by a mask: true or false once, and as numbers in every layer that is kept.
@@ -143,7 +143,11 @@ def plan_step(
     trained = student.trained(recipe.student)
     frozen = recipe.student.frozen_head or recipe.student.lora_rank > 0
     # Kept tokens and cross-terms need no logits of the teacher, nor do labels alone.
-    blocks = 2 if distils and recipe.teacher.signal not in STORED_WITHOUT_HEAD else 1
+    blocks = (
+        2
+        if distils and recipe.teacher.signal not in STORED_WITHOUT_HEAD and recipe.teacher.targets != "topk"
+        else 1
+    )
     two = 2 if distils else 1
     loss = (
         4 * blocks * min(chunk_rows(student.vocabulary, device), tokens) * student.vocabulary
@@ -156,8 +160,8 @@ def plan_step(
     if teacher is not None:
         size = WEIGHT_BYTES[recipe.teacher.precision]
         held = teacher.whole * size + (tokens * teacher.width * size if distils else 0)
-        if (
-            recipe.teacher.signal == "online" or not distils
+        if recipe.teacher.runs_here or (
+            not distils and recipe.teacher.source == "local"
         ):  # beside labels alone it is whole, too: to measure with
             body = teacher.parameters - teacher.whole
             held += body * size // share + (2 * body * size // teacher.layers if sharded else 0)

@@ -49,8 +49,8 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     student, models = run.student, run.models
     accelerator = start_accelerator(recipe.training)
     student.to(accelerator.device).eval()
-    if run.teacher is not None:
-        run.teacher.place(accelerator)
+    if run.models.teacher is not None:
+        run.models.teacher.place(accelerator)
     sums = measured_rows(
         lambda batch: models.measure(student, batch), rows, accelerator, tokens=run.evaluation_tokens
     )
@@ -61,7 +61,7 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": int(found[:, 3].sum()),
         "loss_interval": list(bootstrap_interval(found[:, 0], found[:, 3])),
-        **language_metrics(sums, teacher=run.teacher is not None),
+        **language_metrics(sums, teacher=run.models.teacher is not None),
         "parameters": parameter_count(student),
         "bytes": folder_bytes(folder / "student"),
         "latency_ms": row_latency_ms(student, rows),

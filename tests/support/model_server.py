@@ -38,7 +38,7 @@ class ServedTeacher:
     normalized: bool = False
     """pooling that normalises, as without use_activation false"""
     fault: Callable[[int, str], str | None] = lambda number, path: None
-    """from the number of the request and its path: slow, close, cut, 500, 429, nan, html, short; None answers rightly"""
+    """from the number of the request and its path: slow, close, cut, 500, 429, nan, html, short, logits, swapped; None answers rightly"""
     requests: list[str] = field(default_factory=list)
 
     @torch.no_grad()
@@ -184,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         table = teacher.logprobs(ids)
         if fault == "nan":
             table[0] = float("nan")
+        if fault == "logits":
+            table = table + 30.0
         order = table.argsort(dim=-1, descending=True, stable=True)
         ranks = torch.empty_like(order).scatter_(
             1, order, torch.arange(1, table.shape[1] + 1).expand_as(order)
@@ -218,7 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
             "stop_reason": None,
             "token_ids": None,
             "prompt_logprobs": entries,
-            "prompt_token_ids": ids if body.get("return_token_ids") else None,
+            "prompt_token_ids": (ids[::-1] if fault == "swapped" else ids)
+            if body.get("return_token_ids")
+            else None,
         }
         content = {
             "id": "cmpl-0",

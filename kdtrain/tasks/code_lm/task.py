@@ -180,9 +180,10 @@ class CodeLM(Task[LanguageRecipe]):
         teacher = self.teacher
         if not isinstance(teacher, ServedTeacher) or not self.learns_from_teacher:
             return None
-        if self.objective.teacher_layers["teacher"] != Layers():
+        live = any(method.needs().live for method in self.objective.plan if method.teachers)
+        if live or self.objective.teacher_layers["teacher"] != Layers():
             raise KdtrainError(
-                "a method reads inner layers of the teacher, which a server does not answer; set teacher.source: local"
+                "a method samples from the teacher or reads inner layers, which a server does not answer; set teacher.source: local"
             )
         if self.recipe.teacher.signal != "online":
             return None

@@ -16,6 +16,8 @@ Answer = TypeVar("Answer")
 
 API_KEY = "KDTRAIN_API_KEY"
 """The environment variable with the key of the server; a key is never written to a recipe, a log or a manifest."""
+PATIENCE = 300.0
+"""Seconds during which a failing request is sent again before the run ends."""
 POOLING = """--runner pooling --pooler-config '{"task":"token_embed","use_activation":false}'"""
 """Flags of a server that answers hidden states."""
 
@@ -47,19 +49,22 @@ class Connection:
         urls: addresses, such as `http://127.0.0.1:8000`.
         in_flight: requests at a time for each server; the server batches them.
         timeout: seconds that one answer may take.
-        patience: seconds during which a failing request is sent again before the run ends.
+        patience: seconds in place of `PATIENCE`.
 
     Raises:
         KdtrainError: no address, or something that is none.
     """
 
-    def __init__(self, urls: Sequence[str], *, in_flight: int, timeout: float, patience: float) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, in_flight: int, timeout: float, patience: float | None
+    ) -> None:
         if not urls:
             raise KdtrainError(
                 "teacher.url names no server; give the address of one, such as http://127.0.0.1:8000"
             )
         self.urls = tuple(dict.fromkeys(checked_url(url) for url in urls))
-        self.workers, self.patience = in_flight * len(self.urls), patience
+        self.workers = in_flight * len(self.urls)
+        self.patience = PATIENCE if patience is None else patience
         self.traffic = Traffic()
         key = os.environ.get(API_KEY)
         self.client = httpx.Client(

@@ -56,7 +56,7 @@ class TeacherServers:
         model: name that the servers serve the model by; None takes the only one they serve.
         in_flight: requests at a time for each server; the server batches them.
         timeout: seconds that one answer may take.
-        patience: seconds during which a failing request is sent again before the run ends.
+        patience: seconds during which a failing request is sent again before the run ends, in place of `PATIENCE`.
 
     Raises:
         KdtrainError: a server does not answer, or the servers serve different models.
@@ -69,7 +69,7 @@ class TeacherServers:
         model: str | None = None,
         in_flight: int = 8,
         timeout: float = 120.0,
-        patience: float = 300.0,
+        patience: float | None = None,
     ) -> None:
         self.connection = Connection(urls, in_flight=in_flight, timeout=timeout, patience=patience)
         self.urls = self.connection.urls
