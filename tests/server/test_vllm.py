@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -89,8 +90,13 @@ class LiveServer:
 def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random Llama of two layers and width 128."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     config = LlamaConfig(
         vocab_size=300,
         num_key_value_heads=1,
@@ -155,7 +161,7 @@ def test_the_store_and_ten_steps_equal_the_local_teacher(
             save_recipe(one, tmp_path / "recipe.yaml")
             assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify"]) == 0
         mine, theirs = (
-            contents(tmp_path / stored / kind / "teacher_cache" / signal) for kind in ("served", "local")
+            contents(tmp_path / stored / kind / "teacher_cache" / stored) for kind in ("served", "local")
         )
         assert mine.keys() == theirs.keys()
         name, dtype = {"hidden": ("hidden", torch.bfloat16), "topk": ("logprobs", torch.float32)}[stored]
@@ -187,7 +193,7 @@ def test_bytes_on_the_wire(
             _ = servers.pooling, servers.generating
             before, began = servers.traffic.received_bytes, time.monotonic()
             if isinstance(name, str):
-                _ = list(servers.hidden(pieces, dtype=name))  # type: ignore[arg-type]
+                _ = list(servers.hidden(pieces, dtype=name))
             else:
                 _ = list(servers.top_k(pieces, name))
             count = sum(map(len, pieces))
