@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.at import AttentionTransfer
 from kdtrain.methods.atkd import AdaptiveTeaching
-from kdtrain.methods.base import Method, has_hook
+from kdtrain.methods.base import Method, Step, has_hook
 from kdtrain.methods.ckd import ContextualDistillation
 from kdtrain.methods.comparative import ComparativeDistillation
 from kdtrain.methods.continuation import AnnealingDistillation, ContinuationDistillation
@@ -118,4 +118,16 @@ def build_methods(
                 f"method {one.name} needs a teacher; set {missing[0]}.path to a folder or hub id"
             )
         methods.append(kind(one, student, {name: teachers[name] for name in names}))
+        check_weights(methods[-1])
     return methods
+
+
+def check_weights(method: Method) -> None:
+    """Refuse a method whose terms weigh nothing in the first step, the last and the one between."""
+    if any(any(method.weights(Step(number, 3)).values()) for number in range(3)):
+        return
+    fields = [f"method.{name}" for name in type(method.options).model_fields if name.endswith("_weight")]
+    raise KdtrainError(
+        f"every weight of method {method.options.name} is 0 in every step, so nothing would be learned; set "
+        f"{' or '.join(name for name in fields if not name.startswith('method.last_'))} above 0"
+    )

@@ -8,10 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtrain.methods.base import Generate, Needs, Step
+from kdtrain.methods.base import Generate, Step
 from kdtrain.methods.divergences import DivergenceChoice
-from kdtrain.methods.kd import LogitTerms
-from kdtrain.methods.sampling import Prompts, SamplingOptions, Written, uniform, write
+from kdtrain.methods.sampling import OnPolicy, Prompts, SamplingOptions, Written, uniform, write
 from kdtrain.models.loading import Shape
 from kdtrain.outputs import Batch
 from kdtrain.recipe.base import NOT_NEGATIVE, POSITIVE, Number, Whole
@@ -19,7 +18,7 @@ from kdtrain.recipe.base import NOT_NEGATIVE, POSITIVE, Number, Whole
 Source = Literal["data", "student", "replay"]
 
 
-class SkewedDistillation(LogitTerms):
+class SkewedDistillation(OnPolicy):
     """The terms of kd with a skewed KL, on the data, on continuations of the student, or on earlier continuations.
 
     A threshold phi starts at `first_threshold` and rises by 0.1, to 1 at most, where an evaluation finds a loss that is
@@ -33,8 +32,6 @@ class SkewedDistillation(LogitTerms):
     The code evaluates before the first step, too. Its language modelling term on a second corpus is not here.
     The buffer holds the newest rows and is checkpointed.
     """
-
-    tasks = frozenset({"code_lm"})
 
     class Options(SamplingOptions):
         """A skewed KL, on the data and on continuations of the student."""
@@ -70,10 +67,6 @@ class SkewedDistillation(LogitTerms):
         self.register_buffer("controller", torch.tensor([options.first_threshold, math.inf]))
         """phi, and the loss that it was set by"""
         self._chosen: tuple[int, Source] = (-1, "data")
-
-    def needs(self) -> Needs:
-        """A teacher that reads what the student wrote."""
-        return Needs(live=True)
 
     def source(self, step: Step) -> Source:
         """What a step learns from."""

@@ -7,22 +7,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtrain.methods.base import Generate, Needs, Step
+from kdtrain.methods.base import Generate, Step
 from kdtrain.methods.divergences import DivergenceChoice
-from kdtrain.methods.kd import LogitTerms
-from kdtrain.methods.sampling import SamplingOptions, Written, uniform, write
+from kdtrain.methods.sampling import OnPolicy, SamplingOptions, Written, uniform, write
 from kdtrain.outputs import Batch
 from kdtrain.recipe.base import Number
 
 
-class GeneralizedDistillation(LogitTerms):
+class GeneralizedDistillation(OnPolicy):
     """The terms of kd; with probability `student_share` a step learns from what the student continues its prompts with.
 
     Algorithm 1 of the paper: lambda is `student_share`, and the divergence is any (the paper's is the JSD with beta). No
     gradient passes through the sampling. `student_share: 1` is on-policy distillation, 0 is kd.
     """
-
-    tasks = frozenset({"code_lm"})
 
     class Options(SamplingOptions):
         """Soft labels on the data and on the student's own continuations."""
@@ -34,10 +31,6 @@ class GeneralizedDistillation(LogitTerms):
         student_share: Annotated[Number, Field(ge=0, le=1)] = Field(
             default=0.5, description="probability that a step learns from continuations of the student"
         )
-
-    def needs(self) -> Needs:
-        """A teacher that reads what the student wrote."""
-        return Needs(live=True)
 
     def samples(self, step: Step) -> bool:
         """Whether a step learns from continuations of the student."""

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import TopPLogitsWarper
 
 from kdtrain.errors import KdtrainError
-from kdtrain.methods.base import Step
-from kdtrain.methods.kd import KDOptions, Weight
+from kdtrain.methods.base import Needs, RunStudent, Step
+from kdtrain.methods.kd import KDOptions, LogitTerms, Weight
 from kdtrain.models.heads import body_of, head_of, reads_positions
 from kdtrain.outputs import IGNORED, Batch
 from kdtrain.recipe.base import FINITE, POSITIVE, Number, Whole
@@ -48,6 +48,30 @@ class SamplingOptions(KDOptions):
     sampling_top_p: Nucleus = Field(
         default=1.0, description="the student samples from the likeliest tokens with this total probability"
     )
+
+
+class OnPolicy(LogitTerms):
+    """The terms of kd on rows that the student wrote; a subclass makes the batch."""
+
+    tasks = frozenset({"code_lm"})
+
+    def needs(self) -> Needs:
+        """A teacher that reads what the student wrote."""
+        return Needs(live=True)
+
+    def attach(self, student: nn.Module, run: RunStudent) -> None:
+        """Refuse a student that cannot sample, before anything is trained.
+
+        Raises:
+            KdtrainError: it has no end-of-text token, or prompts would fill all that it reads.
+        """
+        end_tokens(student)
+        longest, tokens = longest_of(student), self.options.prompt_tokens
+        if longest is not None and tokens >= longest:
+            raise KdtrainError(
+                f"method.prompt_tokens is {tokens}, and the student reads at most {longest} tokens, prompt and continuation "
+                f"together; set method.prompt_tokens to {longest - 1} or less"
+            )
 
 
 @dataclass(frozen=True)
@@ -295,6 +319,12 @@ def end_tokens(model: Any) -> list[int]:
     return [given] if isinstance(given, int) else list(given)
 
 
+def longest_of(*models: Any) -> int | None:
+    """Tokens of the longest row that all models read; None where none of them has a limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def write(
     batch: Batch,
     options: SamplingOptions,
@@ -314,8 +344,7 @@ def write(
     """
     models = [student] if teacher is None else [student, teacher]
     vocabulary = min(len(head_of(model).weight) for model in models)
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    longest = min((limit for limit in limits if limit is not None), default=None)
+    longest = longest_of(*models)
     prompts = Prompts.of(batch, options.prompt_tokens)
     uniforms = prompts.uniforms(step, options.max_new_tokens)
     writer = Writer(

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtrain.methods.base import Generate, Needs, Step
-from kdtrain.methods.kd import LogitTerms
+from kdtrain.methods.base import Generate, Step
 from kdtrain.methods.sampling import (
     Judge,
     Nucleus,
+    OnPolicy,
     Positive,
     Prompts,
     SamplingOptions,
@@ -23,15 +23,13 @@ from kdtrain.outputs import Batch
 from kdtrain.recipe.base import POSITIVE, Whole
 
 
-class SpeculativeDistillation(LogitTerms):
+class SpeculativeDistillation(OnPolicy):
     """The terms of kd on rows of which `y_i ~ p_s(. | y_<i)`, or `y_i ~ p_t(. | y_<i)` where y_i is outside of the top-k of p_t.
 
     The student drafts blocks of tokens and one pass of the teacher reads a block. The block size changes the cost and not
     the tokens: each has a random number of its own. A `top_k` of the whole vocabulary is on-policy distillation; 1 is close
     to sequences of the teacher. Defaults are those of the authors' code; the text of the paper was not at hand.
     """
-
-    tasks = frozenset({"code_lm"})
 
     class Options(SamplingOptions):
         """Soft labels on continuations that student and teacher write together."""
@@ -57,10 +55,6 @@ class SpeculativeDistillation(LogitTerms):
             default=0.5,
             description="the teacher samples from the likeliest tokens with this total probability",
         )
-
-    def needs(self) -> Needs:
-        """A teacher that reads what the student writes."""
-        return Needs(live=True)
 
     def make_batch(self, step: Step, batch: Batch, generate: Generate) -> Batch:
         """Prompts with continuations of both."""

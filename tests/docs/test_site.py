@@ -17,6 +17,7 @@ GUIDES = sorted(
         DOCS / "index.md",
         DOCS / "faq.md",
         DOCS / "glossary.md",
+        DOCS / "methods.md",
         *(path for folder in ("get-started", "guides", "migrate") for path in (DOCS / folder).glob("*.md")),
     ]
 )
