@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import LogitTransform
+from ..core.labels import target_shares
 
 
 class Sums(NamedTuple):
@@ -78,28 +78,6 @@ class Block:
             torch.sum(self.exp_t, -1, keepdim=True, out=self.sums.exp_t)
 
 
-def load(
-    logits: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    scratch: Tensor,
-    chain: Tensor | None = None,
-) -> Tensor:
-    """Logits after bias, scale and softcap; `logits` itself where nothing is to be done.
-
-    `chain` receives the softcap's part of the derivative, 1 - tanh^2.
-    """
-    loaded = logits if logits.dtype == scratch.dtype else scratch.copy_(logits)
-    if bias is not None:
-        loaded = torch.add(loaded, bias, out=scratch)
-    if transform.softcap is not None:
-        torch.tanh(torch.mul(loaded, transform.scale / transform.softcap, out=scratch), out=scratch)
-        if chain is not None:
-            torch.mul(scratch, scratch, out=chain).neg_().add_(1.0)
-        return scratch.mul_(transform.softcap)
-    return loaded if transform.scale == 1.0 else torch.mul(loaded, transform.scale, out=scratch)
-
-
 def shift(logits: Tensor, scratch: Tensor) -> Tensor:
     """Logits minus the maximum of their row, in scratch; a row of -inf only stays as it is."""
     largest = logits.amax(-1, keepdim=True)
@@ -117,3 +95,19 @@ def weighted_sum(exp: Tensor, log_ratio: Tensor, careful: bool, products: Tensor
     if careful:
         log_ratio.masked_fill_(exp == 0, 0.0)
     torch.sum(torch.mul(exp, log_ratio, out=products), -1, keepdim=True, out=total)
+
+
+def subtract_target(
+    grad: Tensor,
+    factor: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    vocabulary: int,
+    inside: Tensor | None = None,
+) -> None:
+    """grad (R, C) -= factor (R, 1) * the smoothed one-hot target; `inside` (R, 1): the label is one of these columns."""
+    at_label, everywhere = target_shares(smoothing, vocabulary)
+    if everywhere != 0.0:
+        grad.sub_(factor * everywhere)
+    own = -factor * at_label
+    grad.scatter_add_(1, labels, own if inside is None else own.masked_fill(~inside, 0.0))

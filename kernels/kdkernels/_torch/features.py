@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..options import LEAST_LENGTH
+from ..core.rows import inverse_length
 
 
 def mse_rows(
@@ -54,15 +54,13 @@ def _unit(rows: Tensor, dead: Tensor | None, out: Tensor) -> tuple[Tensor, Tenso
 
     NaN where the squares are too large for the dtype.
     """
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=out.dtype)
-    short = length < LEAST_LENGTH
+    inverse = inverse_length(torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=out.dtype))
     if dead is not None:
-        short = short | dead
-    inverse = length.reciprocal().masked_fill_(length == torch.inf, torch.nan).masked_fill_(short, 0.0)
+        inverse.masked_fill_(dead, 0.0)
     torch.mul(rows, inverse, out=out)
     if dead is not None:
         out.masked_fill_(dead, 0.0)  # 0 * NaN
-    return inverse, (~short).to(out.dtype)
+    return inverse, (inverse != 0.0).to(out.dtype)
 
 
 def direction_rows(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.two_way import TwoWay
+from ..core.labels import BinaryKL
 from ..divergences import Decoupled
 from .blocks import Block, Sums, shift, weighted_sum
 
 
-def _two_way(sums: Sums) -> TwoWay:
-    return TwoWay(sums.label_s, sums.exp_s, sums.label_t, sums.exp_t)
+def _binary(sums: Sums) -> BinaryKL:
+    return BinaryKL(sums.label_s, sums.exp_s, sums.label_t, sums.exp_t)
 
 
 class DecoupledArithmetic:
@@ -55,7 +55,7 @@ class DecoupledArithmetic:
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         # Of a teacher that gives the others nothing, they have no distribution: that part is 0.
         others = sums.first / sums.exp_t - (sums.exp_t / sums.exp_s).log()
-        return sums.target * _two_way(sums).divergence() + sums.non_target * others.masked_fill(
+        return sums.target * _binary(sums).divergence() + sums.non_target * others.masked_fill(
             sums.exp_t == 0, 0.0
         )
 
@@ -64,7 +64,7 @@ class DecoupledArithmetic:
 
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
         assert extra is None, "p_s is no multiple of exp_s / sum exp_s here"
-        sums, gap = block.sums, _two_way(block.sums).gap().to(scale.dtype)
+        sums, gap = block.sums, _binary(block.sums).target_difference().to(scale.dtype)
         non_target = sums.non_target.masked_fill(sums.exp_t == 0, 0.0)  # as the value
         student = (scale * (sums.target * gap + non_target) / sums.exp_s).masked_fill_(sums.exp_s == 0, 0.0)
         teacher = (scale * non_target / sums.exp_t).masked_fill_(sums.exp_t == 0, 0.0)

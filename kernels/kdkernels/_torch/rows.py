@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.labels import cross_entropy
+from ..core.transform import transformed_logits
 from ..divergences import Decoupled
 from ..options import RowTerms
-from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, load, shift
+from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, shift, subtract_target
 from .divergences import arithmetic_of
 from .sizes import block_rows
 from .statistics import write_statistics
@@ -95,9 +97,8 @@ def kd_rows(
     if target is not None and total is not None:
         normaliser = fields.exp_ce if plan.separate else fields.exp_s
         smoothing = terms.label_smoothing
-        cross_entropies = normaliser.log() - target * (1.0 - smoothing)
-        if smoothing != 0.0:
-            cross_entropies -= total * (smoothing / vocabulary)
+        mean = None if smoothing == 0.0 else total / vocabulary
+        cross_entropies = cross_entropy(normaliser.log(), target, mean, smoothing)
     for result in (divergences, cross_entropies, grad):
         if dead is not None and result is not None:
             result.masked_fill_(dead, 0.0)
@@ -232,11 +233,11 @@ def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch
     `part` (len(Sums), R, 1) holds the same sums in one tensor.
     """
     terms = plan.terms
-    log_s = load(
+    log_s = transformed_logits(
         rows.student, plan.bias_s, terms.student_transform, scratch.log_s,
         scratch.chain if scratch.chain.shape[1] else None,
     )  # fmt: skip
-    log_t = load(rows.teacher, plan.bias_t, terms.teacher_transform, scratch.log_t)
+    log_t = transformed_logits(rows.teacher, plan.bias_t, terms.teacher_transform, scratch.log_t)
     if rows.stats is not None:
         write_statistics(
             log_s, log_t, rows.labels, plan.position, plan.columns_t, plan.shared, scratch[2:4], rows.stats
@@ -322,10 +323,7 @@ def _write_gradient(
     if rows.labels is not None and rows.ce_factor is not None:
         if plan.separate:
             out.addcmul_(scratch.exp_ce, rows.ce_factor / block.sums.exp_ce)
-        smoothing = plan.terms.label_smoothing
-        if smoothing != 0.0:
-            out.sub_(rows.ce_factor * (smoothing / out.shape[1]))
-        out.scatter_add_(1, rows.labels, -rows.ce_factor * (1.0 - smoothing))
+        subtract_target(out, rows.ce_factor, rows.labels, plan.terms.label_smoothing, out.shape[1])
     if scratch.chain.shape[1]:
         out.mul_(scratch.chain)
     if out is not grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core.rows import equal_chunk
+from ..core.rows import equal_chunk, rows_in
 
 # Elements of one scratch buffer on the CPU: 8 rows of 32,000. The two or three buffers that a pass touches are 1 MiB each at
 # a time and fit in the L2 caches of two cores; smaller blocks cost more in calls than they save. dev/LOG.md has figures.
@@ -26,12 +26,12 @@ LEAST_CHUNK_ROWS = 1024
 def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
     """How many rows of logits to hold at a time: by `chunk_bytes` when given, else by measured defaults."""
     if chunk_bytes is not None:
-        return max(1, min(rows, chunk_bytes // (8 * vocabulary)))
+        return max(1, min(rows, rows_in(chunk_bytes, vocabulary)))
     if device.type == "cpu":
-        fit = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (8 * vocabulary))
+        fit = rows_in(CPU_CHUNK_BYTES, vocabulary, LEAST_CPU_CHUNK_ROWS)
         most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
         return equal_chunk(rows, most)
-    return equal_chunk(rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (8 * vocabulary)))
+    return equal_chunk(rows, rows_in(CHUNK_BYTES, vocabulary, LEAST_CHUNK_ROWS))
 
 
 def block_rows(rows: int, width: int, device: torch.device) -> list[int]:

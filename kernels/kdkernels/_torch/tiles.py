@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..core import row_state
+from ..core.labels import label_terms
+from ..core.transform import transformed_logits
 from ..divergences import Decoupled
 from ..options import RowTerms
 from .arithmetic import Arithmetic
-from .blocks import Block, Sums, load
+from .blocks import Block, Sums, subtract_target
 from .divergences import arithmetic_of
 from .sizes import block_rows
 
@@ -58,10 +60,12 @@ def _blocks(
         here = slice(start, start + size)
         start += size
         chain = scratch[2, :size] if capped else None
-        own = load(student[here], student_bias, terms.student_transform, scratch[0, :size], chain)
+        own = transformed_logits(
+            student[here], student_bias, terms.student_transform, scratch[0, :size], chain
+        )
         its = None
         if teacher is not None:
-            its = load(teacher[here], teacher_bias, terms.teacher_transform, scratch[1, :size])
+            its = transformed_logits(teacher[here], teacher_bias, terms.teacher_transform, scratch[1, :size])
         inside = label = None
         if labels is not None:
             label = labels[here].unsqueeze(1) - offset
@@ -70,18 +74,13 @@ def _blocks(
         yield _Tile(own, its, state[:, here], inside, label, here, chain, scratch[3:, :size])
 
 
-def _finite(largest: Tensor) -> Tensor:
-    return largest.masked_fill(largest == -math.inf, 0.0)
-
-
 def _merge(state: Tensor, largest: int, total: int, logits: Tensor, temperature: float, room: Tensor) -> None:
     """Take (R, C) logits into a running maximum and sum."""
     before = state[largest].clone()
     after = torch.maximum(before, logits.amax(1))
-    zero = _finite(after)
-    shifted = torch.sub(logits, zero.unsqueeze(1), out=room)
+    shifted = torch.sub(logits, row_state.finite_or_zero(after).unsqueeze(1), out=room)
     terms = (shifted if temperature == 1.0 else shifted.div_(temperature)).exp_().sum(1)
-    state[total] = state[total] * ((before - zero) / temperature).exp() + terms
+    state[total] = row_state.rescale(state[total], before, after, temperature) + terms
     state[largest] = after
 
 
@@ -149,7 +148,7 @@ def _normalise_(log_p: Tensor, state: Tensor, largest: int, total: int, temperat
     """Logits to log p (R, C), in place."""
     log_sum = state[total].log()
     log_sum = log_sum.masked_fill(log_sum == -math.inf, 0.0)
-    log_p.sub_(_finite(state[largest]).unsqueeze(1))
+    log_p.sub_(row_state.finite_or_zero(state[largest]).unsqueeze(1))
     return (log_p if temperature == 1.0 else log_p.div_(temperature)).sub_(log_sum.unsqueeze(1))
 
 
@@ -254,13 +253,10 @@ def tile_gradient(
                 block.labels, block.absent = tile.label, None if tile.inside is None else ~tile.inside
             arithmetic.write_gradient(block, factor, None, out)
         if terms.ce_weight != 0.0 and tile.label is not None and tile.inside is not None:
-            of_ce, smoothing = weight * terms.ce_weight, terms.label_smoothing
+            of_ce = weight * terms.ce_weight
             p = torch.sub(tile.student, tile.state[row_state.CE_MAX].unsqueeze(1), out=tile.room[0]).exp_()
             out.addcmul_(p, of_ce / tile.state[row_state.CE_SUM].unsqueeze(1))
-            if smoothing != 0.0:
-                out.sub_(of_ce * (smoothing / vocabulary))
-            own = (-of_ce * (1.0 - smoothing)).masked_fill(~tile.inside, 0.0)
-            out.scatter_add_(1, tile.label, own)
+            subtract_target(out, of_ce, tile.label, terms.label_smoothing, vocabulary, tile.inside)
         if tile.chain is not None:
             out.mul_(tile.chain)
         grad[tile.rows] = out.masked_fill_(weight == 0, 0.0)
@@ -269,7 +265,7 @@ def tile_gradient(
 
 def _set_labels(sums: Sums, state: Tensor, temperature: float) -> None:
     """The label's logs in the units of normalised logs, in which the others sum to 1, or to 0 where they have nothing."""
-    label_s, total_s, label_t, total_t = row_state.label_against_others(state, temperature)
+    label_s, total_s, label_t, total_t = label_terms(state, temperature)
     for field, others, label, total in (
         (sums.label_s, sums.exp_s, label_s, total_s),
         (sums.label_t, sums.exp_t, label_t, total_t),

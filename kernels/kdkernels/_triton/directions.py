@@ -12,7 +12,7 @@ from torch import Tensor
 from ..options import LEAST_LENGTH
 from .aliasing import lies_over
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
-from .numeric import store_tile
+from .numeric import store_tile, write_zeros
 
 LEAST = tl.constexpr(LEAST_LENGTH)
 
@@ -127,15 +127,9 @@ def _direction_rows_kernel(
         if weight == 0.0:  # nothing of the row is read: its numbers need not be valid
             tl.store(values_ptr + row, 0.0)
             if WRITE_GRAD:
-                zeros = tl.zeros((LANES, WIDTH), tl.float32)
-                for block in range(full_blocks):
-                    store_tile(grad_row, block * BLOCK + tile, zeros, D, False)
-                    if HAS_GRAD_TARGET:
-                        store_tile(grad_target_row, block * BLOCK + tile, zeros, D, False)
-                if tail < D:
-                    store_tile(grad_row, tail + tile, zeros, D, True)
-                    if HAS_GRAD_TARGET:
-                        store_tile(grad_target_row, tail + tile, zeros, D, True)
+                write_zeros(grad_row, D, tile, BLOCK)
+                if HAS_GRAD_TARGET:
+                    write_zeros(grad_target_row, D, tile, BLOCK)
             return
         factor *= weight
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from ..core.rows import equal_chunk
+from ..core.rows import equal_chunk, rows_in
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,5 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     A budget that the caller gives is kept to the row, down to 1: the floor of 1024 guards the default only.
     """
     budget = chunk_budget(device_memory(device)) if chunk_bytes is None else chunk_bytes
-    fit = budget // (8 * vocabulary)
-    if chunk_bytes is None:
-        fit = max(fit, CHUNK_ROWS_AT_LEAST)
-    return equal_chunk(rows, max(fit, 1), CHUNK_ROWS_STEP)
+    most = rows_in(budget, vocabulary, CHUNK_ROWS_AT_LEAST if chunk_bytes is None else 1)
+    return equal_chunk(rows, most, CHUNK_ROWS_STEP)

@@ -25,6 +25,17 @@ def store_tile(row_ptr, columns, values, V, MASKED: tl.constexpr):
 
 
 @triton.jit
+def write_zeros(row_ptr, V, tile, BLOCK: tl.constexpr):
+    """Zero-fill a row without reading it."""
+    zeros = tl.zeros(tile.shape, tl.float32)
+    full_blocks = V // BLOCK
+    for block in range(full_blocks):
+        store_tile(row_ptr, block * BLOCK + tile, zeros, V, False)
+    if full_blocks * BLOCK < V:
+        store_tile(row_ptr, full_blocks * BLOCK + tile, zeros, V, True)
+
+
+@triton.jit
 def finite_or_zero(maximum):
     """Reference point of exponents: the maximum, or 0 where nothing finite was seen, as -inf - -inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -37,20 +48,33 @@ def times_unless_zero(weight, values):
 
 
 @triton.jit
+def rescaled(total, maximum, reference, scale):
+    """A sum of exponentials relative to `maximum`, as one relative to `reference`."""
+    return total * tl.exp2((maximum - reference) * scale)
+
+
+@triton.jit
 def softmax_step(maximum, total, logits, scale):
     """Take one tile into the (maximum, sum) of every lane; also the logits shifted by the new maxima."""
     next_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
     reference = finite_or_zero(next_maximum)
     shifted = logits - reference[:, None]
-    total = total * tl.exp2((maximum - reference) * scale) + tl.sum(tl.exp2(shifted * scale), axis=1)
+    total = rescaled(total, maximum, reference, scale) + tl.sum(tl.exp2(shifted * scale), axis=1)
     return next_maximum, total, shifted
+
+
+@triton.jit
+def sum_at_one_step(total_at_one, maximum, next_maximum, shifted):
+    """Take the tile that `softmax_step` took into the sum at temperature 1, from the same maxima."""
+    total_at_one = rescaled(total_at_one, maximum, finite_or_zero(next_maximum), LOG2_E)
+    return total_at_one + tl.sum(tl.exp2(shifted * LOG2_E), axis=1)
 
 
 @triton.jit
 def join_lanes(maximum, total, scale):
     """Of a whole row, from the (maximum, sum) of every lane: its reference point and its sum."""
     reference = finite_or_zero(tl.max(maximum, axis=0))
-    return reference, tl.sum(total * tl.exp2((maximum - reference) * scale), axis=0)
+    return reference, tl.sum(rescaled(total, maximum, reference, scale), axis=0)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .aliasing import lies_over
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
-from .numeric import store_tile
+from .numeric import store_tile, write_zeros
 
 
 @triton.jit
@@ -81,11 +81,7 @@ def _mse_rows_kernel(
         if weight == 0.0:  # nothing of the row is read: its numbers need not be valid
             tl.store(squares_ptr + row, 0.0)
             if WRITE_GRAD:
-                zeros = tl.zeros((LANES, WIDTH), tl.float32)
-                for block in range(full_blocks):
-                    store_tile(grad_row, block * BLOCK + tile, zeros, D, False)
-                if tail < D:
-                    store_tile(grad_row, tail + tile, zeros, D, True)
+                write_zeros(grad_row, D, tile, BLOCK)
             return
         factor *= weight
 

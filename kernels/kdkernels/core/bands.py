@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..options import LEAST_LENGTH
+from .rows import inverse_length
 
 # A block's rows are filled up to a multiple of this with rows that do not count.
 ROW_STEP = 32
@@ -78,12 +79,6 @@ def valid_pairs(valid: Tensor, centre: Tensor, position: Tensor, length: int, wi
     inside = (neighbour >= 0) & (neighbour < length) & (offsets != 0)
     padded = torch.nn.functional.pad(valid, (window, window))
     return inside.logical_and_(centre).logical_and_(of_neighbours(padded, window, window))
-
-
-def inverse_length(length: Tensor) -> Tensor:
-    """1 / length; 0 for what is too short to have a direction, and NaN where the squares were too large for the dtype."""
-    inverse = length.reciprocal().masked_fill_(length < LEAST_LENGTH, 0.0)
-    return inverse.masked_fill_(length == torch.inf, torch.nan)
 
 
 def cosines(band: Tensor, window: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -32,14 +32,11 @@ def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return state
 
 
-def label_against_others(state: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of `TwoWay`, (R,) each: a label that is not shared has probability 0."""
-    absent = state[TEACHER_LABEL] == math.inf
-    parts = []
-    for label, largest, total in (
-        (LABEL, STUDENT_MAX, STUDENT_SUM),
-        (TEACHER_LABEL, TEACHER_MAX, TEACHER_SUM),
-    ):
-        zero = state[largest].masked_fill(state[largest] == -math.inf, 0.0)
-        parts += [((state[label] - zero) / temperature).masked_fill(absent, -math.inf), state[total]]
-    return parts[0], parts[1], parts[2], parts[3]
+def rescale(total: Tensor, maximum: Tensor, after: Tensor, temperature: float) -> Tensor:
+    """Sums of exponentials relative to `maximum`, as sums relative to `after`; nothing but -inf leaves 0."""
+    return total * ((maximum - finite_or_zero(after)) / temperature).exp()
+
+
+def finite_or_zero(maximum: Tensor) -> Tensor:
+    """The reference of exponents: the maximum, 0 for a row of nothing but -inf, as -inf - -inf is NaN."""
+    return maximum.masked_fill(maximum == -math.inf, 0.0)

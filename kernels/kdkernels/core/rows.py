@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import LEAST_LENGTH
 from .compiling import values_can_be_read
 
 
@@ -74,6 +75,21 @@ def per_row(values: Tensor, dtype: torch.dtype) -> Tensor:
 def flat(tensor: Tensor) -> Tensor:
     """(..., D) as (N, D)."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def inverse_length(length: Tensor) -> Tensor:
+    """1 / length, 0 for a vector too short to have a direction, NaN where its squares were too large for the dtype.
+
+    Plain autograd can go through it: a short vector gets no gradient.
+    """
+    short = length < LEAST_LENGTH
+    length = length.masked_fill(length == torch.inf, torch.nan)
+    return length.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
+
+
+def rows_in(chunk_bytes: int, columns: int, least: int = 1) -> int:
+    """Rows of two float32 buffers with so many columns that fit in `chunk_bytes`, but `least` at least."""
+    return max(least, chunk_bytes // (8 * columns))
 
 
 def compact_rows(

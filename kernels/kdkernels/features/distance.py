@@ -5,7 +5,6 @@ The projection and its difference to the other side exist for one chunk of rows 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from ..core.matmul import (
     logit_buffer,
     wide_dtype,
 )
+from ..core.rows import equal_chunk, rows_in
 from ..options import Distance, Project
 
 # A CPU's chunk. Smaller ones cost products more than they save in cache: 1024 rows of 768 take 0.93 of the time of 341
@@ -33,8 +33,7 @@ def _chunk_rows(backend: Backend, rows: int, width: int, device: torch.device) -
     """How many rows are projected at a time, at least 1."""
     if device.type != "cpu":
         return backend.chunk_rows(max(rows, 1), width, None, device)
-    most = max(LEAST_CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (4 * max(width, 1)))
-    return max(1, math.ceil(rows / max(1, math.ceil(rows / most))))  # equal chunks
+    return equal_chunk(rows, rows_in(2 * CPU_CHUNK_BYTES, max(width, 1), LEAST_CPU_CHUNK_ROWS))
 
 
 @dataclass(frozen=True)

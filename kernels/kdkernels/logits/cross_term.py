@@ -10,11 +10,11 @@ from torch import Tensor
 from ..core import checks
 from ..core.matmul import TILE_ROWS, autocast_off, wide_dtype
 from ..core.rows import flat
+from ..core.transform import transformed_logits
 from ..options import LogitTransform
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherLogits
 from . import teacher_checks
 from .teacher_rows import TeacherLogitSource
-from .top_k import transform_
 
 # Rows of teacher logits held at a time; the products are float32 for half heads too, since they are made once.
 CHUNK_ROWS = 256
@@ -75,7 +75,7 @@ def teacher_cross_term(
             here = slice(start, min(start + CHUNK_ROWS, count))
             logits = logits_of.logits(here)
             logits = logits.to(wide, copy=isinstance(teacher, TeacherLogits))  # they are overwritten
-            transform_(logits, bias, transform, derivative=False)
+            transformed_logits(logits, bias, transform, logits)
             log_p = torch.log_softmax(logits.div_(temperature), -1)
             p = torch.exp(log_p, out=logits)
             # Entries of probability 0 may have a logarithm of -inf.

@@ -25,7 +25,16 @@ from ..core.matmul import (
     logit_buffer,
     wide_dtype,
 )
-from ..core.row_state import CE_SUM, LOGIT_SUM, STUDENT_MAX, STUDENT_SUM, VALUE, new_state
+from ..core.row_state import (
+    CE_MAX,
+    LOGIT_SUM,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    VALUE,
+    new_state,
+    rescale,
+)
 from ..core.rows import compact_rows, equal_chunk, put_back, zero_where_dead
 from ..options import RowTerms
 from ..teachers import TeacherHead, TeacherLogits
@@ -34,7 +43,7 @@ from .inputs import Given, Rows
 from .teacher_rows import TeacherLogitSource
 
 # Slots by what the ranks do with them. Slices, as a list of slots would be copied from the host, which then waits.
-_MAXIMA, _THEIR_SUMS = slice(STUDENT_MAX, STUDENT_SUM), slice(STUDENT_SUM, CE_SUM + 1)
+_MAXIMA = slice(STUDENT_MAX, STUDENT_SUM)
 _SUMS, _SECOND_SUMS = slice(STUDENT_SUM, LOGIT_SUM + 1), slice(VALUE, None)
 
 
@@ -75,10 +84,9 @@ def _merge_statistics(state: Tensor, temperature: float, group: dist.ProcessGrou
     """The first nine slots of the whole vocabulary from those of every slice."""
     maxima = state[_MAXIMA].clone()
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
-    # A slice of nothing but -inf has the sum 0, whatever its maximum stands for.
-    moved = state[_MAXIMA] - maxima.masked_fill(maxima == -torch.inf, 0.0)
-    moved[:-1].div_(temperature)  # all but the cross entropy's
-    state[_THEIR_SUMS] *= moved.exp_()
+    for largest, of_exponent in ((STUDENT_MAX, temperature), (TEACHER_MAX, temperature), (CE_MAX, 1.0)):
+        total = state[largest + STUDENT_SUM]
+        total.copy_(rescale(total, state[largest], maxima[largest], of_exponent))
     state[_MAXIMA] = maxima
     dist.all_reduce(state[_SUMS], dist.ReduceOp.SUM, group)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.row_state import CE_MAX, CE_SUM, LABEL, LOGIT_SUM, VALUE, label_against_others
-from ..core.two_way import TwoWay
+from ..core.labels import BinaryKL, cross_entropy
+from ..core.row_state import CE_MAX, CE_SUM, LABEL, LOGIT_SUM, VALUE
 from ..options import RowTerms
 
 
@@ -31,14 +31,13 @@ def finish(
     """Divergence and cross entropy (R,) of rows whose tiles have all been seen twice."""
     kd, ce = state[VALUE].clone(), torch.zeros_like(state[VALUE])
     if decoupled is not None:
-        two_way = TwoWay(*label_against_others(state, terms.temperature)).divergence()
-        kd = (decoupled[0] * two_way + decoupled[1] * kd).to(state.dtype)
+        of_target = BinaryKL.of_state(state, terms.temperature).divergence()
+        kd = (decoupled[0] * of_target + decoupled[1] * kd).to(state.dtype)
     if labels is not None and terms.ce_weight != 0.0:
         smoothing = terms.label_smoothing
         # Differences of logits first: they are small where the logits are large.
-        ce = state[CE_SUM].log() + (1.0 - smoothing) * (state[CE_MAX] - state[LABEL])
-        if smoothing != 0.0:
-            ce = ce + smoothing * (state[CE_MAX] - state[LOGIT_SUM] / vocabulary)
+        mean = None if smoothing == 0.0 else state[LOGIT_SUM] / vocabulary - state[CE_MAX]
+        ce = cross_entropy(state[CE_SUM].log(), state[LABEL] - state[CE_MAX], mean, smoothing)
     if row_weight is not None:
         kd, ce = kd.masked_fill(row_weight == 0, 0.0), ce.masked_fill(row_weight == 0, 0.0)
     return kd, ce

@@ -1,11 +1,11 @@
-"""Teachers that are a few numbers per token (the kept entries of a top k, the cross-term of a frozen head), or none.
+"""Teachers that are a few numbers per token (a top k, the cross-term of a frozen head), or none.
 
 Of a row of student logits such a loss needs its log-sum-exps, and its gradient is a multiple of the row's softmax except
 at a few entries. So a back end supplies just that (`row_statistics`, `softmax_gradient`), and all that has the size
 of K is done here, once for all of them.
 
-A top k is two distributions over K + 1 categories, the kept entries and all the others together. The kept logits are
-lifted out of the row first: what is left of the row is then the last category, and is never computed as 1 - sum.
+A top k is two distributions over K + 1 categories, the top-k entries and all others together. The top-k logits are
+gathered and masked out of the row first: the rest of the row is then the last category, and is never computed as 1 - sum.
 The divergence of K + 1 categories and its derivatives are those of K + 1 logits in the torch back end, in float64.
 """
 
@@ -18,25 +18,12 @@ import torch
 from torch import Tensor
 
 from ..core.backend import Backend, load_backend
+from ..core.labels import cross_entropy, target_shares
 from ..core.matmul import wide_dtype
+from ..core.transform import transformed_logits
 from ..options import LogitTransform, RowTerms
-from ..teachers import LEAST_REST, Tail
-
-
-def transform_(
-    logits: Tensor, bias: Tensor | None, transform: LogitTransform, derivative: bool
-) -> Tensor | None:
-    """Bias, scale and softcap in place; the softcap's part of the derivative, where it is wanted."""
-    if bias is not None:
-        logits.add_(bias)
-    if transform.softcap is None:
-        if transform.scale != 1.0:
-            logits.mul_(transform.scale)
-        return None
-    logits.mul_(transform.scale / transform.softcap).tanh_()
-    chain = torch.addcmul(logits.new_ones(()), logits, logits, value=-1.0) if derivative else None
-    logits.mul_(transform.softcap)
-    return chain
+from ..reference.sparse import log_bucket
+from ..teachers import Tail
 
 
 def _upcast(
@@ -44,7 +31,7 @@ def _upcast(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits and the memory for their gradient; half-precision logits with a bias or transform go to float32.
 
-    So the transform is computed in float32, and the gradient is rounded once, by the caller, when it is finished.
+    So the transform is computed in float32, and the gradient is rounded once, when it is finished.
     """
     wide = wide_dtype(logits.dtype)
     if logits.dtype == wide or (bias is None and transform.is_identity):
@@ -55,16 +42,18 @@ def _upcast(
 
 @dataclass
 class _Rows:
-    """A chunk of student logits, transformed, and what the cross entropy needs of it before entries are lifted out."""
+    """A chunk of student logits, transformed, and what the cross entropy needs of it before top-k entries are masked out."""
 
     backend: Backend
     logits: Tensor  # (R, V), overwritten
     terms: RowTerms
+    grad: Tensor | None  # (R, V), may lie over the logits
+    rounded: Tensor | None  # (R, V) the gradient in the dtype asked for; `grad` itself where that is the same
     labels: Tensor | None  # (R, 1), only with a cross entropy
     label_logit: Tensor | None  # (R, 1)
-    total: Tensor | None  # (R,) sum of the logits in float64, for label smoothing
-    chain: Tensor | None
-    dead: Tensor | None  # (R, 1)
+    mean: Tensor | None  # (R,) of the logits in float64, for label smoothing
+    derivative: Tensor | None  # (R, V) of the softcap
+    masked: Tensor | None  # (R, 1) rows of weight 0
     row_weight: Tensor | None
 
     @staticmethod
@@ -75,83 +64,119 @@ class _Rows:
         labels: Tensor | None,
         bias: Tensor | None,
         row_weight: Tensor | None,
-        derivative: bool,
+        grad: Tensor | None,
     ) -> _Rows:
-        chain = transform_(logits, bias, terms.student_transform, derivative)
-        dead = None if row_weight is None else (row_weight == 0).unsqueeze(1)
-        if chain is not None and dead is not None:
-            chain.masked_fill_(dead, 0.0)  # of a row that holds NaN it would be NaN, and so its gradient of 0
-        label_logit = total = None
+        rounded = grad
+        logits, grad = _upcast(logits, bias, terms.student_transform, grad)
+        derivative = None
+        if grad is not None and terms.student_transform.softcap is not None:
+            derivative = torch.empty_like(logits)
+        transformed_logits(logits, bias, terms.student_transform, logits, derivative)
+        masked = None if row_weight is None else (row_weight == 0).unsqueeze(1)
+        if derivative is not None and masked is not None:
+            derivative.masked_fill_(
+                masked, 0.0
+            )  # NaN in a row that holds NaN, and so would be its gradient of 0
+        label_logit = mean = None
         labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
         if labels is not None:
-            labels = labels if dead is None else labels.masked_fill(dead, 0)
+            labels = labels if masked is None else labels.masked_fill(masked, 0)
             labels, outside = _inside(labels, logits.shape[1])
-            label_logit = _alive(logits.gather(1, labels).to(wide_dtype(logits.dtype)), dead)
+            label_logit = _zero_masked(logits.gather(1, labels).to(wide_dtype(logits.dtype)), masked)
             label_logit = label_logit.masked_fill(outside, math.nan)
             if terms.label_smoothing != 0.0:
-                total = _alive(logits.sum(1, keepdim=True, dtype=torch.float64), dead).squeeze(1)
-        return _Rows(backend, logits, terms, labels, label_logit, total, chain, dead, row_weight)
+                mean = _zero_masked(logits.sum(1, keepdim=True, dtype=torch.float64), masked).squeeze(1)
+                mean /= logits.shape[1]
+        return _Rows(
+            backend, logits, terms, grad, rounded, labels, label_logit, mean, derivative, masked, row_weight
+        )
 
-    def cross_entropy(self, zero: Tensor, log_sum: Tensor) -> Tensor:
-        """(R,) from the log-sum-exp at temperature 1, measured from `zero`."""
+    def statistics(self, temperature: float) -> Tensor:
+        """(3, R) reference and log-sum-exps of the logits as they are now, see `Backend.row_statistics`."""
+        return self.backend.row_statistics(
+            self.logits,
+            temperature=temperature,
+            at_one=self.labels is not None,
+            row_weight=self.row_weight,
+        )
+
+    def cross_entropy(self, reference: Tensor, log_sum: Tensor) -> Tensor:
+        """(R,) from the log-sum-exp at temperature 1, relative to `reference`."""
         if self.label_logit is None:
             return torch.zeros_like(log_sum)
-        smoothing = self.terms.label_smoothing
-        value = log_sum + (1.0 - smoothing) * (zero - self.label_logit.squeeze(1))
-        if self.total is not None:
-            value = value + smoothing * (zero - self.total / self.logits.shape[1]).to(value.dtype)
-        return value if self.dead is None else value.masked_fill(self.dead.squeeze(1), 0.0)
+        mean = None if self.mean is None else (self.mean - reference).to(log_sum.dtype)
+        label = self.label_logit.squeeze(1) - reference
+        value = cross_entropy(log_sum, label, mean, self.terms.label_smoothing)
+        return value if self.masked is None else value.masked_fill(self.masked.squeeze(1), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(R,) of the divergence, of the cross entropy's softmax, and the constant of its smoothing."""
-        terms = self.terms
+        terms, wide = self.terms, wide_dtype(self.logits.dtype)
         unit = self.row_weight
         if unit is None:
-            unit = torch.ones(
-                self.logits.shape[0], dtype=wide_dtype(self.logits.dtype), device=self.logits.device
-            )
-        scaled = unit.to(wide_dtype(self.logits.dtype)) * terms.student_transform.scale
+            unit = torch.ones(self.logits.shape[0], dtype=wide, device=self.logits.device)
+        scaled = unit.to(wide) * terms.student_transform.scale
         if self.labels is None:
             return scaled * terms.kd_scale, None, None
         of_ce = scaled * terms.ce_weight
-        smoothing = terms.label_smoothing
-        constant = None if smoothing == 0.0 else of_ce * (-smoothing / self.logits.shape[1])
-        return scaled * terms.kd_scale, of_ce, constant
+        _, everywhere = target_shares(terms.label_smoothing, self.logits.shape[1])
+        return scaled * terms.kd_scale, of_ce, None if everywhere == 0.0 else of_ce * -everywhere
 
     def label_entry(
-        self, of_kd: Tensor | None, zero: Tensor, log_sum: Tensor, of_ce: Tensor, constant: Tensor | None
+        self, of_kd: Tensor | None, reference: Tensor, log_sum: Tensor, of_ce: Tensor, constant: Tensor | None
     ) -> Tensor:
         """(R, 1) the gradient at the label: the part of the divergence, and softmax minus target of the cross entropy.
 
-        `log_sum` is of all logits at temperature 1, relative to `zero`; `of_ce` and `constant` are those of `factors`.
+        `log_sum` is of all logits at temperature 1, relative to `reference`; `of_ce` and `constant` are those of `factors`.
         """
         assert self.label_logit is not None
-        entry = _softmax_entries(self.label_logit - zero.unsqueeze(1), log_sum, of_ce)
+        entry = _softmax_entries(self.label_logit - reference.unsqueeze(1), log_sum, of_ce)
         entry = entry if of_kd is None else of_kd + entry
-        entry = entry - ((1.0 - self.terms.label_smoothing) * of_ce).unsqueeze(1)
+        at_label, _ = target_shares(self.terms.label_smoothing, self.logits.shape[1])
+        entry = entry - (at_label * of_ce).unsqueeze(1)
         return entry if constant is None else entry + constant.unsqueeze(1)
 
-    def finish(self, grad: Tensor, entries: Tensor | None, rounded: Tensor | None) -> None:
+    def write_gradient(self, statistics: Tensor, temperature: float, factor: Tensor | None) -> None:
+        """The gradient of factor (R,) * log sum exp(logits / T) * T and of the cross entropy; without a factor of that alone."""
+        if self.grad is None:
+            return
+        reference, log_sum, log_sum_at_one = statistics
+        _, of_ce, constant = self.factors()
+        first, second = (of_ce, None) if factor is None else (factor, of_ce)
+        assert first is not None
+        self.backend.softmax_gradient(
+            self.logits, statistics, first, second, constant, temperature=temperature, grad=self.grad
+        )
+        entry = None
+        if self.label_logit is not None and of_ce is not None:
+            of_kd = None
+            if factor is not None:
+                label = (self.label_logit - reference.unsqueeze(1)) / temperature
+                of_kd = _softmax_entries(label, log_sum, factor)
+            entry = self.label_entry(of_kd, reference, log_sum_at_one, of_ce, constant)
+        self.finish(self.grad, entry)
+
+    def finish(self, grad: Tensor, entries: Tensor | None) -> None:
         """Put the label's entry (R, 1) into the gradient, go back through the softcap, and round it where that is due."""
         if entries is not None and self.labels is not None:
             grad.scatter_(1, self.labels, entries.to(grad.dtype))
-        if self.chain is not None:
-            grad.mul_(self.chain)
-        if rounded is not None and rounded is not grad:
-            rounded.copy_(grad)
+        if self.derivative is not None:
+            grad.mul_(self.derivative)
+        if self.rounded is not None and self.rounded is not grad:
+            self.rounded.copy_(grad)
 
 
 def _inside(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Ids with 0 for those out of range, and which these are: they are not read, and become a NaN of their row.
 
-    On a device, and in a compiled graph, nobody has looked at them: the host would wait for the device.
+    On a device, and in a compiled graph, nobody has looked at them: that would be a host sync.
     """
     outside = (ids < 0) | (ids >= vocabulary)
     return ids.masked_fill(outside, 0), outside
 
 
-def _alive(tensor: Tensor, dead: Tensor | None) -> Tensor:
-    return tensor if dead is None else tensor.masked_fill(dead, 0.0)
+def _zero_masked(tensor: Tensor, masked: Tensor | None) -> Tensor:
+    return tensor if masked is None else tensor.masked_fill(masked, 0.0)
 
 
 def _softmax_entries(logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
@@ -173,37 +198,33 @@ def top_k_rows(
     grad: Tensor | None = None,  # (R, V), may lie over the logits
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
-    rounded = grad
-    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
-    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
-    wide = wide_dtype(logits.dtype)
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
+    logits, grad, wide = rows.logits, rows.grad, wide_dtype(rows.logits.dtype)
     indices, outside = _inside(indices, logits.shape[1])
     logprobs = logprobs.masked_fill(outside, math.nan)
-    kept = logprobs > -math.inf
+    is_entry = logprobs > -math.inf
     raw = logits.gather(1, indices)
-    logits.scatter_(1, indices, raw.masked_fill(kept, -math.inf))
-    student = _alive(raw.to(wide), rows.dead).masked_fill(~kept, -math.inf)
-    teacher = _alive(logprobs.double(), rows.dead)
+    logits.scatter_(1, indices, raw.masked_fill(is_entry, -math.inf))
+    student = _zero_masked(raw.to(wide), rows.masked).masked_fill(~is_entry, -math.inf)
+    teacher = _zero_masked(logprobs.double(), rows.masked)
 
-    # Tempered before the others are put together, or after: that is the difference of the two tails.
+    # Tempered before the other ids are put together, or after: that is the difference of the two tails.
     bucket = tail == "bucket"
     temperature = 1.0 if bucket else terms.temperature
-    statistics = backend.row_statistics(
-        logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
-    )
-    # All logits are measured from the largest of the row, kept or not.
-    zero = torch.maximum(student.amax(1), statistics[0])
-    zero = torch.where(statistics[1] == -math.inf, student.amax(1), zero)
-    student = student - zero.unsqueeze(1)
-    move = (statistics[0] - zero).masked_fill(statistics[1] == -math.inf, 0.0)
+    statistics = rows.statistics(temperature)
+    # All logits are relative to the largest of the row, top-k entry or not.
+    reference = torch.maximum(student.amax(1), statistics[0])
+    reference = torch.where(statistics[1] == -math.inf, student.amax(1), reference)
+    student = student - reference.unsqueeze(1)
+    move = (statistics[0] - reference).masked_fill(statistics[1] == -math.inf, 0.0)
     others = statistics[1] + move / temperature
-    kd, of_kept, of_others = _categories(student, others, teacher, bucket, logits.shape[1], terms)
+    kd, of_entries, of_others = _categories(student, others, teacher, bucket, logits.shape[1], terms)
     log_sum = torch.logaddexp(statistics[2] + move, student.logsumexp(1))
-    ce = rows.cross_entropy(zero, log_sum)
-    if rows.dead is not None:  # the derivative, too: it may be infinite, which a factor of 0 would not stop
-        gone = rows.dead.squeeze(1)
-        kd, of_others = kd.masked_fill(gone, 0.0), of_others.masked_fill(gone, 0.0)
-        of_kept = of_kept.masked_fill(rows.dead, 0.0)
+    ce = rows.cross_entropy(reference, log_sum)
+    if rows.masked is not None:  # the derivative, too: it may be infinite, which a factor of 0 would not stop
+        masked = rows.masked.squeeze(1)
+        kd, of_others = kd.masked_fill(masked, 0.0), of_others.masked_fill(masked, 0.0)
+        of_entries = of_entries.masked_fill(rows.masked, 0.0)
     if grad is None:
         return kd.to(wide), ce
 
@@ -214,44 +235,41 @@ def top_k_rows(
     statistics[2] = log_sum - move
     backend.softmax_gradient(logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad)
 
-    entries = of_kd.unsqueeze(1) * of_kept
+    entries = of_kd.unsqueeze(1) * of_entries
     if of_ce is not None:
         entries = entries + _softmax_entries(student, log_sum, of_ce)
     if constant is not None:
         entries = entries + constant.unsqueeze(1)
-    # An entry that was not kept belongs to the others, which are written already.
-    entries = torch.where(kept, entries.to(grad.dtype), grad.gather(1, indices))
-    own = None
+    # An entry of -inf belongs to the other ids, which are written already.
+    entries = torch.where(is_entry, entries.to(grad.dtype), grad.gather(1, indices))
+    at_label = None
     if rows.labels is not None and rows.label_logit is not None and of_ce is not None:
-        among = (indices == rows.labels) & kept
-        own = _softmax_entries((rows.label_logit - zero.unsqueeze(1)) / temperature, others, factor)
-        kept_own = (of_kd.unsqueeze(1) * of_kept).masked_fill(~among, 0.0).sum(1, keepdim=True)
-        own = torch.where(among.any(1, keepdim=True), kept_own, own)
-        own = rows.label_entry(own, zero, log_sum, of_ce, constant)
+        among = (indices == rows.labels) & is_entry
+        at_label = _softmax_entries((rows.label_logit - reference.unsqueeze(1)) / temperature, others, factor)
+        of_entry = (of_kd.unsqueeze(1) * of_entries).masked_fill(~among, 0.0).sum(1, keepdim=True)
+        at_label = torch.where(among.any(1, keepdim=True), of_entry, at_label)
+        at_label = rows.label_entry(at_label, reference, log_sum, of_ce, constant)
     grad.scatter_(1, indices, entries)
-    rows.finish(grad, own, rounded)
+    rows.finish(grad, at_label)
     return kd.to(wide), ce
 
 
 def _categories(
-    student: Tensor,  # (R, K) kept logits
-    others: Tensor,  # (R,) log-sum-exp of the others
+    student: Tensor,  # (R, K) top-k logits
+    others: Tensor,  # (R,) log-sum-exp of the other ids
     teacher: Tensor,  # (R, K) log-probabilities in float64
     bucket: bool,
     vocabulary: int,
     terms: RowTerms,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence of the K + 1 categories (R,), and its derivatives for the kept logits and for `others`."""
+    """The divergence of the K + 1 categories (R,), and its derivatives for the top-k logits and for `others`."""
     if bucket:
-        rest = (1.0 - teacher.exp().sum(1, keepdim=True)).clamp_min(LEAST_REST).log()
-        # Where every id was kept, what is left is the rounding of the log-probabilities.
-        every = (teacher > -math.inf).sum(1, keepdim=True) == vocabulary
-        rest = rest.masked_fill(every, -math.inf)
-        log_p_t = (torch.cat((teacher, rest), 1) / terms.temperature).log_softmax(1)
+        tail = log_bucket(teacher, vocabulary)
+        log_p_t = (torch.cat((teacher, tail), 1) / terms.temperature).log_softmax(1)
     else:
         log_p_t = (teacher / terms.temperature).log_softmax(1)
         log_p_t = torch.cat((log_p_t, torch.full_like(log_p_t[:, :1], -math.inf)), 1)
-    # The others' log-sum-exp is tempered already where tempering came first.
+    # The log-sum-exp of the others is tempered already where tempering came first.
     others = others.double().unsqueeze(1)
     log_s = torch.cat(
         (student.double() / terms.temperature, others / (terms.temperature if bucket else 1.0)), 1
@@ -279,31 +297,17 @@ def cross_term_rows(
     row_weight: Tensor | None = None,
     grad: Tensor | None = None,  # (R, V), may lie over the logits; without the part of the cross-term
 ) -> tuple[Tensor, Tensor]:
-    """Divergence and cross entropy (R,); into `grad` what of their gradient goes through the logits' own softmax."""
-    rounded = grad
-    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
-    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
+    """Divergence and cross entropy (R,); into `grad` the part of their gradient that goes through the student's softmax."""
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
     temperature = terms.temperature
-    statistics = backend.row_statistics(
-        logits, temperature=temperature, at_one=rows.labels is not None, row_weight=row_weight
-    )
-    zero = statistics[0]
-    # In float64: these are as large as logits are, and what is left of them is not.
+    statistics = rows.statistics(temperature)
+    reference, log_sum, log_sum_at_one = statistics
+    # In float64: these are as large as logits are, and their difference is not.
     mean = mean.double() * terms.student_transform.scale
-    kd = statistics[1].double() + (zero.double() - mean) / temperature - entropy.double()
-    kd = kd if rows.dead is None else kd.masked_fill(rows.dead.squeeze(1), 0.0)
-    ce = rows.cross_entropy(zero, statistics[2])
-    if grad is not None:
-        of_kd, of_ce, constant = rows.factors()
-        factor, own = of_kd / temperature, None
-        backend.softmax_gradient(
-            logits, statistics, factor, of_ce, constant, temperature=temperature, grad=grad
-        )
-        if rows.label_logit is not None and of_ce is not None:
-            label = (rows.label_logit - zero.unsqueeze(1)) / temperature
-            own = _softmax_entries(label, statistics[1], factor)
-            own = rows.label_entry(own, zero, statistics[2], of_ce, constant)
-        rows.finish(grad, own, rounded)
+    kd = log_sum.double() + (reference.double() - mean) / temperature - entropy.double()
+    kd = kd if rows.masked is None else kd.masked_fill(rows.masked.squeeze(1), 0.0)
+    ce = rows.cross_entropy(reference, log_sum_at_one)
+    rows.write_gradient(statistics, temperature, rows.factors()[0] / temperature)
     return kd.to(wide_dtype(logits.dtype)), ce
 
 
@@ -318,20 +322,12 @@ def label_rows(
     grad: Tensor | None = None,  # (R, V), may lie over the logits
 ) -> tuple[Tensor, Tensor]:
     """0 and cross entropy (R,), and into `grad` its weighted gradient, as `Backend.kd_rows` for a divergence of weight 0."""
-    wide = wide_dtype(logits.dtype)
-    nothing = logits.new_zeros(logits.shape[0], dtype=wide)
+    nothing = logits.new_zeros(logits.shape[0], dtype=wide_dtype(logits.dtype))
     if labels is None or terms.ce_weight == 0.0:
         if grad is not None:
             grad.zero_()
         return nothing, nothing
-    rounded = grad
-    logits, grad = _upcast(logits, bias, terms.student_transform, grad)
-    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad is not None)
-    statistics = backend.row_statistics(logits, temperature=1.0, at_one=True, row_weight=row_weight)
-    zero, log_sum = statistics[0], statistics[2]
-    ce = rows.cross_entropy(zero, log_sum)
-    _, of_ce, constant = rows.factors()
-    if grad is not None and rows.label_logit is not None and of_ce is not None:
-        backend.softmax_gradient(logits, statistics, of_ce, None, constant, temperature=1.0, grad=grad)
-        rows.finish(grad, rows.label_entry(None, zero, log_sum, of_ce, constant), rounded)
-    return nothing, ce
+    rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
+    statistics = rows.statistics(1.0)
+    rows.write_gradient(statistics, 1.0, None)
+    return nothing, rows.cross_entropy(statistics[0], statistics[2])

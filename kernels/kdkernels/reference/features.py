@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.matmul import wide_dtype
+from ..core.rows import inverse_length
 from ..divergences import ForwardKL
-from ..options import LEAST_LENGTH, Distance, Project
+from ..options import Distance, Project
 from .logits import divergence, linear
 
 
@@ -19,10 +20,7 @@ def unit_rows(features: Tensor) -> Tensor:
 
     NaN where the squares are too large for the dtype.
     """
-    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    short = length < LEAST_LENGTH
-    length = length.masked_fill(length == torch.inf, torch.nan)
-    return features * length.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
+    return features * inverse_length(torch.linalg.vector_norm(features, dim=-1, keepdim=True))
 
 
 def projection_row_losses(

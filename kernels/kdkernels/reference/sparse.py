@@ -20,6 +20,14 @@ def _log_rest(log_p: Tensor, taken: Tensor) -> Tensor:
     return others.masked_fill(nothing.unsqueeze(1), 0.0).logsumexp(-1).masked_fill(nothing, -math.inf)
 
 
+def log_bucket(logprobs: Tensor, vocabulary: int) -> Tensor:
+    """(N, 1) log of the probability that a teacher's top-k entries (N, K), float64, leave to the bucket."""
+    rest = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(LEAST_REST).log()
+    # Where every id has an entry, what is left is the rounding of the log-probabilities.
+    every = (logprobs > -math.inf).sum(1, keepdim=True) == vocabulary
+    return rest.masked_fill(every, -math.inf)
+
+
 def top_k_row_terms(
     student_logits: Tensor,  # (N, V), before the transform
     teacher: TeacherTopK,  # (N, K)
@@ -47,11 +55,7 @@ def top_k_row_terms(
         student = log_p.gather(1, teacher.indices).masked_fill(~is_kept, -math.inf)
         rest_s = _log_rest(log_p, taken).unsqueeze(1)
         # In float64: the rest may be as small as the rounding of a sum in float32.
-        rest_t = 1.0 - logprobs.double().exp().sum(1, keepdim=True)
-        rest_t = rest_t.clamp_min(LEAST_REST).log().to(log_p.dtype)
-        # Where every id was kept, what is left is the rounding of the log-probabilities.
-        every = is_kept.sum(1, keepdim=True) == log_p.shape[1]
-        rest_t = rest_t.masked_fill(every, -math.inf)
+        rest_t = log_bucket(logprobs.double(), log_p.shape[1]).to(log_p.dtype)
         log_p_s = F.log_softmax(torch.cat((student, rest_s), 1) / terms.temperature, -1)
         log_p_t = F.log_softmax(torch.cat((logprobs, rest_t), 1) / terms.temperature, -1)
     kd, ce = divergence(log_p_s, log_p_t, terms.divergence), cross_entropy(logits, labels, terms)

@@ -75,3 +75,17 @@ def label_divergence(student_label, student_log, teacher_label, teacher_log):
     teacher_rest = -_softplus(teacher_label - teacher_log)
     rest, _ = kl_terms(tl.exp2(teacher_rest), tl.exp2(student_rest), (student_rest - teacher_rest) * LN_2)
     return value + rest, difference
+
+
+@triton.jit
+def decoupled_parts(student_logit, teacher_logit, totals, target, non_target, scale):
+    """Of a decoupled row: target * KL of the two-way distributions, target * (p_t - p_s) of the label, and the weight of
+    the distributions without the label, 0 for a teacher that is certain of it. The logits are -inf where not shared."""
+    value, difference = label_divergence(
+        (student_logit - totals.student_reference) * scale,
+        totals.student_log,
+        (teacher_logit - totals.teacher_reference) * scale,
+        totals.teacher_log,
+    )
+    rest = tl.where(totals.teacher_inverse == 0.0, 0.0, non_target)
+    return target * value, -target * difference, rest

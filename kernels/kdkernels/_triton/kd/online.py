@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..numeric import LOG2_E, finite_or_zero, join_lanes, softmax_step, times_unless_zero
+from ..numeric import LOG2_E, finite_or_zero, join_lanes, softmax_step, sum_at_one_step, times_unless_zero
 from .divergence import Ratios, mean_slope, ratio_move, ratio_step
 from .row import load_logits, load_pair
 
@@ -111,8 +111,7 @@ def statistics_step(
     )
     total_at_one = state.total_at_one
     if FLAGS.ce_sum == "at_one":
-        rescale = tl.exp2((state.student_max - finite_or_zero(student_max)) * LOG2_E)
-        total_at_one = total_at_one * rescale + tl.sum(tl.exp2(student_shifted * LOG2_E), axis=1)
+        total_at_one = sum_at_one_step(total_at_one, state.student_max, student_max, student_shifted)
     ratio_sum = ratio_move(
         state.ratio_sum,
         state.student_total,

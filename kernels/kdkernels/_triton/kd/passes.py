@@ -132,14 +132,3 @@ def last_pass(
             columns = block * BLOCK + tile
             value = last_step(value, row, grad_row, columns, numbers, totals, slopes, FLAGS, True)
     return tl.sum(value, axis=0)
-
-
-@triton.jit
-def write_zeros(row_ptr, V, tile, BLOCK: tl.constexpr):
-    """Zeros into a row, which is not read."""
-    zeros = tl.zeros(tile.shape, tl.float32)
-    full_blocks = V // BLOCK
-    for block in range(full_blocks):
-        store_tile(row_ptr, block * BLOCK + tile, zeros, V, False)
-    if full_blocks * BLOCK < V:
-        store_tile(row_ptr, full_blocks * BLOCK + tile, zeros, V, True)

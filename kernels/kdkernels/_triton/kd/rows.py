@@ -15,12 +15,12 @@ from torch import Tensor
 from ...options import RowTerms
 from ..aliasing import lies_over
 from ..launch import RowConfig, architecture_of, device_guard, launch_options, row_config
-from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes
+from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes, write_zeros
 from .divergence import kernel_divergence
 from .flags import row_flags, transform_numbers
-from .labels import cross_entropy, label_divergence, student_label, teacher_label
+from .labels import cross_entropy, decoupled_parts, student_label, teacher_label
 from .online import first_pass, join_statistics, load_totals, own_join, save_totals, teacher_pass, with_mean
-from .passes import Numbers, Slopes, last_pass, sums_pass, write_zeros
+from .passes import Numbers, Slopes, last_pass, sums_pass
 from .row import Row, Side
 
 
@@ -175,17 +175,14 @@ def _kd_rows_kernel(
     rest = 1.0
     if FLAGS.divergence == "decoupled":
         shared_logit = tl.where(label_shared | (label_logit != label_logit), label_logit, float("-inf"))
-        label_kd, difference = label_divergence(
-            (shared_logit - totals.student_reference) * numbers.scale,
-            totals.student_log,
-            (teacher_logit - totals.teacher_reference) * numbers.scale,
-            totals.teacher_log,
+        target_kd, label_difference, rest = decoupled_parts(
+            shared_logit,
+            teacher_logit,
+            totals,
+            tl.load(target_ptr + row_index),
+            tl.load(non_target_ptr + row_index),
+            numbers.scale,
         )
-        target = tl.load(target_ptr + row_index)
-        target_kd = target * label_kd
-        label_difference = -target * difference
-        # A teacher that is certain of the label has no other distribution to be near to.
-        rest = tl.where(totals.teacher_inverse == 0.0, 0.0, tl.load(non_target_ptr + row_index))
 
     if FLAGS.mixture and FLAGS.state != "load":
         value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)

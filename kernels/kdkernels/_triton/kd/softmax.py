@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..aliasing import lies_over
 from ..launch import RowConfig, architecture_of, device_guard, launch_options, row_config
-from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes, softmax_step, store_tile
-from .passes import write_zeros
+from ..numeric import LN_2, LOG2_E, join_lanes, softmax_step, store_tile, sum_at_one_step, write_zeros
 from .row import Side, load_logits
 
 
@@ -23,8 +22,7 @@ def _statistics_step(state, side, columns, inside, scale, AT_ONE: tl.constexpr):
     logits = load_logits(side, columns, inside, False, "none")
     next_maximum, total, shifted = softmax_step(maximum, total, logits, scale)
     if AT_ONE:
-        rescale = tl.exp2((maximum - finite_or_zero(next_maximum)) * LOG2_E)
-        total_at_one = total_at_one * rescale + tl.sum(tl.exp2(shifted * LOG2_E), axis=1)
+        total_at_one = sum_at_one_step(total_at_one, maximum, next_maximum, shifted)
     return next_maximum, total, total_at_one
 
 

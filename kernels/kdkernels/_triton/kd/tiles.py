@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from ...core import row_state
-from ..numeric import LOG2_E, finite_or_zero, store_tile
-from .labels import label_divergence, student_label, teacher_label
+from ..numeric import LOG2_E, finite_or_zero, rescaled, store_tile, write_zeros
+from .labels import decoupled_parts, student_label, teacher_label
 from .online import first_pass, new_own, new_totals, own_step, with_mean
-from .passes import Numbers, Slopes, ce_slope, last_pass, sums_pass, write_zeros
+from .passes import Numbers, Slopes, ce_slope, last_pass, sums_pass
 from .row import Row, Side, chain_factor, load_logits
 
 STUDENT_MAX = tl.constexpr(row_state.STUDENT_MAX)
@@ -36,11 +36,11 @@ def _merge(state_ptr, stride, max_slot, sum_slot, maximum, total, scale):
     tl.debug_barrier()  # all threads have read what one of them writes
     next_maximum = tl.maximum(old_maximum, tl.max(maximum, axis=0))
     reference = finite_or_zero(next_maximum)
-    old_total *= tl.exp2((old_maximum - reference) * scale)
     tl.store(state_ptr + max_slot * stride, next_maximum)
     tl.store(
         state_ptr + sum_slot * stride,
-        old_total + tl.sum(total * tl.exp2((maximum - reference) * scale), axis=0),
+        rescaled(old_total, old_maximum, reference, scale)
+        + tl.sum(rescaled(total, maximum, reference, scale), axis=0),
     )
 
 
@@ -147,13 +147,10 @@ def _label_parts(state_ptr, stride, totals, target, non_target, numbers):
     apart = teacher_logit == float("inf")
     label_logit = tl.where(apart, float("-inf"), label_logit)
     teacher_logit = tl.where(apart, float("-inf"), teacher_logit)
-    _, difference = label_divergence(
-        (label_logit - totals.student_reference) * numbers.scale,
-        totals.student_log,
-        (teacher_logit - totals.teacher_reference) * numbers.scale,
-        totals.teacher_log,
+    _, difference, rest = decoupled_parts(
+        label_logit, teacher_logit, totals, target, non_target, numbers.scale
     )
-    return -target * difference, tl.where(totals.teacher_inverse == 0.0, 0.0, non_target)
+    return difference, rest
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.bands import inverse_length
+from ...core.rows import inverse_length
 
 # The smallest tile: below it calls cost more than the memory is worth.
 LEAST_TILE = 8
