@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Below this size alpha, beta and their sum have to be exactly 0 in `AlphaBeta`: the formula divides by them a difference
 # that is as small as they are, for which float32 has no digits.
-LEAST_POWER = 0.01
+MIN_POWER = 0.01
 
 
 def _check_plain(name: str, value: object) -> None:
@@ -186,9 +186,9 @@ class AlphaBeta(Divergence):
             ("beta", self.beta),
             ("alpha + beta", self.alpha + self.beta),
         ):
-            if not math.isfinite(power) or 0.0 < abs(power) < LEAST_POWER:
+            if not math.isfinite(power) or 0.0 < abs(power) < MIN_POWER:
                 raise ValueError(
-                    f"AlphaBeta needs {name} to be 0 or at least {LEAST_POWER} in size, got {power}; "
+                    f"AlphaBeta needs {name} to be 0 or at least {MIN_POWER} in size, got {power}; "
                     "0 gives the limit, which is close"
                 )
 
@@ -249,9 +249,9 @@ class Renyi(Divergence):
 
     def __post_init__(self) -> None:
         _check_plain("alpha of Renyi", self.alpha)
-        if not math.isfinite(self.alpha) or self.alpha < LEAST_POWER or abs(self.alpha - 1.0) < LEAST_POWER:
+        if not math.isfinite(self.alpha) or self.alpha < MIN_POWER or abs(self.alpha - 1.0) < MIN_POWER:
             raise ValueError(
-                f"Renyi needs alpha at or above {LEAST_POWER} and at least {LEAST_POWER} away from 1, "
+                f"Renyi needs alpha at or above {MIN_POWER} and at least {MIN_POWER} away from 1, "
                 f"got {self.alpha}; at 1 it is ForwardKL()"
             )
 

@@ -1,4 +1,4 @@
-"""Names shared by every loss.
+"""Options of the losses, and the plain numbers that a row function takes.
 
 Axis letters: N tokens, V vocabulary, D width (D_s student, D_t teacher), B batch, L layers,
 K kept teacher entries, T temperature, C classes. Student before teacher, labels last.
@@ -24,7 +24,7 @@ Distance = Literal["squared", "normalized", "cosine"]
 IGNORE_INDEX = -100
 
 # A feature shorter than this has no direction: it is taken as the zero vector, and gets no gradient.
-LEAST_LENGTH = 1e-12
+NORM_EPS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RowTerms:
     """What one token's loss is made of: kd_scale * D(p_t, p_s) + ce_weight * CE(labels, student at T=1).
 
     All fields are plain numbers (the weights of `Decoupled` come as tensors, one value per row, beside the terms). A
-    kernel takes them as run-time arguments, so that a new temperature or weight compiles nothing anew.
+    kernel takes them as run-time arguments, so that a new temperature or weight does not recompile.
     """
 
     divergence: Divergence = field(default_factory=ForwardKL)

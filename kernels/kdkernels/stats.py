@@ -11,7 +11,7 @@ from .options import Reduction
 
 
 class KDStats(NamedTuple):
-    """Numbers of every token, shape (...) each, float32 (float64 for float64 inputs), detached; 0 in rows that do not count.
+    """Numbers of every token, shape (...) each, float32 (float64 for float64 inputs), detached; 0 in masked rows.
 
     `kd` and `ce` are the two parts of the loss without their weights and without T squared. The others are of the models'
     own distributions: at temperature 1, after scale and softcap, each over its whole vocabulary.
@@ -47,6 +47,6 @@ def stats_from_rows(rows: Tensor, shape: tuple[int, ...]) -> KDStats:
 def in_shape(
     loss: Tensor, statistics: Tensor | None, leading: torch.Size, reduction: Reduction
 ) -> Tensor | tuple[Tensor, KDStats]:
-    """The loss in its shape, with the statistics where they were asked for."""
+    """The loss in its shape, with the statistics if return_stats is True."""
     loss = loss.reshape(leading) if reduction == "none" else loss
     return loss if statistics is None else (loss, stats_from_rows(statistics, leading))

@@ -94,7 +94,7 @@ def test_without_it_the_loss_is_returned_as_it_is() -> None:
     weight = torch.ones(4, device=DEVICE)
     weight[2] = math.nan
     text = sentence(lambda: kd_loss(teacher, teacher, token_weight=weight, check_finite=True))
-    assert text == "token_weight holds a NaN in a row that counts"
+    assert text == "token_weight holds a NaN in a valid row"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -111,4 +111,4 @@ def test_weights_that_are_not_finite_are_named(impl: Impl) -> None:
         ):
             options: dict[str, Any] = {**given, "impl": impl, "check_finite": True}
             text = sentence(lambda options=options: kd_loss(student, teacher, labels, **options))
-            assert text == f"{name} holds {what} in a row that counts"
+            assert text == f"{name} holds {what} in a valid row"

@@ -57,7 +57,7 @@ def test_linear_loss_in_a_graph_equals_eager(reduction, impl: Impl) -> None:
 
 
 def test_a_loss_is_one_node() -> None:
-    """Counted in what the compiler gets to see after autograd: one operator forward, none backward."""
+    """RowWeights in what the compiler gets to see after autograd: one operator forward, none backward."""
     case = make_case()
     student = nn.Linear(case.student_weight.shape[1], case.student_weight.shape[0], device=DEVICE)
     loss = LinearKDLoss(temperature=2.0, ce_weight=0.5)

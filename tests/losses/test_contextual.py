@@ -278,7 +278,7 @@ def test_equal_tokens_have_no_direction(impl: Impl) -> None:
 def test_lengths_too_small_and_too_large(impl: Impl, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shorter than 1e-12 has no relation; what has a square outside float32 is a NaN, not a quiet nonsense."""
     if tiles:
-        monkeypatch.setattr("kdkernels.features.contextual.blocks.LEAST_ROWS", 1 << 30)
+        monkeypatch.setattr("kdkernels.features.contextual.blocks.MIN_ROWS", 1 << 30)
     student, teacher = features(1, 1, 6, 4), features(1, 1, 6, 5)
 
     def solve(scale: float, scale_t: float) -> tuple[Tensor, Tensor]:

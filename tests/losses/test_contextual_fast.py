@@ -94,7 +94,7 @@ def test_blocks_do_not_show(
     variant: Variant, shape: tuple[int, int, int], window: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_windows, "BLOCK_ROWS", rows)
-    monkeypatch.setattr("kdkernels.features.contextual.blocks.LEAST_ROWS", 32)
+    monkeypatch.setattr("kdkernels.features.contextual.blocks.MIN_ROWS", 32)
     assert_equal_in_float64(shape, window, variant)
 
 
@@ -123,15 +123,15 @@ def test_tiles_of_pairs_do_not_show(
     scratch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdkernels.features.contextual.blocks.LEAST_ROWS", 1 << 30)
+    monkeypatch.setattr("kdkernels.features.contextual.blocks.MIN_ROWS", 1 << 30)
     monkeypatch.setattr("kdkernels.features.contextual.blocks.TILE_SCRATCH", (scratch, scratch))
-    monkeypatch.setattr("kdkernels.features.contextual.pair_tiles.LEAST_TILE", 4)
+    monkeypatch.setattr("kdkernels.features.contextual.pair_tiles.MIN_TILE", 4)
     assert_equal_in_float64(shape, window, variant)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_hard_features_in_tiles_of_pairs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdkernels.features.contextual.blocks.LEAST_ROWS", 1 << 30)
+    monkeypatch.setattr("kdkernels.features.contextual.blocks.MIN_ROWS", 1 << 30)
     teacher, student = normal(2, 2, 32, 48), normal(2, 2, 32, 32)
     assert_as_good_as_eager(KINDS[kind](student), teacher, impl="torch", window=8, layer_weight=0.5)
     assert_as_good_as_eager(student, KINDS[kind](teacher), impl="torch", window=8, layer_weight=0.5)

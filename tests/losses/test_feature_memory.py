@@ -40,7 +40,7 @@ def test_projections_hold_one_chunk(loss: Callable[..., Tensor], monkeypatch: py
     from kdkernels.features import distance
 
     monkeypatch.setattr(distance, "CPU_CHUNK_BYTES", 4 * 1024)
-    monkeypatch.setattr(distance, "LEAST_CPU_CHUNK_ROWS", 1)
+    monkeypatch.setattr(distance, "MIN_CPU_CHUNK_ROWS", 1)
     weight = torch.randn(64, 4)  # on a CPU: a GPU's chunk is as large as its products want it
     for count in (64, 1024):
         student = torch.randn(count, 4, requires_grad=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import Decoupled, Renyi, TeacherHead, TeacherTopK, linear_kd_loss
-from kdkernels.logits.low_memory import tile_shape
+from kdkernels.logits.by_vocabulary import tile_shape
 from kdkernels.options import Impl
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import (
@@ -23,10 +23,10 @@ from tests.support.inputs import (
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 rows, tiles of 16 columns: the 67 columns of a case are four tiles and a ragged fifth."""
-    monkeypatch.setattr("kdkernels.logits.low_memory.TILE_ROWS", 4)
-    monkeypatch.setattr("kdkernels.logits.low_memory.LEAST_COLUMNS", 16)
+    monkeypatch.setattr("kdkernels.logits.by_vocabulary.TILE_ROWS", 4)
+    monkeypatch.setattr("kdkernels.logits.by_vocabulary.MIN_COLUMNS", 16)
     for name in ("TILE_BYTES", "GPU_TILE_BYTES"):
-        monkeypatch.setattr(f"kdkernels.logits.low_memory.{name}", 8 * 4 * 16)
+        monkeypatch.setattr(f"kdkernels.logits.by_vocabulary.{name}", 8 * 4 * 16)
 
 
 @pytest.mark.parametrize("impl", FAST_IMPLS)

@@ -17,8 +17,11 @@ from kdkernels import (
     kd_loss,
     linear_kd_loss,
 )
-from kdkernels.options import Impl
+from kdkernels.options import Impl, LogitTransform, RowTerms
+from kdkernels.reference import statistics
+from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, IMPLS, make_case
+from tests.support.rounding import truths
 
 OPTIONS: dict[str, Any] = {"divergence": JSD(0.3), "temperature": 2.0, "ce_weight": 0.5}
 
@@ -92,6 +95,53 @@ def test_each_over_its_own_vocabulary(kind, impl: Impl) -> None:
     torch.testing.assert_close(stats.teacher_target_prob, expected, equal_nan=True)
     assert stats.agrees[0] == 1.0
     torch.testing.assert_close(stats.agrees, (its[student.argmax(-1)] == teacher.argmax(-1)).float())
+
+
+# None, a prefix with teacher columns after it, one with student columns after it, an index map; several blocks of rows.
+@pytest.mark.parametrize("mapping", ["none", "more of the teacher's", "more of the student's", "index"])
+def test_digits(mapping: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one function behind all back ends, from float32 logits, against its truth in float64; ignored rows hold NaN."""
+    monkeypatch.setattr(statistics, "ELEMENTS", 400)
+    places = torch.randperm(130)[:90]
+    index = torch.full((130,), -1).scatter(0, places, torch.arange(90))
+    sizes: dict[str, tuple[int, int, Any]] = {
+        "none": (130, 130, None),
+        "more of the teacher's": (128, 210, 128),
+        "more of the student's": (210, 70, 70),
+        "index": (130, 90, index),
+    }
+    student_size, teacher_size, vocab_map = sizes[mapping]
+    student, teacher = 4.0 * torch.randn(7, student_size), 4.0 * torch.randn(7, teacher_size)
+    student[1, 20:30] = -math.inf
+    student[4], teacher[4] = math.nan, math.nan
+    labels = torch.tensor([0, student_size - 1, 5, 69, -100, 31, student_size])
+    weight = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.0, -1.0, 1.0])
+    terms = RowTerms(
+        student_transform=LogitTransform(1.5), teacher_transform=LogitTransform(1.0, 40.0), temperature=2.0
+    )
+    bias = torch.randn(student_size)
+    options: dict[str, Any] = {"student_bias": bias, "vocab_map": vocab_map}
+    ours = statistics.row_statistics(student, teacher, labels, weight, terms, **options)
+    wide = student.double(), teacher.double()
+    (truth,) = truths(lambda: (statistics.row_statistics(*wide, labels, weight, terms, **options),))
+    assert ours.dtype == torch.float32 and truth.value.dtype == torch.float64
+    assert torch.equal(ours[:, 4], torch.zeros(5))
+    assert ours[3, 6].isnan() and ours[2, 6].isnan()  # no id of the student
+    assert torch.equal(ours[2].isnan(), truth.value[2].isnan())
+    for row, title in enumerate(("student entropy", "teacher entropy", "teacher label", "student label")):
+        known = ~truth.value[row].isnan()
+        assert_within_budget(ours[row][known], truth[row][known], title)
+    assert torch.equal(ours[4].double(), truth.value[4])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_go_to_the_first_column(impl: Impl) -> None:
+    student, teacher = torch.randn(2, 3, 200, device=DEVICE)
+    for row, (first, second) in enumerate([(3, 5), (17, 60), (40, 170)]):
+        student[row, first] = student[row, second] = 50.0
+        teacher[row, first] = 50.0
+    _, stats = kd_loss(student, teacher, return_stats=True, impl=impl)
+    assert stats.agrees.eq(1.0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -93,7 +93,7 @@ def test_top_k_teachers() -> None:
         )
         refused(
             plain,
-            "TeacherTopK.indices name an id twice in one row; each kept entry needs its own",
+            "TeacherTopK.indices name an id twice in one row; each top-k entry needs its own",
             teacher=top_k(indices=twice),
         )
         refused(

@@ -24,7 +24,7 @@ from kdkernels import (
     linear_kd_loss,
 )
 from kdkernels.options import Impl
-from kdkernels.teachers import LEAST_REST, Tail
+from kdkernels.teachers import MIN_BUCKET_PROB, Tail
 from tests.support.budget import assert_within_budget
 from tests.support.inputs import DEVICE, IMPLS, eager_divergence, make_case
 from tests.support.rounding import truths
@@ -180,7 +180,7 @@ def test_a_certain_teacher_leaves_a_bucket(divergence: Divergence, impl: Impl) -
     student = torch.randn(64, 40, device=DEVICE, requires_grad=True)
     teacher = top_k(12.0 * torch.randn(64, 40, device=DEVICE), "bucket")
     rest = 1.0 - teacher.logprobs.double().exp().sum(1)
-    assert (rest <= 0.0).any() and ((rest > 0.0) & (rest < LEAST_REST)).any()
+    assert (rest <= 0.0).any() and ((rest > 0.0) & (rest < MIN_BUCKET_PROB)).any()
     kept = student.log_softmax(-1)
     log_s = kept.gather(1, teacher.indices)
     log_s = torch.cat((log_s, kept.scatter(1, teacher.indices, -math.inf).logsumexp(1, keepdim=True)), 1)

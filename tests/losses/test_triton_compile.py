@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from kdkernels._triton.kd.divergence import MIXTURES
+from kdkernels._triton.kd.divergence import NEEDS_MEAN_PASS
 from kdkernels._triton.kd.online import ROW_STATE
 from tests.support.compiled import (
     ARCHITECTURES,
@@ -141,7 +141,7 @@ def test_the_loops_move_the_bytes_of_the_design(counts: list[Counts]):
     checked = 0
     for row in counts:
         divergence, _, rest = row.variant.partition(" ")
-        reads = 3 if divergence in MIXTURES else 2
+        reads = 3 if divergence in NEEDS_MEAN_PASS else 2
         logit_bytes = {"fp32 > bf16 over it, CE": 4, "bf16, CE": 2}.get(rest)
         if divergence in DIVERGENCES and logit_bytes and row.architecture.startswith("sm_"):
             assert row.bytes_per_column == reads * 2 * logit_bytes + 2, names([row])

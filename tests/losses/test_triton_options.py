@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from kdkernels._triton.kd.rows import kd_rows
-from kdkernels.divergences import JSD, TVD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL, SkewKL
+from kdkernels.divergences import JSD, AlphaBeta, Decoupled, Divergence, ForwardKL, ReverseKL, SkewKL
 from kdkernels.options import LogitTransform, RowTerms
-from kdkernels.reference.logits import kd_row_stats
-from tests.support.budget import assert_within_budget
-from tests.support.rounding import truths
 from tests.support.row_kernels import (
     DEVICE,
     DIVERGENCES,
@@ -135,85 +132,6 @@ def test_divergence_gradient_is_zero_outside_of_the_map():
         )
         assert torch.equal(grad[:, places < 0], torch.zeros_like(grad[:, places < 0])), name(divergence)
         assert (grad[:, places >= 0] != 0).any()
-
-
-@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(), Decoupled()], ids=name)
-# None, a prefix with teacher columns behind it, one with student columns behind it, an index map.
-@pytest.mark.parametrize("mapping", ["none", "teacher behind", "student behind", "index"])
-def test_statistics(divergence: Divergence, mapping: str):
-    sizes = {
-        "none": (130, 130, None),
-        "teacher behind": (128, 210, 128),
-        "student behind": (210, 70, 70),
-        "index": (130, 90, index_map(130, 90)),
-    }
-    student_size, teacher_size, vocab_map = sizes[mapping]
-    student, _, labels = inputs(student_size)
-    _, teacher, _ = inputs(teacher_size)
-    labels[0], labels[1] = 0, student_size - 1
-    if mapping != "index":
-        teacher[2, 11], student[2, 11] = 30.0, 30.0  # agrees
-    student[1, 20:30] = float("-inf")  # entropy of 0 * inf
-    terms = RowTerms(
-        divergence,
-        2.0,
-        ce_weight=0.5,
-        label_smoothing=0.2,
-        student_transform=LogitTransform(1.5),
-        teacher_transform=LogitTransform(1.0, 40.0),
-    )
-    weight = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
-    wide = student.double(), teacher.double()
-    (truth,) = truths(lambda: (kd_row_stats(*wide, labels, weight, terms, vocab_map=vocab_map),))
-    exact = truth.value
-    table = torch.full((5, ROWS + 4), float("nan"), device=DEVICE)
-    stats = table[:, 2 : 2 + ROWS]  # of a chunk of the rows
-    student[1, 20:30] = -1e5  # the reference's gradient of label smoothing is NaN at -inf
-    terms_kept = (student.clone(), teacher)
-    kd, ce = kd_rows(
-        student,
-        teacher,
-        labels,
-        terms,
-        row_weight=weight,
-        grad=student,
-        vocab_map=vocab_map,
-        stats=stats,
-        config=SMALL,
-        **options_for(divergence),
-    )
-    for row, title in enumerate(("student entropy", "teacher entropy", "teacher label", "student label")):
-        known = ~exact[row].isnan()
-        assert torch.equal(stats[row].isnan(), ~known), title
-        assert_within_budget(stats[row][known], truth[row][known], title)
-    assert torch.equal(stats[4].double(), exact[4])
-    assert table[:, :2].isnan().all() and table[:, -2:].isnan().all()
-    plain = kd_rows(*terms_kept, labels, terms, vocab_map=vocab_map, config=SMALL, **options_for(divergence))
-    torch.testing.assert_close((kd, ce), plain)
-
-
-def test_statistics_without_labels_and_of_rows_that_do_not_count():
-    student, teacher, _ = inputs(130)
-    teacher[0] = student[0]
-    student[1], teacher[1] = float("nan"), float("nan")
-    weight = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
-    stats = torch.full((5, ROWS), float("nan"), device=DEVICE)
-    kd_rows(student, teacher, None, RowTerms(TVD()), row_weight=weight, stats=stats, config=SMALL)
-    assert torch.equal(stats[:, 1], torch.zeros_like(stats[:, 1]))
-    live = stats[:, [0, 2]]
-    assert live[2:4].isnan().all() and (live[:2] > 0).all() and live[4, 0] == 1.0
-
-
-def test_ties_go_to_the_first_column():
-    """As torch.argmax on the CPU: within a lane, between lanes and between tiles."""
-    student, teacher, _ = inputs(200)
-    for row, (first, second) in enumerate([(3, 5), (17, 60), (40, 170)]):
-        student[row, first] = student[row, second] = 50.0
-        teacher[row, first] = 50.0
-    stats = torch.empty(5, ROWS, device=DEVICE)
-    kd_rows(student, teacher, None, RowTerms(JSD()), stats=stats, config=SMALL)
-    kd_rows(student, teacher, None, RowTerms(ForwardKL()), stats=stats[:, :], config=SMALL)
-    assert stats[4].eq(1.0).all()
 
 
 LIMITS = [(0.7, 0.0), (0.0, 0.7), (0.6, -0.6), (-0.6, 0.6), (0.0, 0.0), (1.5, -0.4), (1.0, 0.0), (0.0, 1.0)]

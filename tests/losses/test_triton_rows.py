@@ -350,7 +350,7 @@ def test_only_ragged_rows_and_rich_code_on_nvidia_are_given_registers():
     nvidia, amd = row_config("sm_90"), row_config("gfx942")
     assert "maxnreg" not in launch_options(nvidia, 32000, 32000)
     assert launch_options(nvidia, 50257, 50272)["maxnreg"] == 128
-    assert launch_options(nvidia, 32000, 32000, lean=False)["maxnreg"] == 128
+    assert launch_options(nvidia, 32000, 32000, fits_default_registers=False)["maxnreg"] == 128
     assert launch_options(nvidia, 50257, 50257)["maxnreg"] == 128
-    assert launch_options(nvidia, 50257, 50257, lean=False)["maxnreg"] == 192
-    assert "maxnreg" not in launch_options(amd, 50257, 50257, lean=False)
+    assert launch_options(nvidia, 50257, 50257, fits_default_registers=False)["maxnreg"] == 192
+    assert "maxnreg" not in launch_options(amd, 50257, 50257, fits_default_registers=False)

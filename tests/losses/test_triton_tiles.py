@@ -17,6 +17,7 @@ from kdkernels.core.row_state import (
     SLOTS,
     TEACHER_LABEL,
     VALUE,
+    Tile,
     new_state,
 )
 from kdkernels.divergences import JSD, Decoupled, Divergence, ForwardKL, SkewKL
@@ -47,35 +48,28 @@ def run(
     tiles = list(pairwise(cuts))
     shared = student.shape[1] if shared is None else shared
 
-    def tile(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        return student[:, start:stop], teacher[:, start:stop] if stop <= shared else None
-
-    def keywords(start: int, stop: int) -> dict[str, Any]:
+    def tile(start: int, stop: int) -> Tile:
         student_bias, teacher_bias = (None if bias is None else bias[start:stop] for bias in biases)
-        return {
-            "offset": start,
-            "student_bias": student_bias,
-            "teacher_bias": teacher_bias if stop <= shared else None,
-            "row_weight": row_weight,
-            "config": SMALL,
-        }
+        other = teacher[:, start:stop] if stop <= shared else None
+        return Tile(
+            student[:, start:stop], other, labels, start, student_bias,
+            None if other is None else teacher_bias, row_weight,
+        )  # fmt: skip
 
     for cut in tiles:
-        tile_statistics(*tile(*cut), labels, terms, state, **keywords(*cut))
+        tile_statistics(tile(*cut), terms, state, config=SMALL)
     for cut in tiles:
-        part, other = tile(*cut)
-        if other is not None:
-            tile_sums(part, other, labels, terms, state, **keywords(*cut))
+        if tile(*cut).teacher is not None:
+            tile_sums(tile(*cut), terms, state, config=SMALL)
     options = options_for(terms.divergence)
     for start, stop in tiles:
         tile_gradient(
-            *tile(start, stop),
-            labels,
+            tile(start, stop),
             terms,
             state,
             vocabulary=student.shape[1],
             grad=grad[:, start:stop],
-            **keywords(start, stop),
+            config=SMALL,
             **options,
         )
     assert state.shape[0] == SLOTS
@@ -169,17 +163,8 @@ def test_half_gradient_over_a_tile():
     buffer = torch.full((ROWS, 144), float("nan"), device=DEVICE)
     buffer[:, :130] = student[:, 100:]
     half = buffer.view(torch.bfloat16)[:, :130]
-    tile_gradient(
-        buffer[:, :130],
-        teacher[:, 100:],
-        labels,
-        terms,
-        state,
-        offset=100,
-        vocabulary=230,
-        grad=half,
-        config=SMALL,
-    )
+    tile = Tile(buffer[:, :130], teacher[:, 100:], labels, 100)
+    tile_gradient(tile, terms, state, vocabulary=230, grad=half, config=SMALL)
     rounded = grad[:, 100:]
     torch.testing.assert_close(half.float(), rounded, rtol=2.0**-8, atol=0.0)  # rounded once
     assert buffer[:, 130:].isnan().all()

@@ -68,11 +68,11 @@ class Counts:
 
 
 def _flags(divergence: str, **rest: Any) -> "RowFlags":
-    from kdkernels._triton.kd.divergence import MIXTURES
+    from kdkernels._triton.kd.divergence import NEEDS_MEAN_PASS
     from kdkernels._triton.kd.flags import RowFlags
 
     plain: dict[str, Any] = {
-        "mixture": divergence in MIXTURES,
+        "needs_mean_pass": divergence in NEEDS_MEAN_PASS,
         "has_labels": True,
         "has_ce": True,
         "ce_sum": "own" if divergence == "decoupled" else "at_one",
@@ -118,24 +118,24 @@ def other_variants() -> list[Variant]:
         variants.append(_kd(name, divergence, *over, aliased=True, **biases, **padded))
     plain = {"has_labels": False, "has_ce": False, "ce_sum": "shared", "has_row_weight": False}
     softcaps = {"student_transform": "softcap", "teacher_transform": "softcap"}
-    stats = {"has_smoothing": True, "has_stats": True, "ce_sum": "own"}
-    index: dict[str, Any] = {"vocab_map": "index", "wide": False} | stats | softcaps
+    smoothing = {"has_smoothing": True, "ce_sum": "own"}
+    index: dict[str, Any] = {"vocab_map": "index", "wide": False} | smoothing | softcaps
     for divergence in ("forward_kl", "alpha_beta"):
         variants += [
             _kd("fp32 > bf16, softcaps", divergence, *over, aliased=True, **softcaps),
-            _kd("fp32 > bf16, smoothing, stats", divergence, *over, aliased=True, **stats),
+            _kd("fp32 > bf16, smoothing", divergence, *over, aliased=True, **smoothing),
         ]
     for divergence in ("forward_kl", "jsd"):
         variants += [
             _kd("fp32 > bf16, prefix", divergence, *over, aliased=True, vocab_map="prefix", ce_sum="own"),
-            _kd("fp32 > bf16, index map, stats, softcaps", divergence, *over, aliased=True, **index),
+            _kd("fp32 > bf16, index map, smoothing, softcaps", divergence, *over, aliased=True, **index),
         ]
     return [
         *variants,
         _kd("fp32 in place", "forward_kl", "fp32", "fp32", "fp32", **plain),
         _kd("fp32 values, CE", "jsd", "fp32", "fp32", "fp32", write_grad=False),
         _kd("bf16, ragged, biases", "forward_kl", "bf16", "bf16", "bf16", **biases, **ragged),
-        _kd("fp32 > bf16, ragged, stats", "skew_reverse_kl", *over, aliased=True, **stats, **ragged),
+        _kd("fp32 > bf16, ragged, smoothing", "skew_reverse_kl", *over, aliased=True, **smoothing, **ragged),
         _kd("fp32 and bf16", "forward_kl", "fp32", "bf16", "fp32"),
         _kd("fp32, ragged, CE", "reverse_kl", "fp32", "fp32", "fp32", **ragged),
         _tile("statistics", "forward_kl"),
@@ -208,7 +208,7 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     # A bias has the dtype of its head, which in the linear loss is the dtype that the gradient is written in.
     biases = dict.fromkeys(("student_bias", "teacher_bias", "bias"), variant.dtypes.get("grad", "fp32"))
     pointers = fixed | biases | variant.dtypes
-    unspecialized = ("R", "offset", "stride_stats_row", "stride_state_row")
+    unspecialized = ("R", "offset", "stride_state_row")
     size, stride = 16 if variant.aligned else 1, 16 if variant.aligned or variant.padded else 1
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -233,7 +233,9 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     else:
         target = GPUTarget("hip", architecture, 64)
     lean = variant.kernel != "tile" and ("FLAGS" not in variant.flags or variant.flags["FLAGS"].is_lean)
-    return triton.compile(source, target=target, options=launch_options(config, size, stride, lean=lean))
+    return triton.compile(
+        source, target=target, options=launch_options(config, size, stride, fits_default_registers=lean)
+    )
 
 
 def _cuobjdump(cubin: Path, option: str) -> str:

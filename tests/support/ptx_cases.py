@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import Divergence
-from kdkernels.core.row_state import new_state
+from kdkernels.core.row_state import Tile, new_state
 from kdkernels.options import LogitTransform, RowTerms
 from tests.support.ir_cases import DIVERGENCES
 
@@ -65,7 +65,6 @@ def _rows(
     *,
     terms: RowTerms,
     grad: torch.dtype,
-    stats: bool = False,
     prefix: int | None = None,
 ) -> Tensors:
     student = tensors["student"]
@@ -76,8 +75,6 @@ def _rows(
         options["decoupled"] = (tensors["decoupled"][0], tensors["decoupled"][1])
     if prefix is not None or "map" in tensors:
         options["vocab_map"] = tensors.get("map", prefix)
-    if stats:
-        options["stats"] = torch.empty(5, len(student), dtype=student.dtype)
     gradient = written_over(student, grad)
     kd, ce = backend.kd_rows(
         student,
@@ -88,8 +85,7 @@ def _rows(
         grad=gradient,
         **options,
     )
-    made = {"divergence": kd, "cross entropy": ce, "gradient": gradient}
-    return made | ({"statistics": options["stats"]} if stats else {})
+    return {"divergence": kd, "cross entropy": ce, "gradient": gradient}
 
 
 def _row_cases() -> Iterator[Case]:
@@ -100,7 +96,7 @@ def _row_cases() -> Iterator[Case]:
         grad: torch.dtype = BF16,
         **rest: Any,
     ) -> Case:
-        own = {name: rest.pop(name) for name in ("stats", "prefix") if name in rest}
+        own = {name: rest.pop(name) for name in ("prefix",) if name in rest}
         given: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.5} | rest
         terms = RowTerms(divergence, **given)
         return Case(f"kd_rows {words}", make, partial(_rows, terms=terms, grad=grad, **own))
@@ -125,10 +121,10 @@ def _row_cases() -> Iterator[Case]:
         side: LogitTransform(softcap=6.0) for side in ("student_transform", "teacher_transform")
     }
     yield case(f"jsd, softcaps, {over}", partial(_logits, SHORT), DIVERGENCES["jsd"], **caps)
-    yield case(f"reverse_kl, smoothing, statistics, {over}", partial(_logits, SHORT), DIVERGENCES["reverse_kl"],
-               stats=True, label_smoothing=0.1)  # fmt: skip
+    yield case(f"reverse_kl, smoothing, {over}", partial(_logits, SHORT), DIVERGENCES["reverse_kl"],
+               label_smoothing=0.1)  # fmt: skip
     yield case(f"forward_kl, shared prefix, {over}", partial(_logits, LONG, FP32, 2064), prefix=2064)
-    yield case(f"forward_kl, index map, statistics, {over}", mapped, stats=True)
+    yield case(f"forward_kl, index map, {over}", mapped)
     yield case("forward_kl, float32 in place", partial(_logits, SHORT), grad=FP32)
     yield case("jsd, bfloat16 in place", partial(_logits, SHORT, BF16), DIVERGENCES["jsd"])
 
@@ -136,13 +132,12 @@ def _row_cases() -> Iterator[Case]:
 def _tile(backend: Any, tensors: Tensors, *, terms: RowTerms, has_teacher: bool = True) -> Tensors:
     student, teacher = tensors["student"], tensors["teacher"] if has_teacher else None
     state = new_state(len(student), student.dtype, student.device)
-    shared: dict[str, Any] = {"offset": 0, "row_weight": tensors["row_weight"]}
-    backend.tile_statistics(student, teacher, tensors["labels"], terms, state, **shared)
+    tile = Tile(student, teacher, tensors["labels"], row_weight=tensors["row_weight"])
+    backend.tile_statistics(tile, terms, state)
     if has_teacher:
-        backend.tile_sums(student, teacher, tensors["labels"], terms, state, **shared)
+        backend.tile_sums(tile, terms, state)
     gradient = written_over(student, BF16)
-    shared |= {"vocabulary": student.shape[1], "grad": gradient}
-    backend.tile_gradient(student, teacher, tensors["labels"], terms, state, **shared)
+    backend.tile_gradient(tile, terms, state, vocabulary=student.shape[1], grad=gradient)
     return {"gradient": gradient}
 
 
@@ -217,12 +212,12 @@ def _without_barrier() -> Iterator[None]:
     import kdkernels._triton
 
     rows: Any = sys.modules[kdkernels._triton.kd_rows.__module__]
-    kept = rows.lies_over
-    rows.lies_over = lambda written, read: False
+    kept = rows.aliases_input
+    rows.aliases_input = lambda written, read: False
     try:
         yield
     finally:
-        rows.lies_over = kept
+        rows.aliases_input = kept
 
 
 def cases() -> list[Case]:

@@ -103,7 +103,6 @@ def check(
     row_weight: Tensor | None = None,
     grad: Tensor | None = None,
     vocab_map: int | Tensor | None = None,
-    stats: Tensor | None = None,
     config: RowConfig = SMALL,
 ) -> Tensor:
     """Run the kernel, in place when no `grad` is given, and hold losses and gradient to the budget; the gradient."""
@@ -123,7 +122,6 @@ def check(
         teacher_bias=teacher_bias,
         row_weight=row_weight,
         grad=written,
-        stats=stats,
         config=config,
         **options,
     )

@@ -26,7 +26,7 @@ class Arithmetic(Protocol):
         ...
 
     def mean(self, sums: Sums) -> Tensor:
-        """<f> (R, 1), of parts of the columns the part's share; 0 where the gradient has none."""
+        """Mean slope <f>, (R, 1); for a vocabulary tile the contribution of the tile. 0 if the gradient needs none."""
         ...
 
     def write_gradient(self, block: Block, scale: Tensor, extra: Tensor | None, out: Tensor) -> None:
@@ -42,10 +42,10 @@ class ForwardKLArithmetic:
 
     def accumulate(self, block: Block) -> None:
         sums = block.sums
-        # The ratio is not needed again, so it lies where the student's exponentials come to lie.
+        # The ratio is not needed again, so it is kept where the student's exponentials will be.
         torch.sub(block.log_t, block.log_s, out=block.exp_s)
         block.exponentiate_teacher()
-        weighted_sum(block.exp_t, block.exp_s, block.careful, block.exp_s, sums.first)
+        weighted_sum(block.exp_t, block.exp_s, block.safe, block.exp_s, sums.first)
         block.exponentiate_student()
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:

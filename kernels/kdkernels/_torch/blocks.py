@@ -46,16 +46,16 @@ CHECKED_SUMS = 6
 
 @dataclass(slots=True)
 class Block:
-    """R rows. `log_*` may be the caller's logits and are only read, unless `careful`; the rest is scratch, (R, V) each."""
+    """R rows. `log_*` may be the caller's logits and are only read, unless `safe`; the rest is scratch, (R, V) each."""
 
     log_s: Tensor
     log_t: Tensor
     exp_s: Tensor
     exp_t: Tensor
     ratio: Tensor
-    spare: Tensor
+    work: Tensor
     sums: Sums
-    careful: bool  # logs are shifted copies; entries of probability 0 may be infinite: make 0 * inf = 0
+    safe: bool  # logs are shifted copies; entries of probability 0 may be infinite: make 0 * inf = 0
     labels: Tensor | None = None  # (R, 1) columns of this block
     absent: Tensor | None = None  # (R, 1) True where the label is no column of this block
     mean: Tensor | None = None  # (R, 1), given for some of the columns: <f> over all of them
@@ -90,9 +90,9 @@ def exponentiate(log: Tensor, exp: Tensor, total: Tensor) -> None:
     torch.sum(exp, -1, keepdim=True, out=total)
 
 
-def weighted_sum(exp: Tensor, log_ratio: Tensor, careful: bool, products: Tensor, total: Tensor) -> None:
+def weighted_sum(exp: Tensor, log_ratio: Tensor, safe: bool, products: Tensor, total: Tensor) -> None:
     """total = row sums of exp * log_ratio; entries whose exp is 0 count as 0, also in log_ratio."""
-    if careful:
+    if safe:
         log_ratio.masked_fill_(exp == 0, 0.0)
     torch.sum(torch.mul(exp, log_ratio, out=products), -1, keepdim=True, out=total)
 

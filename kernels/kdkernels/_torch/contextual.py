@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.bands import ROW_STEP, AngleGradient, AngleSide, DirectAngles, along_steps, unit_steps
 
-# Rows of one small product of a band: wide enough to run at full speed, few entries outside the band.
+# Rows of one small matmul of a band: wide enough to run at full speed, few entries outside the band.
 PATCH_ROWS = ROW_STEP
 
 # Rows of a block at most: on the CPU its pairs stay in the L2 cache, elsewhere fewer calls matter more.
@@ -32,7 +32,7 @@ def row_elements(student_width: int, teacher_width: int, offsets: int) -> int:
 
 
 class Rows:
-    """One side of a block as contiguous rows in float32 or float64, zeros where they do not count and around them."""
+    """One side of a block as contiguous rows in float32 or float64, zeros in masked rows and around the block."""
 
     def __init__(
         self, features: Tensor, valid: Tensor | None, rows: int, margin: int, dtype: torch.dtype
@@ -47,7 +47,7 @@ class Rows:
             own.masked_fill_(~self.valid.unsqueeze(1), 0.0)
 
     def centre(self) -> None:
-        """Subtract from every row that counts the mean of those of its sequence."""
+        """Subtract from every valid row the mean of the valid rows of its sequence."""
         own = self.buffer[self.margin : self.margin + self.count]
         sequences = own.view(-1, self.shape[2], self.shape[3])
         if self.valid is None:
@@ -58,7 +58,7 @@ class Rows:
         sequences.sub_(mean).mul_(counted)
 
     def _patches(self, buffer: Tensor, before: int, reach: int) -> Tensor:
-        """(R / 32, reach, D) overlapping view: every 32nd row, `before` rows before it and those behind it."""
+        """(R / 32, reach, D) overlapping view: every 32nd row, `before` rows before it and those after it."""
         step, start = buffer.stride(0), self.margin - before
         return buffer[start:].as_strided(
             (self.rows // PATCH_ROWS, reach, self.shape[3]), (PATCH_ROWS * step, step, 1)
@@ -67,7 +67,7 @@ class Rows:
     def products(self, out: Tensor) -> None:
         """out[d, i] = <x_i, x_{i + d}>.
 
-        Multiplied in float64: a float32 product of long rows adds up rounding that eager's sums in pairs do not
+        Multiplied in float64: a float32 matmul of long rows adds up rounding that eager's sums in pairs do not
         have, and the differences taken of these numbers would show it.
         """
         reach = PATCH_ROWS + out.shape[0] - 1
@@ -142,7 +142,7 @@ def widen(near: Tensor) -> bool:
 
 
 def direct_rows(near: Tensor) -> Tensor:
-    """Which rows `direct_angles` takes over: those marked, or all where asking would make the host wait."""
+    """Which rows `direct_angles` takes over: those marked, or all where asking would be a host sync."""
     return near if near.device.type == "cpu" else torch.ones_like(near)
 
 

@@ -19,15 +19,15 @@ def mse_rows(
 ) -> Tensor:
     """Sums of squared differences (R,); `prediction` becomes 2 * (prediction - target) * row_weight.
 
-    The contract is `kdkernels.backends.Backend.mse_rows`.
+    The contract is `core.backend.Backend.mse_rows`.
     """
     if bias is not None:
         prediction.add_(bias)
     prediction.sub_(target)
-    dead = _dead(row_weight)
-    if dead is not None:
-        prediction.masked_fill_(dead, 0.0)
-    # A norm is one pass; torch.linalg.vecdot is a product for each row.
+    masked = _masked(row_weight)
+    if masked is not None:
+        prediction.masked_fill_(masked, 0.0)
+    # A norm is one pass; torch.linalg.vecdot is a GEMM for each row.
     total = torch.linalg.vector_norm(prediction, dim=-1).square_()
     if write_grad:
         prediction.mul_(2.0 if row_weight is None else row_weight.unsqueeze(1) * 2.0)
@@ -41,25 +41,25 @@ def _narrow(gradient: Tensor, grad: Tensor | None) -> None:
         grad.copy_(gradient.to(grad.dtype))
 
 
-def _dead(row_weight: Tensor | None) -> Tensor | None:
+def _masked(row_weight: Tensor | None) -> Tensor | None:
     """(R, 1) rows of weight 0, whatever they hold; None where there are none, which only a CPU can look at for free."""
     if row_weight is None:
         return None
-    dead = row_weight.unsqueeze(1) == 0
-    return None if dead.device.type == "cpu" and not bool(dead.any()) else dead
+    masked = row_weight.unsqueeze(1) == 0
+    return None if masked.device.type == "cpu" and not bool(masked.any()) else masked
 
 
-def _unit(rows: Tensor, dead: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+def _unit(rows: Tensor, masked: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
     """out = rows of length 1; 1 / length (R, 1) and the new length, 1.0 or 0.0 where there is no direction.
 
     NaN where the squares are too large for the dtype.
     """
     inverse = inverse_length(torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=out.dtype))
-    if dead is not None:
-        inverse.masked_fill_(dead, 0.0)
+    if masked is not None:
+        inverse.masked_fill_(masked, 0.0)
     torch.mul(rows, inverse, out=out)
-    if dead is not None:
-        out.masked_fill_(dead, 0.0)  # 0 * NaN
+    if masked is not None:
+        out.masked_fill_(masked, 0.0)  # 0 * NaN
     return inverse, (inverse != 0.0).to(out.dtype)
 
 
@@ -76,19 +76,19 @@ def direction_rows(
 ) -> Tensor:
     """1 - cosine or squared difference (R,) of the unit vectors a and b; both gradients from a - b.
 
-    The contract is `kdkernels.backends.Backend.direction_rows`. 1 - <a, b> is taken as half of |a - b|^2, which keeps
+    The contract is `core.backend.Backend.direction_rows`. 1 - <a, b> is taken as half of |a - b|^2, which keeps
     its digits where the two sides agree.
     """
     if bias is not None:
         prediction.add_(bias)
-    dead = _dead(row_weight)
-    inverse_p, one_p = _unit(prediction, dead, prediction)
+    masked = _masked(row_weight)
+    inverse_p, one_p = _unit(prediction, masked, prediction)
     difference = torch.empty_like(prediction)
-    inverse_t, one_t = _unit(target, dead, difference)
+    inverse_t, one_t = _unit(target, masked, difference)
     torch.sub(prediction, difference, out=difference)
     squares = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
     if write_grad:
-        # No angle, no gradient: what is left of it where one side is 0 would be rounding.
+        # No angle, no gradient: with one side of length 0 it would be rounding.
         factor = one_p * one_t * (1.0 if cosine else 2.0)
         if row_weight is not None:
             factor = row_weight.unsqueeze(1) * factor
@@ -103,6 +103,6 @@ def direction_rows(
         _narrow(prediction, grad)
     if cosine:
         squares = (squares + (2.0 - one_p - one_t)) / 2
-        if dead is not None:
-            squares = squares.masked_fill(dead, 0.0)
+        if masked is not None:
+            squares = squares.masked_fill(masked, 0.0)
     return squares.squeeze(1)

@@ -20,7 +20,7 @@ def few_rows(
     row_weight: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The weighted loss and its gradient; the contract is `kdkernels.core.backend.FewRows`."""
+    """The weighted loss and its gradient; the contract is `core.backend.FewRows`."""
     divergence = terms.divergence
     if type(divergence) not in (ForwardKL, ReverseKL, JSD):
         return None

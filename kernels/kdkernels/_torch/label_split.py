@@ -33,12 +33,12 @@ class DecoupledArithmetic:
             (block.log_s, block.exp_s, sums.exp_s),
         ):
             torch.exp(log, out=exp)
-            if block.labels is not None and not block.careful:
+            if block.labels is not None and not block.safe:
                 kept = 0.0 if block.absent is None else exp.gather(1, block.labels).mul_(block.absent)
                 exp.scatter_(1, block.labels, kept)
             if block.whole:
                 torch.sum(exp, -1, keepdim=True, out=total)
-        weighted_sum(block.exp_t, block.ratio, block.careful, block.ratio, sums.first)
+        weighted_sum(block.exp_t, block.ratio, block.safe, block.ratio, sums.first)
 
     def _split(self, block: Block, labels: Tensor) -> None:
         """Keep the label's logs; where there are shifted copies, take its entries out and shift to the others' maximum."""
@@ -46,7 +46,7 @@ class DecoupledArithmetic:
             own = torch.gather(log, 1, labels)
             gone = torch.full_like(own, -torch.inf)
             label.copy_(own if block.absent is None else own.where(~block.absent, gone))
-            if block.careful:
+            if block.safe:
                 log.scatter_(1, labels, gone if block.absent is None else own.where(block.absent, gone))
                 before = log.amax(-1, keepdim=True)
                 shift(log, log)

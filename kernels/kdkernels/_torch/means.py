@@ -1,6 +1,6 @@
 """Divergences with the gradient p_s (f - <f>) where f is one number per entry: reverse KL, JSD, the skews, TVD, chi-squared.
 
-`accumulate` leaves f in `ratio`, up to a constant of its row, and exp_s f in `spare`.
+`accumulate` leaves f in `ratio`, up to a constant of its row, and exp_s f in `work`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ TINY = 2.0e-38
 
 
 def mixture(block: Block, student_share: float) -> Tensor:
-    """sum_s * m with m = share p_s + (1 - share) p_t, in `spare`: exp_s over it is p_s / m."""
+    """sum_s * m with m = share p_s + (1 - share) p_t, in `work`: exp_s over it is p_s / m."""
     sums = block.sums
-    mixed = torch.add(sums.exp_s.new_full((), TINY), block.exp_s, alpha=student_share, out=block.spare)
+    mixed = torch.add(sums.exp_s.new_full((), TINY), block.exp_s, alpha=student_share, out=block.work)
     return mixed.addcmul_(block.exp_t, sums.exp_s / sums.exp_t, value=1.0 - student_share)
 
 
@@ -38,7 +38,7 @@ class MeanArithmetic:
         own = -scale * self._mean(block)
         if extra is not None:
             own = own + extra
-        torch.mul(block.spare, scale / block.sums.exp_s, out=out)
+        torch.mul(block.work, scale / block.sums.exp_s, out=out)
         out.addcmul_(block.exp_s, own / block.sums.exp_s)
 
     def _mean(self, block: Block) -> Tensor:
@@ -59,12 +59,12 @@ class ReverseKLArithmetic(MeanArithmetic):
         self._exponentiate(block)
         sums = block.sums
         # Brought near log p first, which is small where p is large: the gradient is as exact as this difference.
-        torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.spare)
-        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.ratio).sub_(block.spare)
-        weighted_sum(block.exp_s, block.ratio, block.careful, block.spare, sums.first)
+        torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.work)
+        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.ratio).sub_(block.work)
+        weighted_sum(block.exp_s, block.ratio, block.safe, block.work, sums.first)
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
-        # What the rounded logarithms in `accumulate` left over.
+        # The remainder of the rounded logarithms in `accumulate`.
         left_over = (sums.exp_t.log() - sums.log_t) - (sums.exp_s.log() - sums.log_s)
         return sums.first / sums.exp_s + left_over
 
@@ -83,22 +83,22 @@ class JSDArithmetic(MeanArithmetic):
         self._exponentiate(block)
         sums = block.sums
         mixed = mixture(block, 1.0 - self.beta)
-        if block.careful:
+        if block.safe:
             # Subtracting logarithms is right for probabilities of 0 as well.
             log_mixed = mixed.log_()
             torch.sub(block.log_t, log_mixed, out=block.ratio)
             weighted_sum(block.exp_t, block.ratio, True, block.ratio, sums.second)
             torch.sub(block.log_s, log_mixed, out=block.ratio)
-            weighted_sum(block.exp_s, block.ratio, True, block.spare, sums.first)
+            weighted_sum(block.exp_s, block.ratio, True, block.work, sums.first)
         else:
             # Without a shift log_s may be large just where p_s is large, and its rounding with it. Quotients are
             # near 1 where the student is near its teacher, and with every logarithm taken of the same
             # exponentials, their rounding moves the two distributions and not the distance between them.
             torch.div(block.exp_t, mixed, out=block.ratio).log_()
             weighted_sum(block.exp_t, block.ratio, False, block.ratio, sums.second)
-            student_ratio = torch.div(block.exp_s, mixed, out=block.spare).log_()
+            student_ratio = torch.div(block.exp_s, mixed, out=block.work).log_()
             weighted_sum(block.exp_s, student_ratio, False, block.ratio, sums.first)
-            block.ratio, block.spare = block.spare, block.ratio
+            block.ratio, block.work = block.work, block.ratio
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         # The same rounded quotient as in the mixture, so that its rounding drops out of the distance.
@@ -120,10 +120,8 @@ class SkewArithmetic(MeanArithmetic):
         sums = block.sums
         mixed = mixture(block, 1.0 - self.alpha)
         torch.div(block.exp_t, mixed, out=block.ratio)
-        weighted_sum(
-            block.exp_t, torch.log(block.ratio, out=block.spare), block.careful, block.spare, sums.second
-        )
-        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.spare), -1, keepdim=True, out=sums.first)
+        weighted_sum(block.exp_t, torch.log(block.ratio, out=block.work), block.safe, block.work, sums.second)
+        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.work), -1, keepdim=True, out=sums.first)
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         return sums.second / sums.exp_t + (rounded.exp_s / rounded.exp_t).double().log()
@@ -146,11 +144,11 @@ class SkewReverseArithmetic(MeanArithmetic):
     def accumulate(self, block: Block) -> None:
         self._exponentiate(block)
         sums = block.sums
-        quotient = torch.div(block.exp_s, mixture(block, self.alpha), out=block.spare)
+        quotient = torch.div(block.exp_s, mixture(block, self.alpha), out=block.work)
         torch.log(quotient, out=block.ratio)
-        weighted_sum(block.exp_s, block.ratio, block.careful, block.exp_t, sums.second)
+        weighted_sum(block.exp_s, block.ratio, block.safe, block.exp_t, sums.second)
         block.ratio.sub_(quotient, alpha=self.alpha)
-        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.spare), -1, keepdim=True, out=sums.first)
+        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.work), -1, keepdim=True, out=sums.first)
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         return sums.second / sums.exp_s
@@ -170,10 +168,10 @@ class TVDArithmetic(MeanArithmetic):
     def accumulate(self, block: Block) -> None:
         self._exponentiate(block)
         sums = block.sums
-        torch.addcmul(block.exp_s, block.exp_t, sums.exp_s / sums.exp_t, value=-1.0, out=block.spare)
-        torch.sign(block.spare, out=block.ratio)
-        torch.sum(block.spare.mul_(block.ratio), -1, keepdim=True, out=sums.second)
-        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.spare), -1, keepdim=True, out=sums.first)
+        torch.addcmul(block.exp_s, block.exp_t, sums.exp_s / sums.exp_t, value=-1.0, out=block.work)
+        torch.sign(block.work, out=block.ratio)
+        torch.sum(block.work.mul_(block.ratio), -1, keepdim=True, out=sums.second)
+        torch.sum(torch.mul(block.exp_s, block.ratio, out=block.work), -1, keepdim=True, out=sums.first)
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
         return 0.5 * sums.second / sums.exp_s
@@ -201,8 +199,8 @@ class ChiSquaredArithmetic(MeanArithmetic):
         factor = sums.exp_s / sums.exp_t
         # The quotient from the logs, which keep it where both probabilities underflow.
         torch.sub(block.log_t, block.log_s, out=block.ratio).add_(factor.log()).expm1_()
-        difference = torch.mul(block.exp_t, factor, out=block.spare).sub_(block.exp_s)
-        if block.careful:
+        difference = torch.mul(block.exp_t, factor, out=block.work).sub_(block.exp_s)
+        if block.safe:
             block.ratio.masked_fill_(difference == 0, 0.0)
         block.ratio.mul_(difference)
         torch.sum(block.ratio, -1, keepdim=True, out=sums.second)

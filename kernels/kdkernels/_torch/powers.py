@@ -14,7 +14,7 @@ from .blocks import Block, Sums
 
 
 class AlphaBetaArithmetic:
-    """first and second are the sums of what lies in `ratio` (P, at alpha = 0 p_s f) and in `spare` (Q), unnormalised.
+    """first and second are the sums of `ratio` (P, at alpha = 0 p_s f) and of `work` (Q), unnormalised.
 
     third is what else the value needs: alpha beta times the value itself; at beta = 0 sum exp_t^alpha (log_t - log_s); at
     alpha = 0 sum exp_t^beta; at alpha + beta = 0 sum (log_s - log_t); with both 0 sum (log p_s - log p_t)^2.
@@ -35,13 +35,13 @@ class AlphaBetaArithmetic:
         block.exponentiate_student()
         block.exponentiate_teacher()
         neither = None
-        if block.careful:
+        if block.safe:
             neither = (block.log_s == -torch.inf).logical_and_(block.log_t == -torch.inf)
 
         if both != 0.0:
-            torch.mul(block.log_s, both, out=block.spare).exp_()
+            torch.mul(block.log_s, both, out=block.work).exp_()
         else:
-            block.spare.fill_(1.0)
+            block.work.fill_(1.0)
         if alpha != 0.0:
             torch.mul(block.log_t, alpha, out=block.ratio)
             if beta != 0.0:
@@ -54,42 +54,42 @@ class AlphaBetaArithmetic:
             if neither is not None:
                 block.ratio.masked_fill_(neither, 0.0)
                 if beta != 0.0:
-                    block.ratio.masked_fill_(block.spare == 0, 0.0)
+                    block.ratio.masked_fill_(block.work == 0, 0.0)
             if beta != 0.0:
-                block.ratio.mul_(block.spare)
+                block.ratio.mul_(block.work)
         if neither is not None:
-            block.spare.masked_fill_(neither, 0.0)
+            block.work.masked_fill_(neither, 0.0)
             block.ratio.masked_fill_(neither, 0.0)
         self._third(block, neither)
         if not self.general or not block.whole:
             torch.sum(block.ratio, -1, keepdim=True, out=sums.first)
-            torch.sum(block.spare, -1, keepdim=True, out=sums.second)
+            torch.sum(block.work, -1, keepdim=True, out=sums.second)
 
     def _third(self, block: Block, neither: Tensor | None) -> None:
         """Uses `exp_t`, which nothing needs after its sum is known."""
-        room, total = block.exp_t, block.sums.third
+        scratch, total = block.exp_t, block.sums.third
         if self.alpha == 0.0 and self.beta == 0.0:
-            torch.mul(block.ratio, block.ratio, out=room)
+            torch.mul(block.ratio, block.ratio, out=scratch)
         elif self.both == 0.0:
-            torch.sub(block.log_s, block.log_t, out=room)
+            torch.sub(block.log_s, block.log_t, out=scratch)
         elif self.beta == 0.0:
-            torch.sub(block.log_t, block.log_s, out=room)
-            if block.careful:
-                room.masked_fill_(block.ratio == 0, 0.0)
-            room.mul_(block.ratio)
+            torch.sub(block.log_t, block.log_s, out=scratch)
+            if block.safe:
+                scratch.masked_fill_(block.ratio == 0, 0.0)
+            scratch.mul_(block.ratio)
         else:
-            torch.mul(block.log_t, self.both, out=room).exp_()
+            torch.mul(block.log_t, self.both, out=scratch).exp_()
         if neither is not None:
-            room.masked_fill_(neither, 0.0)
+            scratch.masked_fill_(neither, 0.0)
         if self.general:
-            total.copy_(self._general(block, room))
+            total.copy_(self._general(block, scratch))
         else:
-            torch.sum(room, -1, keepdim=True, out=total)
+            torch.sum(scratch, -1, keepdim=True, out=total)
 
     def _general(self, block: Block, teacher: Tensor) -> Tensor:
         """alpha beta times the value, (R, 1) in float64: three sums near 1 of which next to nothing may be left."""
         student, product, teacher = (
-            torch.sum(powers, -1, keepdim=True).double() for powers in (block.spare, block.ratio, teacher)
+            torch.sum(powers, -1, keepdim=True).double() for powers in (block.work, block.ratio, teacher)
         )
         sums = Sums(*(number.double() for number in block.sums))
         of_product, of_q = self._factors(sums)
@@ -97,7 +97,7 @@ class AlphaBetaArithmetic:
         return ends / self.both - product * of_product
 
     def _factors(self, sums: Sums) -> tuple[Tensor, Tensor]:
-        """What normalises `ratio` and `spare`, (R, 1) each."""
+        """What normalises `ratio` and `work`, (R, 1) each."""
         of_q = sums.exp_s.pow(-self.both)
         return (of_q if self.alpha == 0.0 else sums.exp_t.pow(-self.alpha) * sums.exp_s.pow(-self.beta)), of_q
 
@@ -128,7 +128,7 @@ class AlphaBetaArithmetic:
         if self.alpha == 0.0:
             block.ratio.mul_(scale * of_ratio)
         else:
-            block.ratio.mul_(-scale * of_ratio / self.alpha).addcmul_(block.spare, scale * of_q / self.alpha)
+            block.ratio.mul_(-scale * of_ratio / self.alpha).addcmul_(block.work, scale * of_q / self.alpha)
         # A sum of the very numbers it is subtracted from: where p_s is near 1 their rounding drops out.
         mean = torch.sum(block.ratio, -1, keepdim=True) if block.mean is None else scale * block.mean
         own = -mean if extra is None else extra - mean
@@ -150,9 +150,9 @@ class RenyiArithmetic:
         block.exponentiate_teacher()
         sums, alpha = block.sums, self.alpha
         torch.sub(block.log_t, torch.log(sums.exp_t, out=sums.log_t), out=block.ratio).mul_(alpha)
-        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.spare)
-        log_product = block.ratio.add_(block.spare, alpha=1.0 - alpha)
-        if block.careful:
+        torch.sub(block.log_s, torch.log(sums.exp_s, out=sums.log_s), out=block.work)
+        log_product = block.ratio.add_(block.work, alpha=1.0 - alpha)
+        if block.safe:
             log_product.masked_fill_(block.log_t == -torch.inf, -torch.inf)
         torch.amax(log_product, -1, keepdim=True, out=sums.second)
         sums.second.masked_fill_(sums.second.abs() == torch.inf, 0.0)
@@ -160,7 +160,7 @@ class RenyiArithmetic:
         torch.sum(log_product, -1, keepdim=True, out=sums.first)
 
     def values(self, sums: Sums, rounded: Sums) -> Tensor:
-        # What the rounded logarithms in `accumulate` left over.
+        # The remainder of the rounded logarithms in `accumulate`.
         teacher, student = sums.log_t - sums.exp_t.log(), sums.log_s - sums.exp_s.log()
         left_over = self.alpha * teacher + (1.0 - self.alpha) * student
         return (sums.first.log() + sums.second + left_over) / (self.alpha - 1.0)

@@ -1,7 +1,7 @@
 """Relations of tokens to tokens, one sequence and a few rows of its maps at a time.
 
 A map of N x N relations is a matrix of logits over N columns, so its rows are worked on by `kd_rows`, as those of a
-vocabulary are: scores of both sides by two products, their gradient in place, two products more.
+vocabulary are: scores of both sides by two matmuls, their gradient in place, two more matmuls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.matmul import wide_dtype
+from ..core.matmul import accum_dtype
 from ..options import RowTerms
 from .rows import kd_rows
 
@@ -43,7 +43,7 @@ def _join(gradient: Tensor, index: Tensor | None, heads: int, out: Tensor) -> No
 
 
 def _indices(mask: Tensor | None) -> list[Tensor | None] | None:
-    """The counted tokens of each sequence; on a device this waits once, for their numbers."""
+    """The counted tokens of each sequence; on a device a host sync, for their numbers."""
     if mask is None:
         return None
     counts = mask.sum(1).tolist()
@@ -119,11 +119,11 @@ def relation_rows(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], None]:
     """Sums over heads (B, N) of the rows' divergences, and the gradients of the student's queries and keys.
 
-    The contract is `kdkernels.backends.Backend.relation_rows`. Nothing is kept from the values to the gradients: both
+    The contract is `core.backend.Backend.relation_rows`. Nothing is kept from the values to the gradients: both
     come from the same scores.
     """
     batch, length, width = student[0].shape
-    wide, pairs = wide_dtype(student[0].dtype), max(heads)
+    wide, pairs = accum_dtype(student[0].dtype), max(heads)
     to_itself = student[1] is student[0]
     values = torch.zeros((batch, length), dtype=wide, device=student[0].device)
     d_q, d_k = (

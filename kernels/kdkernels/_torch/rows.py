@@ -16,11 +16,10 @@ from ..options import RowTerms
 from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, shift, subtract_target
 from .divergences import arithmetic_of
 from .sizes import block_rows
-from .statistics import write_statistics
 
 # Row sums of exp(logits) between which the logits are used without subtracting their maximum: the
 # logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
-LEAST_SUM, MOST_SUM = 1.0e-9, 1.0e13
+MIN_EXP_SUM, MAX_EXP_SUM = 1.0e-9, 1.0e13
 
 
 # Values and gradient come from the same exponentials here; nothing is kept for a gradient that comes later.
@@ -39,23 +38,22 @@ def kd_rows(
     grad: Tensor | None = None,
     vocab_map: int | Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
-    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,) of every row; into `grad` its gradient times `row_weight`.
 
-    The contract is `kdkernels.backends.Backend.kd_rows`. Computes in float64 for float64 inputs, else in float32.
+    The contract is `core.backend.Backend.kd_rows`. Computes in float64 for float64 inputs, else in float32.
     """
     rows, vocabulary = student_logits.shape
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     on_cpu = student_logits.device.type == "cpu"
-    dead = None  # rows of weight 0: whatever their logits hold, they give exact zeros
+    masked = None  # rows of weight 0: whatever their logits hold, they give exact zeros
     if row_weight is not None:
-        dead = row_weight.unsqueeze(1) == 0
-        if on_cpu and not bool(dead.any()):
-            dead = None
+        masked = row_weight.unsqueeze(1) == 0
+        if on_cpu and not bool(masked.any()):
+            masked = None
     if labels is not None:
         labels = labels.unsqueeze(1)
-        labels = labels if dead is None else labels.masked_fill(dead, 0)
+        labels = labels if masked is None else labels.masked_fill(masked, 0)
 
     plan = _Plan.make(terms, vocabulary, labels, student_bias, teacher_bias, vocab_map, dtype)
     # What is small is taken for all rows at once, before and after the loop over blocks.
@@ -73,24 +71,21 @@ def kd_rows(
     if plan.cross_entropy:
         target, total = torch.empty_like(sums[0]), torch.empty_like(sums[0])
     sizes = block_rows(rows, vocabulary, student_logits.device)
-    own_stats = None if stats is None else torch.empty((rows, len(stats)), dtype=dtype, device=stats.device)
     by_row: Any = (
-        sums, student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, own_stats, *fields
+        sums, student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, *fields
     )  # fmt: skip
     blocks = (by_row,) if len(sizes) == 1 else zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True)
-    scratch = _Scratch.make(
-        plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, stats, dtype
-    )
+    scratch = _Scratch.make(plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, dtype)
     # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
-    # block is first tried without; elsewhere looking at the result would make the host wait for the device.
-    careful = not on_cpu
+    # block is first tried without; elsewhere looking at the result would be a host sync.
+    safe = not on_cpu
     for part, *block in blocks:
-        arguments, block_sums = _Rows(*block[:9]), Sums(*block[9:])
+        arguments, block_sums = _Rows(*block[:8]), Sums(*block[8:])
         if part.shape[1] != scratch.exp_s.shape[0]:
             scratch = scratch.first(part.shape[1])
-        if not _solve(arguments, block_sums, part, plan, scratch, careful):
-            careful = True
-            _solve(arguments, block_sums, part, plan, scratch, careful)
+        if not _solve(arguments, block_sums, part, plan, scratch, safe):
+            safe = True
+            _solve(arguments, block_sums, part, plan, scratch, safe)
 
     divergences = plan.arithmetic.values(Sums(*sums.double().unbind()), fields).to(dtype)
     cross_entropies = torch.zeros_like(divergences)
@@ -100,10 +95,8 @@ def kd_rows(
         mean = None if smoothing == 0.0 else total / vocabulary
         cross_entropies = cross_entropy(normaliser.log(), target, mean, smoothing)
     for result in (divergences, cross_entropies, grad):
-        if dead is not None and result is not None:
-            result.masked_fill_(dead, 0.0)
-    if stats is not None and own_stats is not None:
-        stats.copy_((own_stats if dead is None else own_stats.masked_fill_(dead, 0.0)).t())
+        if masked is not None and result is not None:
+            result.masked_fill_(masked, 0.0)
     return divergences.squeeze(1), cross_entropies.squeeze(1)
 
 
@@ -166,7 +159,7 @@ class _Scratch(NamedTuple):
     exp_s: Tensor
     exp_t: Tensor
     ratio: Tensor
-    spare: Tensor
+    work: Tensor
     log_s: Tensor
     log_t: Tensor
     exp_ce: Tensor
@@ -182,7 +175,6 @@ class _Scratch(NamedTuple):
         student: Tensor,
         teacher: Tensor,
         grad: Tensor | None,
-        stats: Tensor | None,
         dtype: torch.dtype,
     ) -> _Scratch:
         shared, mapped = plan.shared, plan.columns_s is not None
@@ -191,7 +183,7 @@ class _Scratch(NamedTuple):
             "exp_s": shared,
             "exp_t": shared,
             "ratio": shared,
-            "spare": shared,
+            "work": shared,
             "log_s": whole,
             "log_t": teacher.shape[1],
             "exp_ce": whole if plan.cross_entropy and plan.separate else 0,
@@ -200,8 +192,6 @@ class _Scratch(NamedTuple):
             "shared_t": shared if mapped else 0,
             "result": whole if grad is not None and grad.dtype != dtype else 0,
         }
-        if stats is not None:
-            widths["ratio"] = widths["spare"] = max(whole, teacher.shape[1])
         memory = student.new_empty(rows * sum(widths.values()), dtype=dtype)
         pieces = memory.split_with_sizes([rows * width for width in widths.values()])
         return _Scratch(
@@ -224,10 +214,9 @@ class _Rows(NamedTuple):
     ce_factor: Tensor | None  # (R, 1), given with grad and a cross entropy
     target: Tensor | None  # (R, 1), receives the label's logit as it went into the exponential
     total: Tensor | None  # (R, 1), receives the sum of these logits
-    stats: Tensor | None  # (R, 5)
 
 
-def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch, careful: bool) -> bool:
+def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch, safe: bool) -> bool:
     """Sums and gradient of one block; False, and no gradient, if it takes more care than was taken.
 
     `part` (len(Sums), R, 1) holds the same sums in one tensor.
@@ -238,11 +227,7 @@ def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch
         scratch.chain if scratch.chain.shape[1] else None,
     )  # fmt: skip
     log_t = transformed_logits(rows.teacher, plan.bias_t, terms.teacher_transform, scratch.log_t)
-    if rows.stats is not None:
-        write_statistics(
-            log_s, log_t, rows.labels, plan.position, plan.columns_t, plan.shared, scratch[2:4], rows.stats
-        )
-    if careful:
+    if safe:
         log_s, log_t = shift(log_s, scratch.log_s), shift(log_t, scratch.log_t)
     if plan.cross_entropy and rows.labels is not None and rows.target is not None and rows.total is not None:
         torch.gather(log_s, 1, rows.labels, out=rows.target)
@@ -251,9 +236,9 @@ def _solve(rows: _Rows, sums: Sums, part: Tensor, plan: _Plan, scratch: _Scratch
         if plan.separate:
             exponentiate(log_s, scratch.exp_ce, sums.exp_ce)
 
-    block = _shared_block(rows, sums, plan, scratch, log_s, log_t, careful)
+    block = _shared_block(rows, sums, plan, scratch, log_s, log_t, safe)
     plan.arithmetic.accumulate(block)
-    if not careful and not in_range(part):
+    if not safe and not in_range(part):
         return False
     if rows.grad is not None and rows.kd_factor is not None:
         _write_gradient(rows, rows.grad, rows.kd_factor, block, plan, scratch)
@@ -264,11 +249,11 @@ def in_range(part: Tensor) -> bool:
     """One look at all sums (len(Sums), R, 1); those that are not taken hold 1, which is in range."""
     totals = part[:CHECKED_SUMS].flatten().tolist()
     exponentials = totals[: EXPONENTIAL_SUMS * part.shape[1]]
-    return min(exponentials) > LEAST_SUM and max(exponentials) < MOST_SUM and math.isfinite(sum(totals))
+    return min(exponentials) > MIN_EXP_SUM and max(exponentials) < MAX_EXP_SUM and math.isfinite(sum(totals))
 
 
 def _shared_block(
-    rows: _Rows, sums: Sums, plan: _Plan, scratch: _Scratch, log_s: Tensor, log_t: Tensor, careful: bool
+    rows: _Rows, sums: Sums, plan: _Plan, scratch: _Scratch, log_s: Tensor, log_t: Tensor, safe: bool
 ) -> Block:
     """The columns of the divergence at its temperature."""
     labels, absent = rows.labels, None
@@ -287,9 +272,9 @@ def _shared_block(
         if labels is not None:
             absent = labels >= plan.shared
             labels = labels.masked_fill(absent, 0)
-    if careful and plan.shared != rows.student.shape[1]:
+    if safe and plan.shared != rows.student.shape[1]:
         log_s = shift(log_s, buffer_s)
-    if careful and plan.shared != rows.teacher.shape[1]:
+    if safe and plan.shared != rows.teacher.shape[1]:
         log_t = shift(log_t, buffer_t)
     if plan.terms.temperature != 1.0:
         log_s = torch.mul(log_s, 1.0 / plan.terms.temperature, out=buffer_s)
@@ -299,10 +284,10 @@ def _shared_block(
         log_t,
         scratch.exp_s,
         scratch.exp_t,
-        scratch.ratio[:, : plan.shared],
-        scratch.spare[:, : plan.shared],
+        scratch.ratio,
+        scratch.work,
         sums,
-        careful,
+        safe,
         labels,
         absent,
     )

@@ -13,14 +13,14 @@ BLOCK_ELEMENTS = 1 << 18
 # The same on other devices, where blocks only bound the scratch: 64 MiB a buffer in float32.
 DEVICE_BLOCK_ELEMENTS = 1 << 24
 
-# Rows of logits held at a time on the CPU: enough for the matrix products to run near full speed. From a vocabulary of
-# 48,000 on fewer, so that the two buffers stay within 128 MiB, down to what products at half the rows still bear.
-CHUNK_ROWS, LEAST_CPU_CHUNK_ROWS = 352, 176
+# Rows of logits held at a time on the CPU: enough for the GEMMs to run near full speed. From a vocabulary of
+# 48,000 on fewer, so that the two buffers stay within 128 MiB, down to half the rows, at which GEMMs are still fast enough.
+CHUNK_ROWS, MIN_CPU_CHUNK_ROWS = 352, 176
 CPU_CHUNK_BYTES = 1 << 27
 
-# Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that feed the products.
+# Bytes of the two logit buffers of a chunk on other devices, and the fewest rows that keep the GEMMs busy.
 CHUNK_BYTES = 1 << 30
-LEAST_CHUNK_ROWS = 1024
+MIN_CHUNK_ROWS = 1024
 
 
 def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torch.device) -> int:
@@ -28,14 +28,14 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     if chunk_bytes is not None:
         return max(1, min(rows, rows_in(chunk_bytes, vocabulary)))
     if device.type == "cpu":
-        fit = rows_in(CPU_CHUNK_BYTES, vocabulary, LEAST_CPU_CHUNK_ROWS)
+        fit = rows_in(CPU_CHUNK_BYTES, vocabulary, MIN_CPU_CHUNK_ROWS)
         most = max(min(CHUNK_ROWS, fit), BLOCK_ELEMENTS // vocabulary)
         return equal_chunk(rows, most)
-    return equal_chunk(rows, rows_in(CHUNK_BYTES, vocabulary, LEAST_CHUNK_ROWS))
+    return equal_chunk(rows, rows_in(CHUNK_BYTES, vocabulary, MIN_CHUNK_ROWS))
 
 
 def block_rows(rows: int, width: int, device: torch.device) -> list[int]:
-    """The rows of each block: as many as fit in the scratch, the last with what is left."""
+    """The rows of each block: as many as fit in the scratch, the last with the remainder."""
     elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     size = max(1, min(rows, elements // width))
     return [size] * (rows // size) + [rows % size] * (rows % size > 0) if rows else []

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.matmul import wide_dtype
-from .rows import LEAST_SUM, MOST_SUM
+from ..core.matmul import accum_dtype
+from .rows import MAX_EXP_SUM, MIN_EXP_SUM
 from .sizes import block_rows
 
 
@@ -26,32 +26,32 @@ def _exponentials(logits: Tensor, zero: Tensor | None, temperature: float, out: 
 def row_statistics(
     logits: Tensor, *, temperature: float, at_one: bool, row_weight: Tensor | None = None
 ) -> Tensor:
-    """(3, R) zero and log-sum-exps from it; the contract is `kdkernels.backends.Backend.row_statistics`."""
+    """(3, R) zero and log-sum-exps from it; the contract is `core.backend.Backend.row_statistics`."""
     rows, vocabulary = logits.shape
-    statistics = torch.zeros((3, rows), dtype=wide_dtype(logits.dtype), device=logits.device)
+    statistics = torch.zeros((3, rows), dtype=accum_dtype(logits.dtype), device=logits.device)
     sizes = block_rows(rows, vocabulary, logits.device)
     scratch = torch.empty(
         (sizes[0] if sizes else 0, vocabulary), dtype=statistics.dtype, device=logits.device
     )
     temperatures = [temperature, 1.0] if at_one and temperature != 1.0 else [temperature]
-    # As in `rows.py`: a block is first tried without its maxima, where looking at the result does not make the host wait.
-    careful = logits.device.type != "cpu"
+    # As in `rows.py`: a block is first tried without its maxima, where looking at the result is no host sync.
+    safe = logits.device.type != "cpu"
     for block, part in zip(
         logits.split_with_sizes(sizes), statistics.split_with_sizes(sizes, 1), strict=True
     ):
-        room, sums = scratch[: block.shape[0]], part[1 : 1 + len(temperatures)]
-        if not careful:
-            for out, heat in zip(sums, temperatures, strict=True):
-                torch.sum(_exponentials(block, None, heat, room), -1, out=out)
+        scratch, sums = scratch[: block.shape[0]], part[1 : 1 + len(temperatures)]
+        if not safe:
+            for out, temp in zip(sums, temperatures, strict=True):
+                torch.sum(_exponentials(block, None, temp, scratch), -1, out=out)
             least, most = torch.aminmax(sums)
-            careful = not (float(least) > LEAST_SUM and float(most) < MOST_SUM)  # also for NaN
-            if not careful:
+            safe = not (float(least) > MIN_EXP_SUM and float(most) < MAX_EXP_SUM)  # also for NaN
+            if not safe:
                 continue
         zero = part[0]
         torch.amax(block, -1, out=zero) if block.dtype == zero.dtype else zero.copy_(block.amax(-1))
         zero.masked_fill_(zero == -math.inf, 0.0)
-        for out, heat in zip(sums, temperatures, strict=True):
-            torch.sum(_exponentials(block, zero, heat, room), -1, out=out)
+        for out, temp in zip(sums, temperatures, strict=True):
+            torch.sum(_exponentials(block, zero, temp, scratch), -1, out=out)
     if len(temperatures) == 1:
         statistics[2] = statistics[1]
     statistics[1:].log_()
@@ -68,7 +68,7 @@ def softmax_gradient(
     temperature: float,
     grad: Tensor,
 ) -> None:
-    """Multiples of two softmaxes into `grad`; the contract is `kdkernels.backends.Backend.softmax_gradient`."""
+    """Multiples of two softmaxes into `grad`; the contract is `core.backend.Backend.softmax_gradient`."""
     rows, vocabulary = logits.shape
     zero = statistics[0]
     on_cpu = logits.device.type == "cpu"
@@ -81,8 +81,8 @@ def softmax_gradient(
     scratch = torch.empty(
         (2, sizes[0] if sizes else 0, vocabulary), dtype=statistics.dtype, device=logits.device
     )
-    dead = factor == 0 if factor_at_one is None else (factor == 0) & (factor_at_one == 0)
-    any_dead = not on_cpu or bool(dead.any())
+    masked = factor == 0 if factor_at_one is None else (factor == 0) & (factor_at_one == 0)
+    any_masked = not on_cpu or bool(masked.any())
     start = 0
     for size in sizes:
         here = slice(start, start + size)
@@ -97,7 +97,7 @@ def softmax_gradient(
             out.addcmul_(second, of_second[here])
         if constant is not None:
             out.add_(constant[here].unsqueeze(1))
-        if any_dead:
-            out.masked_fill_(dead[here].unsqueeze(1), 0.0)
+        if any_masked:
+            out.masked_fill_(masked[here].unsqueeze(1), 0.0)
         if out.dtype != grad.dtype:
             grad[here] = out

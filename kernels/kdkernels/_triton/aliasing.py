@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def lies_over(written: Tensor, read: Tensor) -> bool:
+def aliases_input(written: Tensor, read: Tensor) -> bool:
     """Whether `written` holds narrower numbers in the rows of `read`; memory that is shared in another way is refused."""
     if written.data_ptr() != read.data_ptr():
         if written.untyped_storage().data_ptr() == read.untyped_storage().data_ptr() and _overlap(

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..options import LEAST_LENGTH
-from .aliasing import lies_over
+from ..options import NORM_EPS
+from .aliasing import aliases_input
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile, write_zeros
 
-LEAST = tl.constexpr(LEAST_LENGTH)
+LEAST = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _gradient_step(
     unit, target_unit = prediction * inverses[0], target * inverses[1]
     difference = unit - target_unit
     if ALIASED:
-        # Tile i of the gradient lies over the prediction's tile i // 2: all warps have read as far as i before one writes,
+        # Tile i of the gradient overwrites the prediction's tile i // 2: all warps have read as far as i before one writes,
         # and the tiles ascend.
         tl.debug_barrier()
     store_tile(grad_row, columns, (difference - unit * along[0]) * factors[0], D, MASKED)
@@ -155,7 +155,7 @@ def _direction_rows_kernel(
         # <a, a - b> by a product: what rounding did to the length of a is a multiple of a, and goes with this part.
         of_unit = tl.sum(totals[1], axis=0)
         along = (of_unit, squares - of_unit)
-        # No angle, no gradient: what is left of it where one side is 0 would be rounding.
+        # No angle, no gradient: with one side of length 0 it would be rounding.
         factor *= one * target_one
         factors = (factor * inverse, factor * target_inverse)
         for block in range(full_blocks):
@@ -242,7 +242,7 @@ def direction_rows(
             HAS_ROW_WEIGHT=row_weight is not None,
             WRITE_GRAD=write_grad,
             HAS_GRAD_TARGET=grad_target is not None,
-            ALIASED=lies_over(grad, prediction),
+            ALIASED=aliases_input(grad, prediction),
             BLOCK=config.block,
             WIDTH=config.width,
             **launch_options(

@@ -20,7 +20,7 @@ class RowConfig:
 
     block: columns of a tile. width: neighbouring columns of a tile that are reduced first; 8 of them are one 128-bit
     load of halves or two of fp32, all in one thread. num_warps: warps of a program. All powers of two, width < block.
-    registers: how many a thread may have where the code is not lean or the sizes of a row are not multiples of 16; None
+    registers: how many a thread may have where the code is not fits_default_registers or the sizes of a row are not multiples of 16; None
     leaves the choice to the compiler. NVIDIA's aims at 64 or 80, and around the narrow loads of a ragged tail, or with a
     dozen numbers of the row to keep, it then spills a word now and then. Half as many more where both come together.
     """
@@ -38,7 +38,7 @@ _AMD = RowConfig(block=4096, width=8, num_warps=8)  # warps of 64
 # Bytes of a chunk's two fp32 logit buffers, largest first, and the rows below which the heads are read too often. Each chunk
 # reads both heads again, and reads and writes the gradient of one in fp32: dev/LOG.md has the bytes by size of chunk.
 CHUNK_BYTES = (2**32, 2**31, 2**30)
-CHUNK_ROWS_AT_LEAST = 1024
+MIN_CHUNK_ROWS = 1024
 CHUNK_ROWS_STEP = 256
 
 
@@ -48,14 +48,16 @@ def row_config(architecture: str) -> RowConfig:
 
 
 def launch_options(
-    config: RowConfig, vocabulary: int, *strides: int, lean: bool = True
+    config: RowConfig, vocabulary: int, *strides: int, fits_default_registers: bool = True
 ) -> dict[str, int | bool]:
     """Options of a launch over rows of this size and these strides; lean code is known not to spill when left alone."""
     # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it.
     options: dict[str, int | bool] = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     narrow = any(stride % 16 for stride in strides)  # rows start anywhere, and are read column by column
-    if config.registers is not None and (not lean or narrow or vocabulary % 16):
-        options["maxnreg"] = config.registers if lean or not narrow else config.registers * 3 // 2
+    if config.registers is not None and (not fits_default_registers or narrow or vocabulary % 16):
+        options["maxnreg"] = (
+            config.registers if fits_default_registers or not narrow else config.registers * 3 // 2
+        )
     return options
 
 
@@ -102,5 +104,5 @@ def chunk_rows(rows: int, vocabulary: int, chunk_bytes: int | None, device: torc
     A budget that the caller gives is kept to the row, down to 1: the floor of 1024 guards the default only.
     """
     budget = chunk_budget(device_memory(device)) if chunk_bytes is None else chunk_bytes
-    most = rows_in(budget, vocabulary, CHUNK_ROWS_AT_LEAST if chunk_bytes is None else 1)
+    most = rows_in(budget, vocabulary, MIN_CHUNK_ROWS if chunk_bytes is None else 1)
     return equal_chunk(rows, most, CHUNK_ROWS_STEP)

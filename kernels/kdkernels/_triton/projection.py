@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aliasing import lies_over
+from .aliasing import aliases_input
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from .numeric import store_tile, write_zeros
 
@@ -38,7 +38,7 @@ def _difference_step(
     difference -= tl.load(target_row + columns, mask=inside, other=other).to(tl.float32)
     if WRITE_GRAD:
         if ALIASED:
-            # Tile i of the gradient lies over the prediction's tile i // 2: all warps have read as far as i before one
+            # Tile i of the gradient overwrites the prediction's tile i // 2: all warps have read as far as i before one
             # writes, and the tiles ascend.
             tl.debug_barrier()
         store_tile(grad_row, columns, difference * factor, D, MASKED)
@@ -132,7 +132,7 @@ def mse_rows(
 ) -> Tensor:  # (R,) fp32
     """Sum of squared differences of every row; `grad` becomes 2 * (prediction - target) * row_weight.
 
-    The contract is `kdkernels.backends.Backend.mse_rows`. `grad` is the prediction, or narrower numbers in the memory of its
+    The contract is `core.backend.Backend.mse_rows`. `grad` is the prediction, or narrower numbers in the memory of its
     rows. fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32 and rounded once to the dtype of
     `grad`. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `config`
     replaces the table's configuration.
@@ -165,7 +165,7 @@ def mse_rows(
             HAS_BIAS=bias is not None,
             HAS_ROW_WEIGHT=row_weight is not None,
             WRITE_GRAD=write_grad,
-            ALIASED=lies_over(grad, prediction),
+            ALIASED=aliases_input(grad, prediction),
             BLOCK=config.block,
             WIDTH=config.width,
             **launch_options(config, width, prediction.stride(0), target.stride(0), grad.stride(0)),

@@ -3,9 +3,9 @@
 A solver computes, for a tuple of tensors and a weight per row, the unweighted value of every row and
 the gradients of `sum(weight * value)`. Two Functions turn a solver into a loss:
 
-- `GradientInForward` for `mean` and `sum` of losses whose products or exponentials are dear: the gradient is
+- `GradientInForward` for `mean` and `sum` of losses with expensive GEMMs or exponentials: the gradient is
   computed together with the value, backward only multiplies it by the upstream gradient. It is handed out
-  without a copy; a second backward over a retained graph computes it anew;
+  without a copy; a second backward over a retained graph computes it again;
 - `RecomputeInBackward` where the upstream gradient is needed first (`reduction="none"`) or where the
   gradient is as large as an input and bytes are what it costs (`kd_loss` on GPUs): only the inputs are kept.
 """
@@ -30,14 +30,14 @@ DOUBLE_BACKWARD = (
 
 # float16 gradients of single logits would underflow, so they are written larger and divided again in
 # float32. 2**16 is the end of float16: an entry may be 128 times its usual bound before it overflows.
-HALF_HEADROOM = 512.0
+FP16_TARGET_MAX = 512.0
 
 
 class Solver(Protocol):
     """A loss as rows. The first of its tensors has the rows as its first axis."""
 
     @property
-    def half_bound(self) -> float | None:
+    def fp16_bound(self) -> float | None:
         """For float16 inputs the usual size of a logit gradient of weight 1: gradients then come back in
         float32 and stay so until backward knows the upstream factor. None for other dtypes."""
         ...
@@ -47,8 +47,8 @@ class Solver(Protocol):
     ) -> tuple[Tensor, Tensors]:
         """Row values (N,), unweighted but 0 where weight is 0, and one gradient per tensor that `needs` one.
 
-        Values may be (1 + S, N): then S numbers per row follow that are only passed on, without a gradient. Such a
-        solver says S as its attribute `passed_on`.
+        Values may be (1 + S, N): then S auxiliary outputs per row follow, without a gradient. Such a
+        solver has S as its attribute `aux_outputs`.
         """
         ...
 
@@ -96,17 +96,17 @@ def without_second_derivative(gradients: Tensors, upstream: Tensor, inputs: Tens
     return _NoSecondDerivative.apply(len(gradients), *gradients, upstream, *inputs)
 
 
-def _boost(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | None]:
-    """For float16, row weights brought to HALF_HEADROOM, and the factor that undoes it."""
+def _scale_for_fp16(row_weight: Tensor, bound: float | None) -> tuple[Tensor, Tensor | None]:
+    """For float16, row weights brought to FP16_TARGET_MAX, and the factor that undoes it."""
     if bound is None or row_weight.numel() == 0:
         return row_weight, None
     peak = row_weight.abs().amax() * bound
-    factor = peak.masked_fill(peak == 0, 1.0) / HALF_HEADROOM
+    factor = peak.masked_fill(peak == 0, 1.0) / FP16_TARGET_MAX
     return row_weight / factor, factor
 
 
 def finish(gradients: Tensors, factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]) -> Tensors:
-    """Gradients, which are nobody else's, times `factor`, each in the dtype of its input."""
+    """Scale owned gradients by `factor`, in place where that is cheaper, and cast them to the dtypes of the inputs."""
     if factor is not None and factor.device.type == "cpu" and factor.item() == 1.0:
         factor = None  # on a CPU looking is free, and a pass over the gradient of a head is not
     return tuple(
@@ -130,7 +130,7 @@ def dtypes_of(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
 
 
 def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction) -> Tensor:
-    """Row values (N,), 0 where a row does not count, to the loss."""
+    """Row values (N,), 0 in masked rows, to the loss."""
     if weight is not None:
         values = values * weight
     if reduction == "none":
@@ -139,10 +139,10 @@ def reduce_rows(values: Tensor, weight: Tensor | None, denominator: Tensor, redu
     return total / denominator if reduction == "mean" else total
 
 
-def loss_and_rest(
+def loss_and_aux(
     values: Tensor, weight: Tensor | None, denominator: Tensor, reduction: Reduction
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the rows of (1 + S, N) values that are only passed on."""
+    """The loss, and the auxiliary outputs (S, N) of (1 + S, N) values."""
     rest = None
     if values.dim() == 2:
         values, rest = values[0], values[1:].clone()
@@ -173,14 +173,14 @@ def loss_and_gradients(
     reduction: Reduction,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor | None, Tensors, Tensor | None]:
-    """The loss, what is passed on, the gradients for an upstream gradient of 1, and a factor that they still lack, if any."""
+    """The loss, auxiliary outputs, the gradients for an upstream gradient of 1, and a factor that they still lack, if any."""
     if not any(needs):
         values, gradients = solve(solver, tensors, weight, needs)
-        return *loss_and_rest(values, weight, denominator, reduction), gradients, None
+        return *loss_and_aux(values, weight, denominator, reduction), gradients, None
     row_weight = _row_weight(tensors, weight, denominator.new_ones(()), denominator, reduction)
-    row_weight, factor = _boost(row_weight, solver.half_bound)
+    row_weight, factor = _scale_for_fp16(row_weight, solver.fp16_bound)
     values, gradients = solve(solver, tensors, row_weight, needs)
-    return *loss_and_rest(values, weight, denominator, reduction), gradients, factor
+    return *loss_and_aux(values, weight, denominator, reduction), gradients, factor
 
 
 def gradients_for(
@@ -195,7 +195,7 @@ def gradients_for(
 ) -> Tensors:
     """The gradients for any upstream gradient, 0-D or one per row, each in the dtype of its tensor."""
     row_weight = _row_weight(tensors, weight, upstream, denominator, reduction)
-    row_weight, factor = _boost(row_weight, solver.half_bound)
+    row_weight, factor = _scale_for_fp16(row_weight, solver.fp16_bound)
     if state is None:
         _, gradients = solve(solver, tensors, row_weight, needs)
     else:
@@ -214,7 +214,7 @@ def _row_weight(
     row_weight = factor.expand(first.shape[0]).contiguous()
     if weight is None:
         return row_weight
-    # An upstream gradient may be infinite or NaN in rows that do not count.
+    # An upstream gradient may be infinite or NaN in masked rows.
     return (row_weight * weight).masked_fill_(weight == 0, 0.0)
 
 
@@ -264,7 +264,7 @@ class GradientInForward(Function):
                 _, _, gradients, _ = loss_and_gradients(
                     ctx.solver, inputs, weight, denominator, ctx.reduction, needs
                 )
-            # Handed out, and so scaled in place: whoever goes through a retained graph again has them computed anew.
+            # Handed out, and so scaled in place: a second pass over a retained graph computes them again.
             ctx.gradients = None
             factor = upstream[0] if ctx.factor is None else upstream[0] * ctx.factor
             scaled = finish(gradients, factor, ctx.dtypes)
@@ -286,7 +286,7 @@ class RecomputeInBackward(Function):
         values, state = values_and_state(solver, tensors, weight)
         ctx.solver, ctx.reduction = solver, reduction
         _keep(ctx, weight, denominator, state, *tensors)
-        loss, rest = loss_and_rest(values, weight, denominator, reduction)
+        loss, rest = loss_and_aux(values, weight, denominator, reduction)
         if rest is not None:
             ctx.mark_non_differentiable(rest)
         return loss, rest

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..options import Impl, RowTerms
 from .compiling import recorded, transformed
+from .row_state import Tile
 
 
 class FewRows(Protocol):
@@ -53,7 +54,6 @@ class Backend(Protocol):
         # How many first ids are shared, or (V_s,) teacher ids, -1 where there is none
         vocab_map: int | Tensor | None = None,
         decoupled: tuple[Tensor, Tensor] | None = None,  # (R,) weights, given iff the divergence is Decoupled
-        stats: Tensor | None = None,  # (5, R) receives what KDStats has after its first two
         state: Tensor | None = None,  # (ROW_STATE, R) receives what `kd_gradient` needs, where that is not 0
     ) -> tuple[Tensor, Tensor]:  # (R,) divergence and (R,) cross entropy, both without their weights
         """Divergence, cross entropy and, into `grad`, the gradient of every row."""
@@ -105,7 +105,7 @@ class Backend(Protocol):
         constant: Tensor | None,  # (R,)
         *,
         temperature: float,
-        grad: Tensor,  # (R, V), may lie over the logits as in `kd_rows`
+        grad: Tensor,  # (R, V), may alias the logits as in `kd_rows`
     ) -> None:
         """With (z, a, b) = statistics: factor exp((logits - z) / temperature - a) + factor_at_one exp(logits - z - b) + constant.
 
@@ -115,51 +115,31 @@ class Backend(Protocol):
 
     @staticmethod
     def tile_statistics(
-        student_logits: Tensor,  # (R, C) columns offset to offset + C of the student's vocabulary
-        teacher_logits: Tensor | None,  # (R, C) the same ids; None where the teacher shares none of them
-        labels: Tensor | None,  # (R,) int64 ids of the whole vocabulary
+        tile: Tile,
         terms: RowTerms,
-        state: Tensor,  # (SLOTS, R) of `row_state`, added to; rows of weight 0 stay as they are
-        *,
-        offset: int,
-        student_bias: Tensor | None = None,  # (C,)
-        teacher_bias: Tensor | None = None,  # (C,)
-        row_weight: Tensor | None = None,  # (R,)
+        state: Tensor,  # (SLOTS, R) of `row_state`, added to
     ) -> None:
         """Merge a tile of the vocabulary into the normalisers of its rows."""
         ...
 
     @staticmethod
     def tile_sums(
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor | None,
+        tile: Tile,  # with a teacher
         terms: RowTerms,
         state: Tensor,  # with final normalisers
-        *,
-        offset: int,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        row_weight: Tensor | None = None,
     ) -> None:
         """Add a tile to the value of the divergence and to the mean that its gradient needs."""
         ...
 
     @staticmethod
     def tile_gradient(
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        labels: Tensor | None,
+        tile: Tile,
         terms: RowTerms,
         state: Tensor,  # with final normalisers, and sums where the divergence needs its mean
         *,
-        offset: int,
         vocabulary: int,  # V_s, for label smoothing
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        row_weight: Tensor | None = None,  # multiplies the gradient; rows with 0 give exact zeros
+        grad: Tensor,  # (R, C), may alias the logits as in `kd_rows`
         decoupled: tuple[Tensor, Tensor] | None = None,
-        grad: Tensor,  # (R, C), may lie over the logits as in `kd_rows`
         add_value: bool = False,  # also what `tile_sums` adds to VALUE, where the gradient needs no sums
     ) -> None:
         """The gradient of a tile's logits."""
@@ -190,7 +170,7 @@ class Backend(Protocol):
         grad: Tensor | None = None,  # (R, D) receives the gradient; None and the prediction: in its place
         grad_target: Tensor | None = None,  # (R, D) fp32 or fp64, receives the gradient of the target
     ) -> Tensor:  # (R,)
-        """Distances of directions; rows shorter than LEAST_LENGTH are zero vectors and get a gradient of 0."""
+        """Distances of directions; rows shorter than NORM_EPS are zero vectors and get a gradient of 0."""
         ...
 
     # Numbers of a token and pair of heads that `relation_rows` keeps for the gradients; 0: it finds the gradients from the
@@ -201,7 +181,7 @@ class Backend(Protocol):
     def relation_rows(
         student: tuple[Tensor, Tensor],  # q and k (B, N, D_s); one tensor twice for relations to itself
         teacher: tuple[Tensor, Tensor],  # likewise, (B, N, D_t)
-        mask: Tensor | None,  # (B, N) bool; tokens that do not count may hold anything
+        mask: Tensor | None,  # (B, N) bool; masked tokens may hold anything
         heads: tuple[int, int],  # of student and teacher; one is a multiple of the other
         causal: bool,
         *,

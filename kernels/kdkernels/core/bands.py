@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import LEAST_LENGTH
+from ..options import NORM_EPS
 from .rows import inverse_length
 
-# A block's rows are filled up to a multiple of this with rows that do not count.
+# A block's rows are padded to a multiple of this with masked rows.
 ROW_STEP = 32
 
 # An angle at i is taken from inner products of centred rows c where |f_i - f_j|^2 is above this times
@@ -36,7 +36,7 @@ class AngleSide(NamedTuple):
 
     band: Tensor  # (2 W + 1, W + R + W) inner products of centred rows, zeros on either side
     lift: Tensor  # (2 W + 1, R) directed: |c_i|^2 / 2 - <c_i, c_j>
-    scale: Tensor  # (2 W + 1, R) directed: 1 / |f_i - f_j|, 0 where the pair does not count
+    scale: Tensor  # (2 W + 1, R) directed: 1 / |f_i - f_j|, 0 where the pair is masked
 
 
 class AngleGradient(NamedTuple):
@@ -65,7 +65,7 @@ def reverse(pairs: Tensor) -> Tensor:
 def of_neighbours(values: Tensor, window: int, margin: int) -> Tensor:
     """(2 W + 1, R) view: for each row the value of each neighbour, from (margin + R + margin,) values.
 
-    Its strides are both 1: what is computed from it in place of another tensor keeps rows contiguous, else nothing does.
+    Both strides are 1 (an overlapping view): write results with out= to get a contiguous tensor.
     """
     rows = values.shape[0] - 2 * margin
     start = values.storage_offset() + margin - window
@@ -120,8 +120,8 @@ def angle_side(band: Tensor, window: int, rows: int, limit: float) -> tuple[Angl
     size = own.expand_as(product).clone(memory_format=torch.contiguous_format)
     size.add_(of_neighbours(squares, window, window))
     distance = size - 2.0 * product
-    # What is too short to have a direction is told apart where differences are taken.
-    near = distance <= size.mul_(limit).clamp_min_(LEAST_LENGTH**2)
+    # Vectors too short to have a direction are found where differences are taken.
+    near = distance <= size.mul_(limit).clamp_min_(NORM_EPS**2)
     scale = distance.clamp_min_(torch.finfo(band.dtype).tiny).rsqrt_()
     return AngleSide(band, product.neg_().add_(own, alpha=0.5), scale), near
 
@@ -170,7 +170,7 @@ class DirectAngles:
     row_scale: Tensor  # (R,) multiplies the gradient
 
     def places(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where rows of the stream stand in (b, q, m); rows behind its end are given the last place."""
+        """Where rows of the stream are in (b, q, m); rows after its end get the last place."""
         batch, sequences, length = self.student.shape[:3]
         rows = rows.clamp_max(batch * sequences * length - 1)
         return rows // (sequences * length), rows // length % sequences, rows % length

@@ -16,7 +16,7 @@ from .rows import refuse_labels
 
 # Below, float32 does not hold T squared. Above, a divergence of 1 / T^2 has fewer than three digits in float32: its terms
 # are differences of log-probabilities that are all near log V.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,9 +52,9 @@ def check_temperature(temperature: float) -> None:
     check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}; 1.0 leaves the logits as they are")
-    if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise ValueError(
-            f"temperature must lie in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}], where T squared times a divergence has "
+            f"temperature must lie in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], where T squared times a divergence has "
             f"its digits in float32, got {temperature:g}"
         )
 
@@ -101,7 +101,7 @@ def check_reduction(reduction: Reduction, num_items_in_batch: int | Tensor | Non
         if num_items_in_batch.requires_grad:
             raise ValueError("num_items_in_batch must not require grad; pass num_items_in_batch.detach()")
         if not values_can_be_read(num_items_in_batch):
-            return  # reading it would make the host wait, or break the graph
+            return  # reading it would be a host sync, or break the graph
     number = num_items_in_batch.item() if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     check_number("num_items_in_batch", number)
     if number < 0:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 
-def making_a_graph() -> bool:
+def is_tracing() -> bool:
     """True while tensors have no values because `torch.compile` makes a graph.
 
     torch 2.11 and 2.12 say `is_compiling` only in code that the compiler reads, not in what it runs as one node.
@@ -17,7 +17,7 @@ def making_a_graph() -> bool:
 
 def values_can_be_read(tensor: Tensor) -> bool:
     """True where looking at values costs nothing: on a CPU, and neither while a graph is made nor under `vmap`."""
-    return tensor.device.type == "cpu" and not making_a_graph() and not transformed()
+    return tensor.device.type == "cpu" and not is_tracing() and not transformed()
 
 
 def transformed() -> bool:

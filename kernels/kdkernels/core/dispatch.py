@@ -1,6 +1,6 @@
-"""The two doors of a loss, eager or compiled: its public function, and its rows.
+"""The two places where eager and compiled calls part: the public function, and the loss of its rows.
 
-A loss reads numbers back on the way (how many rows count, whether sums are in range), which a graph cannot do. So
+A loss reads numbers back on the way (how many rows are valid, whether sums are in range), which a graph cannot do. So
 `torch.compile` sees a public function's tensors and plain numbers only (`traceable`); its checks run while the graph is
 made, on tensors without values; and what does the work is one operator (`graph.py`).
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..options import Reduction
 from ..stats import KDStats
-from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_rest, solve
+from .autograd import GradientInForward, RecomputeInBackward, Solver, Tensors, loss_and_aux, solve
 from .checks import refuse_unknown
-from .compiling import making_a_graph
+from .compiling import is_tracing
 from .packing import FUNCTIONS, pack
 
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ def traceable(function: Callable[P, R]) -> Callable[P, R]:
     return entry
 
 
-def row_loss_and_rest(
+def row_loss_and_aux(
     solver: Solver,
     tensors: Tensors,
     weight: Tensor | None,
@@ -56,15 +56,15 @@ def row_loss_and_rest(
     *,
     gradient_in_forward: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss and what the solver passes on; a Function is entered only when some tensor needs a gradient."""
-    if making_a_graph():
+    """The loss and the auxiliary outputs of the solver; a Function is entered only when some tensor needs a gradient."""
+    if is_tracing():
         # Imports the compiler, which eager users do not wait for.
         from .graph import row_loss as traced_row_loss
 
         return traced_row_loss(solver, tensors, weight, denominator, reduction, gradient_in_forward)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         values, _ = solve(solver, tensors, weight, (False,) * len(tensors))
-        return loss_and_rest(values, weight, denominator, reduction)
+        return loss_and_aux(values, weight, denominator, reduction)
     function = GradientInForward if gradient_in_forward and reduction != "none" else RecomputeInBackward
     return function.apply(solver, weight, denominator, reduction, *tensors)
 
@@ -78,7 +78,7 @@ def row_loss(
     *,
     gradient_in_forward: bool,
 ) -> Tensor:
-    """The loss of a solver that passes nothing on."""
-    return row_loss_and_rest(
+    """The loss of a solver without auxiliary outputs."""
+    return row_loss_and_aux(
         solver, tensors, weight, denominator, reduction, gradient_in_forward=gradient_in_forward
     )[0]

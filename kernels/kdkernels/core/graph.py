@@ -1,6 +1,6 @@
-"""The operator that stands for a loss in a compiled graph. Imported by compiled code only: it needs the compiler.
+"""The operator of a loss in a compiled graph. Imported by compiled code only: it needs the compiler.
 
-It does what `dispatch.row_loss_and_rest` does, with the gradients as further outputs. Rows that do not count are gathered
+It does what `dispatch.row_loss_and_aux` does, with the gradients as further outputs. Valid rows are gathered
 inside, so a graph has fixed shapes whatever the labels are.
 """
 
@@ -18,17 +18,17 @@ from .autograd import (
     Solver,
     Tensors,
     gradients_for,
+    loss_and_aux,
     loss_and_gradients,
-    loss_and_rest,
     state_size,
     values_and_state,
 )
-from .matmul import wide_dtype
+from .matmul import accum_dtype
 from .packing import FUNCTIONS, unpack
 
 _SOLVERS: dict[str, Solver] = {}
 _library = torch.library.Library("kdkernels", "DEF")
-# The host reads how many rows count, which no CUDA graph can hold: `mode="reduce-overhead"` cuts its graphs here.
+# The host reads how many rows are valid, which no CUDA graph can hold: `mode="reduce-overhead"` cuts its graphs here.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 # A list that holds None is not seen by autograd, so absent tensors are left out and `present` says which.
 _library.define(
@@ -41,7 +41,8 @@ _library.define(
     "str reduction, Tensor upstream, Tensor state) -> Tensor[]",
     tags=_TAGS,
 )
-_library.define("refuse(Tensor anchor, str sentence) -> Tensor")
+_library.define("refuse(Tensor anchor, str sentence, str kind) -> Tensor")
+_REFUSALS = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
 
 
 @nonstrict_trace
@@ -52,18 +53,19 @@ def call(name: str, arguments: Any, options: dict[str, Any]) -> Any:
         found = FUNCTIONS[name](*given, **{key: unpack(value) for key, value in options.items()})
         return (found[0], tuple(found[1])) if isinstance(found, tuple) else found
     except (ValueError, NotImplementedError) as error:
-        # The compiler would put a sentence of its own in the place of this one; when the graph runs, it stands.
+        # Raised when the graph runs: now, the compiler would replace the sentence by one of its own.
         anchor = next(tensor for tensor in (*given, *options.values()) if isinstance(tensor, Tensor))
-        return torch.ops.kdkernels.refuse(anchor.detach(), str(error))
+        kind = "NotImplementedError" if isinstance(error, NotImplementedError) else "ValueError"
+        return torch.ops.kdkernels.refuse(anchor.detach(), str(error), kind)
 
 
 @torch.library.impl(_library, "refuse", "CompositeExplicitAutograd")
-def _refuse(anchor: Tensor, sentence: str) -> Tensor:
-    raise ValueError(sentence)
+def _refuse(anchor: Tensor, sentence: str, kind: str) -> Tensor:
+    raise _REFUSALS[kind](sentence)
 
 
 @torch.library.register_fake("kdkernels::refuse", lib=_library)
-def _(anchor: Tensor, sentence: str) -> Tensor:
+def _(anchor: Tensor, sentence: str, kind: str) -> Tensor:
     return anchor.new_empty(())
 
 
@@ -75,7 +77,7 @@ def row_loss(
     reduction: Reduction,
     gradient_in_forward: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dispatch.row_loss_and_rest` as a node."""
+    """`dispatch.row_loss_and_aux` as a node."""
     # The graph names its solver by a string; equal solvers have equal ones, so a second trace adds nothing.
     name = repr(solver)
     _SOLVERS[name] = solver
@@ -84,12 +86,12 @@ def row_loss(
     now = gradient_in_forward and reduction != "none" and torch.is_grad_enabled()
     needs = [now and tensor.requires_grad for tensor in given]
     loss, rest, *_ = torch.ops.kdkernels.row_loss(given, present, needs, weight, denominator, name, reduction)
-    return loss, rest if _passed_on(name) else None
+    return loss, rest if _aux_outputs(name) else None
 
 
-def _passed_on(solver: str) -> int:
+def _aux_outputs(solver: str) -> int:
     """Numbers per row that the solver gives beside its loss."""
-    return getattr(_SOLVERS[solver], "passed_on", 0)
+    return getattr(_SOLVERS[solver], "aux_outputs", 0)
 
 
 def _placed(values: Sequence[Any], present: list[bool], absent: Any) -> tuple[Any, ...]:
@@ -115,7 +117,7 @@ def _row_loss(
         )
     else:
         values, state = values_and_state(_SOLVERS[solver], placed, weight)
-        loss, rest = loss_and_rest(values, weight, denominator, reduction)
+        loss, rest = loss_and_aux(values, weight, denominator, reduction)
         gradients, factor = (None,) * len(placed), None
     rest = loss.new_empty(0) if rest is None else rest
     factor = torch.ones_like(denominator) if factor is None else factor
@@ -126,7 +128,7 @@ def _row_loss(
         loss.new_empty(0) if state is None else state,
         factor,
         # In float32 until backward knows the upstream factor, so that they are rounded once.
-        *[g.to(wide_dtype(t.dtype)) for g, t in found if g is not None and t is not None],
+        *[g.to(accum_dtype(t.dtype)) for g, t in found if g is not None and t is not None],
     ]
 
 
@@ -142,9 +144,9 @@ def _(
 ) -> list[Tensor]:
     shape = tensors[0].shape[:1] if reduction == "none" else ()
     kept = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    gradients = [torch.empty(t.shape, dtype=wide_dtype(t.dtype), device=t.device) for t in kept]
-    passed_on = _passed_on(solver)
-    rest = denominator.new_empty((passed_on, *tensors[0].shape[:1]) if passed_on else (0,))
+    gradients = [torch.empty(t.shape, dtype=accum_dtype(t.dtype), device=t.device) for t in kept]
+    aux_outputs = _aux_outputs(solver)
+    rest = denominator.new_empty((aux_outputs, *tensors[0].shape[:1]) if aux_outputs else (0,))
     size = 0 if any(needs) else state_size(_SOLVERS[solver])
     state = denominator.new_empty((size, *tensors[0].shape[:1]) if size else (0,))
     return [denominator.new_empty(shape), rest, state, torch.empty_like(denominator), *gradients]

@@ -1,7 +1,7 @@
-"""The matrix products of a head, with logits and sums kept in float32 whatever the inputs' dtype.
+"""The GEMMs of a head, with logits and sums kept in float32 whatever the inputs' dtype.
 
 Half-precision inputs: CUDA multiplies them as they are and writes float32. Other devices have no
-such product, so there the inputs are cast to float32, the weight one tile of the vocabulary at a time.
+such GEMM, so there the inputs are cast to float32, the weight one tile of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TILE_ROWS = 2048
 HALF = (torch.float16, torch.bfloat16)
 
 
-def has_half_products(tensor: Tensor) -> bool:
+def has_mixed_gemm(tensor: Tensor) -> bool:
     """True where half inputs are multiplied into a float32 result in one call (NVIDIA GPUs)."""
     return tensor.dtype in HALF and tensor.device.type == "cuda" and torch.version.hip is None
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype losses are computed in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -39,7 +39,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The loss chooses its dtypes itself; inside autocast the products would be rounded to half again."""
+    """The loss chooses its dtypes itself; inside autocast the GEMMs would be rounded to half precision."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -77,18 +77,18 @@ def _full_float32(before: list[str]) -> Iterator[None]:
 
 
 def logit_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(rows, V) for logits of the head `like`, in float32 unless told otherwise; on GPUs rows start at multiples of 16 elements.
+    """(rows, V) for logits of the head `like`, in float32 unless `dtype` is given; on GPUs rows start at multiples of 16 elements.
 
-    The products take such rows as they are, in float32 and as their half alias, and Triton reads them 128 bits at a
+    The GEMMs take such rows as they are, in float32 and as their half alias, and Triton reads them 128 bits at a
     time only when it knows the stride to be a multiple of 16.
     """
     width = -(-vocabulary // 16) * 16 if like.device.type == "cuda" else vocabulary
-    return torch.empty((rows, width), dtype=dtype or wide_dtype(like.dtype), device=like.device)
+    return torch.empty((rows, width), dtype=dtype or accum_dtype(like.dtype), device=like.device)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (R, V) = hidden (R, D) @ weight (V, D).T in float32 (float64 for float64), or rounded to `out` in the weight's half."""
-    if has_half_products(weight):
+    if has_mixed_gemm(weight):
         if out.dtype == weight.dtype:
             torch.mm(hidden, weight.t(), out=out)
         else:
@@ -105,34 +105,31 @@ def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out=out)
 
 
-def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (R, D) float32 or float64 = grad (R, V) @ weight (V, D).
+def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (R, D) float32 or float64 = grad (R, V) @ weight (V, D); `add` adds instead of writing.
 
     Never in the weight's half precision: a GEMM with as many terms as the vocabulary may be split among them, and its
     parts, which cancel each other, be added after each was rounded.
     """
-    if has_half_products(weight):
-        torch.mm(grad, weight, out_dtype=torch.float32, out=out)
+    if has_mixed_gemm(weight):
+        if add:
+            torch.addmm(out, grad, weight, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(grad, weight, out_dtype=torch.float32, out=out)
     elif weight.dtype in HALF:
-        out.zero_()
+        out = out if add else out.zero_()
         for start in range(0, weight.shape[0], TILE_ROWS):
             rows = slice(start, start + TILE_ROWS)
             out.addmm_(grad[:, rows].to(out.dtype), weight[rows].float())
+    elif add:
+        out.addmm_(grad, weight)
     else:
         torch.mm(grad, weight, out=out)
 
 
-def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
-    """total (R, D) float32 or float64 += grad (R, C) @ weight (C, D)."""
-    if has_half_products(weight):
-        torch.addmm(total, grad, weight, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(grad, weight.to(total.dtype))
-
-
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
     """total (V, D) float32 or float64 += grad (R, V).T @ hidden (R, D); `first` writes instead of adding."""
-    if has_half_products(hidden):
+    if has_mixed_gemm(hidden):
         if first:
             torch.mm(grad.t(), hidden, out_dtype=torch.float32, out=total)
         else:

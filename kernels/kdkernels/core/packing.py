@@ -26,7 +26,7 @@ def _field_names(record: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(record))
 
 
-RECORDS = {record.__name__: (record, _field_names(record)) for record in CLASSES}
+TRACEABLE = {record.__name__: (record, _field_names(record)) for record in CLASSES}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The public functions by name, as the graph calls them.
@@ -45,12 +45,12 @@ def pack(value: Any) -> Any:
         if value is dtype:
             return ("dtype", DTYPES.index(dtype))
     name = type(value).__name__
-    if name not in RECORDS:
+    if name not in TRACEABLE:
         raise ValueError(
             f"a loss inside torch.compile cannot take an argument of type {name}; call the loss outside of the "
             "compiled region"
         )
-    return (name, *[pack(getattr(value, field)) for field in RECORDS[name][1]])
+    return (name, *[pack(getattr(value, field)) for field in TRACEABLE[name][1]])
 
 
 def unpack(value: Any) -> Any:
@@ -62,7 +62,7 @@ def unpack(value: Any) -> Any:
         if name == "dtype":
             return DTYPES[packed[0]]
         items = tuple(unpack(item) for item in packed)
-        return items if name == "tuple" else RECORDS[name][0](*items)
+        return items if name == "tuple" else TRACEABLE[name][0](*items)
     if isinstance(value, torch.SymFloat):
         return float(value)
     return value

@@ -6,6 +6,7 @@ Logits z are after bias and transform. A tile without a teacher changes neither 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +20,25 @@ LABEL, TEACHER_LABEL = 6, 7
 # Sum of z over all of the student's columns, for label smoothing.
 LOGIT_SUM = 8
 # Second pass: the value of the divergence (of Decoupled that of the distributions without the label), and the mean
-# slope <f>, up to the constant that the back end's f leaves out; FAR_MEAN is skew KL's without that constant, and for
+# slope <f>, up to the constant that the back end's f leaves out; UNCENTRED_MEAN is skew KL's without that constant, and for
 # TVD the sum of p_s.
-VALUE, MEAN, FAR_MEAN = 9, 10, 11
+VALUE, MEAN, UNCENTRED_MEAN = 9, 10, 11
 SLOTS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Columns [offset, offset + C) of the logits of some rows, as they leave their GEMM."""
+
+    student: Tensor  # (R, C)
+    teacher: Tensor | None  # (R, C) the same ids; None where the teacher shares none of them
+    labels: Tensor | None  # (R,) int64 ids of the whole vocabulary
+    offset: int = 0
+    student_bias: Tensor | None = None  # (C,)
+    teacher_bias: Tensor | None = None  # (C,)
+    row_weight: Tensor | None = (
+        None  # (R,) multiplies gradients; rows of weight 0 keep their state and get exact zeros
+    )
 
 
 def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

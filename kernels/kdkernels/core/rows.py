@@ -1,4 +1,4 @@
-"""Which rows count, how much each, and what a mean divides by. Nothing here waits for the device."""
+"""Which rows are valid, how much each counts, and what a mean divides by. Nothing here is a host sync, but `compact_rows`."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..options import LEAST_LENGTH
+from ..options import NORM_EPS
 from .compiling import values_can_be_read
 
 
 @dataclass(frozen=True, eq=False)
-class Counted:
-    """`weight` (N,) is 0 for rows that do not count; None means that every row counts once.
+class RowWeights:
+    """`weight` (N,) is 0 for masked rows; None means that every row counts once.
 
-    `denominator` is what a mean divides by, 1 where there is nothing to divide, so that a loss in
-    which no row counts is a finite 0. A given number of 0 stays 0 where rows count: on a device, where that cannot be
-    refused without making the host wait, the loss is infinite.
+    `denominator` is what a mean divides by, 1 where there is nothing to divide, so that a loss
+    without a valid row is a finite 0. A given number of 0 stays 0 where rows are valid: on a device, where that cannot be
+    refused without a host sync, the loss is infinite.
     """
 
     weight: Tensor | None
     denominator: Tensor
 
 
-def count_rows(
+def row_weights(
     rows: int,
     counted: Tensor | None,  # (N,) bool; None counts every row
     token_weight: Tensor | None,  # (N,)
     num_items: int | Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Counted:
+) -> RowWeights:
     """Weights and denominator: `num_items` if given, else the sum of token weights, else the number of rows."""
     weight = None
     if token_weight is not None:
@@ -45,7 +45,7 @@ def count_rows(
     if isinstance(num_items, Tensor) and num_items.device == device:
         total = num_items.to(dtype)
     elif num_items is not None:
-        # `full` is a kernel launch; copying a number from the host would wait for the device.
+        # `full` is a kernel launch; copying a number from the host would be a sync.
         total = torch.full((), float(num_items), dtype=dtype, device=device)
     elif weight is not None:
         total = weight.sum()
@@ -63,7 +63,7 @@ def count_rows(
             empty = empty & ~weight.any()
         elif rows:
             empty = torch.zeros_like(empty)
-    return Counted(weight, total.masked_fill(empty, 1.0))
+    return RowWeights(weight, total.masked_fill(empty, 1.0))
 
 
 def per_row(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ def inverse_length(length: Tensor) -> Tensor:
 
     Plain autograd can go through it: a short vector gets no gradient.
     """
-    short = length < LEAST_LENGTH
+    short = length < NORM_EPS
     length = length.masked_fill(length == torch.inf, torch.nan)
     return length.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
 
@@ -97,28 +97,28 @@ def compact_rows(
     labels: Tensor | None,  # (N,)
     vocabulary: int,
 ) -> Tensor | None:
-    """The indices (M,) of the rows that count, or None when all do; this is the one host sync of a loss.
+    """The indices (M,) of the valid rows, or None when all are; this is the one host sync of a loss.
 
-    The same transfer that brings the number of counted rows brings the number of labels out of range.
+    The same transfer that brings the number of valid rows brings the number of labels out of range.
     """
     if weight is None:
         return None
-    alive = weight != 0
-    numbers = [alive.sum()]
+    valid = weight != 0
+    numbers = [valid.sum()]
     if labels is not None:
-        numbers.append(labels_out_of_range(labels, alive, vocabulary).sum())
-    alive_count, *bad = torch.stack(numbers).tolist()
+        numbers.append(labels_out_of_range(labels, valid, vocabulary).sum())
+    valid_count, *bad = torch.stack(numbers).tolist()
     if bad and bad[0] and labels is not None:
-        refuse_labels(labels, alive, vocabulary)
-    if alive_count == weight.shape[0]:
+        refuse_labels(labels, valid, vocabulary)
+    if valid_count == weight.shape[0]:
         return None
-    return torch.nonzero_static(alive, size=alive_count).squeeze(1)
+    return torch.nonzero_static(valid, size=valid_count).squeeze(1)
 
 
 def equal_chunk(total: int, most: int, step: int = 1) -> int:
-    """Size of equal chunks of `total`, at most `most`: a small last one costs a matrix product as much as a large one.
+    """Size of equal chunks of `total`, at most `most`: a small last one costs a GEMM as much as a large one.
 
-    Sizes are multiples of `step`, to which products are cut on a device, where `most` is not below it.
+    Sizes are multiples of `step`, to which GEMMs are cut on a device, where `most` is not below it.
     """
     if most < step:
         return max(1, min(total, most))
@@ -133,19 +133,19 @@ def put_back(tensor: Tensor, index: Tensor | None, rows: int) -> Tensor:
     return tensor.new_zeros((rows, *tensor.shape[1:])).index_copy_(0, index, tensor)
 
 
-def zero_where_dead(tensor: Tensor, weight: Tensor | None) -> Tensor:
+def zero_masked_rows(tensor: Tensor, weight: Tensor | None) -> Tensor:
     """(R, D) with zeros in rows of weight 0: they may hold NaN, which a gradient of 0 would not stop."""
     return tensor if weight is None else tensor.masked_fill((weight == 0).unsqueeze(1), 0.0)
 
 
-def labels_out_of_range(labels: Tensor, alive: Tensor, vocabulary: int) -> Tensor:
-    """(N,) bool: labels of counted rows that are no index into the vocabulary."""
-    return alive & ((labels < 0) | (labels >= vocabulary))
+def labels_out_of_range(labels: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
+    """(N,) bool: labels of valid rows that are no index into the vocabulary."""
+    return valid & ((labels < 0) | (labels >= vocabulary))
 
 
-def refuse_labels(labels: Tensor, alive: Tensor, vocabulary: int) -> None:
+def refuse_labels(labels: Tensor, valid: Tensor, vocabulary: int) -> None:
     """Raise the sentence about labels out of range, with the first offending value."""
-    out_of_range = labels_out_of_range(labels, alive, vocabulary)
+    out_of_range = labels_out_of_range(labels, valid, vocabulary)
     if bool(out_of_range.any()):
         bad = labels[out_of_range]
         raise ValueError(

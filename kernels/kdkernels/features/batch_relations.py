@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, shape_of
 from ..core.matmul import autocast_off
-from ..options import LEAST_LENGTH
+from ..options import NORM_EPS
 from ..reference.features import unit_rows
 from ..reference.logits import wide
 from .checks import check_batch, check_sequences
@@ -28,7 +28,7 @@ PKTKernel = Literal["cosine", "student_t"]
 PKTDivergence = Literal["kl", "jeffreys"]
 
 # Two samples that point in opposite directions have a cosine kernel of 0 and a logarithm of minus infinity.
-LEAST_KERNEL = 1e-7
+MIN_KERNEL = 1e-7
 
 # What the largest number is scaled to, as a power of two: fourth powers summed over any batch stay in float32, and what is
 # then too short to have a direction is smaller than any rounding of the largest.
@@ -38,7 +38,7 @@ LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
 
 def _full_precision(loss: LossFunction) -> LossFunction:
-    """The loss with autocast off: it would round the products of a Gram matrix."""
+    """The loss with autocast off: it would round the matmul of a Gram matrix."""
 
     @wraps(loss)
     def wrapped(*args: Any, **kwargs: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _full_precision(loss: LossFunction) -> LossFunction:
 
 
 def _samples(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides as (B, d) with zeros in samples that do not count, and the mask (B,)."""
+    """Both sides as (B, d) with zeros in masked samples, and the mask (B,)."""
     check_batch(student, teacher, mask)
     if mask is None:
         mask = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
@@ -63,7 +63,7 @@ def _samples(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Ten
 def _scaled(features: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """The features times a power of two, exact, that makes the largest number of them, or of those along `dim`, common.
 
-    0 where the largest is below LEAST_LENGTH: a gradient grows as features shrink, and would leave float32.
+    0 where the largest is below NORM_EPS: a gradient grows as features shrink, and would leave float32.
     """
     if features.numel() == 0:
         return features
@@ -72,7 +72,7 @@ def _scaled(features: Tensor, dim: int | tuple[int, ...] | None = None) -> Tenso
     # Below this the factor itself would leave the dtype.
     least = math.frexp(torch.finfo(features.dtype).tiny)[1] - 1
     factor = torch.ldexp(torch.ones_like(largest), (COMMON_EXPONENT - exponent).clamp_min(least))
-    return features * factor.masked_fill(largest < LEAST_LENGTH, 0.0)
+    return features * factor.masked_fill(largest < NORM_EPS, 0.0)
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def pkt_loss(
             values = (units @ units.T + 1.0) / 2.0
         else:
             values = 1.0 / (1.0 + _distances(features))
-        values = values.clamp_min(LEAST_KERNEL).masked_fill(~pairs, 0.0)
+        values = values.clamp_min(MIN_KERNEL).masked_fill(~pairs, 0.0)
         probabilities = _ratio(values, values.sum(1, keepdim=True))
         return probabilities.masked_fill(~pairs, 1.0).log()
 

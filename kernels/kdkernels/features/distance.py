@@ -13,42 +13,41 @@ from torch import Tensor
 from ..core.autograd import Tensors
 from ..core.backend import Backend
 from ..core.matmul import (
+    accum_dtype,
     add_weight_gradient,
-    has_half_products,
+    has_mixed_gemm,
     head_logits,
     hidden_gradient,
     logit_buffer,
-    wide_dtype,
 )
 from ..core.rows import equal_chunk, rows_in
 from ..options import Distance, Project
 
-# A CPU's chunk. Smaller ones cost products more than they save in cache: 1024 rows of 768 take 0.93 of the time of 341
-# (dev/LOG.md). At least as many rows as keep a product of a wide head busy.
+# A CPU's chunk. Smaller ones slow the GEMMs down by more than they save in cache: 1024 rows of 768 take 0.93 of the time of 341
+# (dev/LOG.md). At least as many rows as keep a GEMM with a wide head busy.
 CPU_CHUNK_BYTES = 4 * 2**20
-LEAST_CPU_CHUNK_ROWS = 256
+MIN_CPU_CHUNK_ROWS = 256
 
 
 def _chunk_rows(backend: Backend, rows: int, width: int, device: torch.device) -> int:
     """How many rows are projected at a time, at least 1."""
     if device.type != "cpu":
         return backend.chunk_rows(max(rows, 1), width, None, device)
-    return equal_chunk(rows, rows_in(2 * CPU_CHUNK_BYTES, max(width, 1), LEAST_CPU_CHUNK_ROWS))
+    return equal_chunk(rows, rows_in(2 * CPU_CHUNK_BYTES, max(width, 1), MIN_CPU_CHUNK_ROWS))
 
 
 @dataclass(frozen=True)
 class ProjectionDistance:
     """One layer pair of `projection_mse` or `cosine_loss`: tensors are student, teacher, weight, bias.
 
-    Rows that do not count stay in the products: these are small, and finding the rows would make the
-    host wait for the device once per layer.
+    Masked rows stay in the GEMMs: these are small, and finding the rows would be a host sync per layer.
     """
 
     backend: Backend
     project: Project
     distance: Distance
     autocast: torch.dtype | None
-    half_bound: float | None
+    fp16_bound: float | None
 
     def solve(
         self, tensors: Tensors, weight: Tensor | None, needs: tuple[bool, ...]
@@ -57,13 +56,13 @@ class ProjectionDistance:
         student, teacher, head, bias = tensors
         assert student is not None and teacher is not None
         source, target = (student, teacher) if self.project == "student" else (teacher, student)
-        wide = wide_dtype(student.dtype)
+        wide = accum_dtype(student.dtype)
         if head is not None:
             head, source = (side.to(self.autocast or side.dtype) for side in (head, source))
             # A teacher in float64 beside a student that is not, or the other way round: the student's digits count.
-            if wide_dtype(head.dtype) != wide:
+            if accum_dtype(head.dtype) != wide:
                 head, source = head.to(wide), source.to(wide)
-        target = target if wide_dtype(target.dtype) == wide else target.to(wide)
+        target = target if accum_dtype(target.dtype) == wide else target.to(wide)
         target = target if target.stride(-1) == 1 else target.contiguous()
         rows, width = target.shape
         values = torch.empty(rows, dtype=wide, device=student.device)
@@ -75,13 +74,13 @@ class ProjectionDistance:
         d_bias = torch.zeros(width, dtype=wide, device=student.device) if needs_bias else None
         size = _chunk_rows(self.backend, rows, width, student.device)
         buffer = logit_buffer(min(size, rows), width, student)
-        half = head is not None and has_half_products(head)
-        # Narrow numbers go into the memory of the projection they replace, as the products take them.
+        half = head is not None and has_mixed_gemm(head)
+        # Narrow numbers go into the memory of the projection they replace, as the GEMMs take them.
         narrow = buffer.view(head.dtype) if half and head is not None else buffer
         # Rows of weight 0 have a gradient of 0, but 0 * NaN would reach the projection. A CPU can look whether there are any.
-        dead = None if weight is None else weight == 0
-        if dead is not None and dead.device.type == "cpu" and not bool(dead.any()):
-            dead = None
+        masked = None if weight is None else weight == 0
+        if masked is not None and masked.device.type == "cpu" and not bool(masked.any()):
+            masked = None
         for start in range(0, rows, size):
             here = slice(start, min(start + size, rows))
             prediction, grad = (side[: here.stop - start, :width] for side in (buffer, narrow))
@@ -103,7 +102,7 @@ class ProjectionDistance:
                     hidden_gradient(grad, head, d_student[here])
             if d_head is not None:
                 kept = source[here]
-                kept = kept if dead is None else kept.masked_fill(dead[here].unsqueeze(1), 0.0)
+                kept = kept if masked is None else kept.masked_fill(masked[here].unsqueeze(1), 0.0)
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
         return values, (d_student, None, d_head, d_bias)
 

@@ -13,8 +13,8 @@ from ..core import checks
 from ..core.autograd import reduce_rows
 from ..core.backend import load_backend, resolve_impl
 from ..core.dispatch import row_loss, traceable
-from ..core.matmul import autocast_dtype, autocast_off, wide_dtype
-from ..core.rows import count_rows
+from ..core.matmul import accum_dtype, autocast_dtype, autocast_off
+from ..core.rows import row_weights
 from ..options import Distance, Impl, Project, Reduction
 from ..reference.features import projection_row_losses
 from .checks import check_features, check_layer_pairs
@@ -199,13 +199,13 @@ def _pair_loss(
     leading, width = student.shape[:-1], (teacher if project == "student" else student).shape[-1]
     student, teacher = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     with autocast_off(student):
-        counted = count_rows(
+        counted = row_weights(
             student.shape[0],
             None if mask is None else mask.reshape(-1),
             None,
             None,
             student.device,
-            wide_dtype(student.dtype),
+            accum_dtype(student.dtype),
         )
         denominator = counted.denominator if distance == "cosine" else counted.denominator * width
         if impl == "reference":

@@ -11,8 +11,8 @@ from ..core import checks
 from ..core.autograd import Tensors, reduce_rows
 from ..core.backend import Backend, load_backend, resolve_impl
 from ..core.dispatch import row_loss, traceable
-from ..core.matmul import autocast_dtype, autocast_off, wide_dtype
-from ..core.rows import count_rows
+from ..core.matmul import accum_dtype, autocast_dtype, autocast_off
+from ..core.rows import row_weights
 from ..options import Impl, Reduction
 from ..reference.features import relation_row_losses
 from .checks import check_relations
@@ -53,9 +53,9 @@ def relation_kl(
         heads: into how many relation heads the widths are cut, of D / heads columns each; they need not be the heads
             that the models attend with. A pair counts the student's and the teacher's heads when these differ: each head
             of the side with fewer is then compared with as many neighbouring heads of the other.
-        mask: (B, N) bool, True where a token counts: the others are nobody's key and no query. None counts all.
+        mask: (B, N) bool, True for valid tokens; masked ones are neither keys nor queries. None takes all.
         causal: a token is compared with itself and those before it only.
-        reduction: "mean" divides by counted tokens times (pairs of) heads; "sum" adds all up; "none" gives the sum over
+        reduction: "mean" divides by valid tokens times (pairs of) heads; "sum" adds all up; "none" gives the sum over
             heads of each token, shape (B, N), 0 where the mask is False.
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32. Triton takes
             heads of at most 256 columns, in float32 of at most 128.
@@ -65,7 +65,7 @@ def relation_kl(
             a finite 0 with a graph.
 
     Gradients reach student_q and student_k in their own dtypes. The loss has no second derivative. Under autocast,
-    features are cast as the products of an attention would cast them.
+    features are cast as the matmuls of an attention would cast them.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; heads that do not divide a width; a teacher that
@@ -84,13 +84,13 @@ def relation_kl(
     pairs = max(counts)
     cast = autocast_dtype(student_q)
     with autocast_off(student_q):
-        counted = count_rows(
+        counted = row_weights(
             batch * length,
             None if mask is None else mask.reshape(-1),
             None,
             None,
             student_q.device,
-            wide_dtype(student_q.dtype),
+            accum_dtype(student_q.dtype),
         )
         denominator = counted.denominator * pairs
         features = (student_q, teacher_q, student_k, teacher_k)
@@ -127,7 +127,7 @@ class RelationKL:
     heads: tuple[int, int]  # student, teacher
     causal: bool
     autocast: torch.dtype | None
-    half_bound: float | None
+    fp16_bound: float | None
 
     @property
     def state_size(self) -> int:

@@ -1,9 +1,9 @@
 """The token-chunk schedule that both fast back ends share.
 
 Each class holds the plain options of one loss and solves it chunk by chunk (`autograd.Solver`):
-rows that count are gathered first, so the others cost no matrix product; logits exist for one chunk
+valid rows are gathered first, so masked ones cost no GEMM; logits exist for one chunk
 of tokens at a time; the back end's row function turns the chunk of logits into its own gradient in
-place; the products then add it to the gradients of hidden states and head.
+place; the GEMMs then add it to the gradients of hidden states and head.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from torch import Tensor
 from ..core.autograd import Tensors
 from ..core.backend import Backend
 from ..core.matmul import (
+    accum_dtype,
     add_weight_gradient,
-    has_half_products,
+    has_mixed_gemm,
     head_logits,
     hidden_gradient,
     logit_buffer,
-    wide_dtype,
 )
-from ..core.rows import compact_rows, put_back, zero_where_dead
+from ..core.rows import compact_rows, put_back, zero_masked_rows
 from ..options import RowTerms
+from ..reference.statistics import row_statistics
 from ..teachers import TeacherHead, TeacherLogits, TeacherTopK
 from .inputs import Given
 from .teacher_rows import CrossTermWork, RowCall
 
 
 def _gradient_view(buffer: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:
-    """Where the gradient of the logits in `buffer` goes: the same memory, in the dtype the products take."""
+    """Where the gradient of the logits in `buffer` goes: the same memory, in the dtype the GEMMs take."""
     return buffer.view(dtype)[:, :vocabulary] if dtype != buffer.dtype else buffer[:, :vocabulary]
 
 
 class RowResults:
-    """Where the row functions' results of all rows are put together: losses, and statistics where they are wanted."""
+    """Accumulates row losses, and optional statistics, across chunks."""
 
     def __init__(self, rows: int, terms: RowTerms, stats: bool, like: Tensor) -> None:
         """`like` has the dtype that the loss is computed for and the device."""
         self.terms, self.with_stats = terms, stats
-        # Losses; then the divergence, the cross entropy and the five numbers of `kd_rows`.
-        wide = wide_dtype(like.dtype)
+        # Losses; then the divergence, the cross entropy and the five of `reference.statistics`.
+        wide = accum_dtype(like.dtype)
         self.table = torch.zeros((8 if stats else 1, rows), dtype=wide, device=like.device)
 
     def stats(self, rows: slice) -> Tensor:
-        """(5, R) for the row function to write to."""
+        """(5, R) to be written to."""
         return self.table[3:, rows]
 
     def put(self, rows: slice, kd: Tensor, ce: Tensor) -> None:
@@ -72,15 +73,15 @@ class LinearKD:
     backend: Backend
     chunk_bytes: int | None
     autocast: torch.dtype | None
-    half_bound: float | None
+    fp16_bound: float | None
     layout: Given
     stats: bool = False
-    compact: bool = False  # gather the rows that count first, which makes the host wait once
+    compact: bool = False  # gather the valid rows first, a host sync
     logit_dtype: torch.dtype | None = None  # of the buffers; None is float32
 
     @property
-    def passed_on(self) -> int:
-        """Numbers per row beside the loss: the divergence, the cross entropy and the five of `kd_rows`."""
+    def aux_outputs(self) -> int:
+        """Numbers per row beside the loss: the divergence, the cross entropy and five of `reference.statistics`."""
         return 7 if self.stats else 0
 
     def solve(
@@ -96,12 +97,12 @@ class LinearKD:
         hidden = hidden if index is None else hidden.index_select(0, index)
         valid = given.rows(weight, index)
         counted = hidden.shape[0]
-        wide = wide_dtype(head.dtype)
+        wide = accum_dtype(head.dtype)
         results = RowResults(counted, self.terms, self.stats, head)
         needs_hidden, needs_head, needs_bias = needs[:3]
 
         # In float32 until backward knows the upstream factor, so that every gradient is rounded once.
-        half = has_half_products(head)
+        half = has_mixed_gemm(head)
         d_hidden = torch.empty_like(hidden, dtype=wide) if needs_hidden else None
         allocate = torch.empty_like if counted else torch.zeros_like
         d_head = allocate(head, dtype=wide, memory_format=torch.contiguous_format) if needs_head else None
@@ -138,7 +139,7 @@ class LinearKD:
                 if isinstance(work, CrossTermWork):
                     work.add_to_hidden(d_hidden[here], here)
             if d_head is not None:
-                kept = hidden[here] if self.compact else zero_where_dead(hidden[here], valid[here].weight)
+                kept = hidden[here] if self.compact else zero_masked_rows(hidden[here], valid[here].weight)
                 add_weight_gradient(d_head, grad, kept, first=start == 0)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=wide))
@@ -153,13 +154,13 @@ class LogitKD:
     terms: RowTerms
     backend: Backend
     autocast: torch.dtype | None
-    half_bound: float | None
+    fp16_bound: float | None
     layout: Given
     stats: bool = False
 
     @property
-    def passed_on(self) -> int:
-        """Numbers per row beside the loss: the divergence, the cross entropy and the five of `kd_rows`."""
+    def aux_outputs(self) -> int:
+        """Numbers per row beside the loss: the divergence, the cross entropy and five of `reference.statistics`."""
         return 7 if self.stats else 0
 
     @property
@@ -177,15 +178,11 @@ class LogitKD:
             (self.backend.ROW_STATE, len(logits)), dtype=results.table.dtype, device=logits.device
         )
         every = slice(0, len(logits))
-        kd, ce = self.backend.kd_rows(
-            logits,
-            teacher,
-            labels,
-            self.terms,
-            stats=results.stats(every) if self.stats else None,
-            state=state,
-            **options,
-        )
+        if self.stats:
+            results.stats(every).copy_(
+                row_statistics(logits, teacher, labels, weight, self.terms, vocab_map=options["vocab_map"])
+            )
+        kd, ce = self.backend.kd_rows(logits, teacher, labels, self.terms, state=state, **options)
         results.put(every, kd, ce)
         return results.values(len(logits), None), state
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.matmul import TILE_ROWS, autocast_off, wide_dtype
+from ..core.matmul import TILE_ROWS, accum_dtype, autocast_off
 from ..core.rows import flat
 from ..core.transform import transformed_logits
 from ..options import LogitTransform
@@ -16,7 +16,7 @@ from ..teachers import TeacherCrossTerm, TeacherHead, TeacherLogits
 from . import teacher_checks
 from .teacher_rows import TeacherLogitSource
 
-# Rows of teacher logits held at a time; the products are float32 for half heads too, since they are made once.
+# Rows of teacher logits held at a time; the GEMMs are float32 for half heads too, since they run once.
 CHUNK_ROWS = 256
 
 
@@ -65,7 +65,7 @@ def teacher_cross_term(
         teacher = replace(teacher, hidden=flat(teacher.hidden))
     else:
         teacher = TeacherLogits(flat(teacher.logits))
-    wide, device = wide_dtype(student_weight.dtype), student_weight.device
+    wide, device = accum_dtype(student_weight.dtype), student_weight.device
     count = rows.numel() // max(rows.shape[-1], 1)
     cross = torch.zeros((count, student_weight.shape[1]), dtype=wide, device=device)
     mean_bias, entropy = torch.zeros((2, count), dtype=wide, device=device)

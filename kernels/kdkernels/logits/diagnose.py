@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.compiling import making_a_graph
+from ..core.compiling import is_tracing
 from ..reference.logits import linear
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherLogits, TeacherTopK
 from .problem import Problem
@@ -41,7 +41,7 @@ def refuse_bad_rows(
     problem: Problem, loss: Tensor, source: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """Raise when the loss is not finite; `source` is student logits (N, V), or hidden states with `weight`."""
-    if making_a_graph():
+    if is_tracing():
         raise ValueError(
             "check_finite=True reads the loss back, which a compiled graph cannot; leave it at False there"
         )
@@ -53,10 +53,10 @@ def refuse_bad_rows(
     for start in range(0, source.shape[0], size):
         rows = slice(start, start + size)
         student = source[rows] if weight is None else linear(source[rows], weight, bias)
-        alive = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
+        valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
         if counts is not None:
-            alive = counts[rows] != 0
-        student_bad, teacher_bad = _bad_rows(student) & alive, _bad_teacher_rows(problem, rows) & alive
+            valid = counts[rows] != 0
+        student_bad, teacher_bad = _bad_rows(student) & valid, _bad_teacher_rows(problem, rows) & valid
         bad = student_bad | teacher_bad
         if not bool(bad.any()):
             continue
@@ -82,7 +82,7 @@ def refuse_bad_rows(
         wrong = wrong[~torch.isfinite(wrong)]
         if wrong.numel():
             what = "a NaN" if bool(wrong[0].isnan()) else "an infinity"
-            raise FloatingPointError(f"{name} holds {what} in a row that counts")
+            raise FloatingPointError(f"{name} holds {what} in a valid row")
     divergence = problem.terms.divergence
     cause = "the weights or the logits are too large for float32"
     if divergence.properties.may_be_infinite:

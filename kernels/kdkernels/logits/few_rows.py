@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..core.autograd import without_second_derivative
 from ..core.backend import load_backend
-from ..core.compiling import making_a_graph, recorded, transformed
+from ..core.compiling import is_tracing, recorded, transformed
 from ..core.rows import flat
 from ..options import Reduction, RowTerms
 from ..teachers import TeacherLogits
@@ -60,7 +60,7 @@ def _is_plain(student: Tensor, teacher: object, terms: RowTerms) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
         and not recorded()
-        and not making_a_graph()
+        and not is_tracing()
     )
 
 

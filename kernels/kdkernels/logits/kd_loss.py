@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.autograd import reduce_rows
 from ..core.backend import load_backend
-from ..core.dispatch import row_loss_and_rest, traceable
+from ..core.dispatch import row_loss_and_aux, traceable
 from ..core.matmul import autocast_off
 from ..core.rows import flat
 from ..divergences import Divergence
@@ -126,7 +126,7 @@ def kd_loss(
             "reference" (eager float32) are taken as asked, never replaced.
         return_stats: also return `KDStats`, numbers per token. Default False.
         check_finite: raise FloatingPointError when the loss is NaN or infinite, naming the first bad row and side; the
-            host waits for the device. Only the loss is looked at: beside a finite one the gradient of float16 logits may
+            host sync. Only the loss is looked at: beside a finite one the gradient of float16 logits may
             overflow beyond 65,504, which torch.amp.GradScaler finds. Default False.
 
     Returns:
@@ -205,7 +205,7 @@ def kd_loss(
                 problem.given.layout,
                 return_stats,
             )
-            loss, statistics = row_loss_and_rest(
+            loss, statistics = row_loss_and_aux(
                 solver,
                 (logits, *problem.given.tensors),
                 counted.weight,

@@ -10,25 +10,25 @@ from torch import Tensor
 from ..core import checks
 from ..core.autograd import reduce_rows
 from ..core.backend import load_backend, resolve_impl
-from ..core.dispatch import row_loss_and_rest, traceable
+from ..core.dispatch import row_loss_and_aux, traceable
 from ..core.matmul import autocast_dtype, autocast_off
-from ..core.rows import flat, zero_where_dead
+from ..core.rows import flat, zero_masked_rows
 from ..divergences import Divergence
 from ..options import IGNORE_INDEX, Impl, LinearLossOptions, Mode, Reduction, RowTerms
 from ..reference.logits import linear
 from ..stats import KDStats, in_shape
 from ..teachers import Teacher
 from .by_rows import LinearKD
+from .by_vocabulary import MIN_TILE, TiledKD
 from .diagnose import refuse_bad_rows
-from .low_memory import LEAST_TILE, LowMemoryKD
 from .option_checks import check_logit_dtype
 from .problem import check_options, prepare
 from .reference_rows import cast_to, reference_rows
-from .sharded import ShardedKD, shard_of
+from .sharded import shard_of
 from .teacher_checks import check_cross_term_head
 
 
-def _half_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
+def _fp16_bound(terms: RowTerms, dtype: torch.dtype) -> float | None:
     """The usual size of one logit's gradient where it is kept in float16, see `autograd.Solver`."""
     return (
         max(abs(terms.kd_scale) / terms.temperature, abs(terms.ce_weight)) if dtype == torch.float16 else None
@@ -113,8 +113,7 @@ def linear_kd_loss(
             AlphaBeta(alpha, beta), ChiSquared(), Renyi(alpha), Decoupled(target, non_target).
         temperature: plain number in [1e-6, 100], of both distributions of the divergence. Default 1.0.
         kd_weight: plain number, the factor of the divergence. With 0 (and without return_stats) the teacher is not read
-            and its logits are not computed: plain training with chunked logits. Only a vocab_group still reads it.
-            Default 1.0.
+            and its logits are not computed: plain training with chunked logits. Default 1.0.
         ce_weight: plain number, the factor of the student's cross entropy at temperature 1 over its whole vocabulary.
             Default 0.0.
         label_smoothing: in [0, 1): the share of the label's weight that all entries of the student's vocabulary get in
@@ -213,7 +212,7 @@ def linear_kd_loss(
         shard = shard_of(vocab_group, rows, vocabulary, chunk_rows, student_weight.device)
     else:
         checks.check_chunk_holds(
-            chunk_bytes, min(vocabulary, LEAST_TILE) if mode == "low_memory" else vocabulary
+            chunk_bytes, min(vocabulary, MIN_TILE) if mode == "low_memory" else vocabulary
         )
     problem = prepare(
         "student_hidden",
@@ -240,33 +239,33 @@ def linear_kd_loss(
     hidden, counted = flat(student_hidden), problem.counted
     with autocast_off(hidden):
         if problem.impl == "reference":
-            kept = zero_where_dead(hidden, counted.weight)
+            kept = zero_masked_rows(hidden, counted.weight)
             student = linear(cast_to(kept, cast), cast_to(student_weight, cast), student_bias)
             values, statistics = reference_rows(problem, kept, student)
             loss = reduce_rows(values, counted.weight, counted.denominator, reduction)
         else:
             layout = problem.given.layout
-            half_bound = _half_bound(problem.terms, cast or student_weight.dtype)
+            fp16_bound = _fp16_bound(problem.terms, cast or student_weight.dtype)
             compact = not static_shapes and counted.weight is not None
             backend = load_backend(problem.impl)
-            if shard is not None:
-                solver = ShardedKD(problem.terms, backend, cast, half_bound, layout, shard, compact)
-            elif mode == "low_memory":
-                solver = LowMemoryKD(problem.terms, backend, chunk_bytes, cast, half_bound, layout, compact)
+            if shard is not None or mode == "low_memory":
+                solver = TiledKD(
+                    problem.terms, backend, chunk_bytes, cast, fp16_bound, layout, compact, shard
+                )
             else:
                 solver = LinearKD(
                     problem.terms,
                     backend,
                     chunk_bytes,
                     cast,
-                    half_bound,
+                    fp16_bound,
                     layout,
                     return_stats,
                     compact,
                     logit_dtype,
                 )
             tensors = (hidden, student_weight, student_bias, *problem.given.tensors)
-            loss, statistics = row_loss_and_rest(
+            loss, statistics = row_loss_and_aux(
                 solver, tensors, counted.weight, counted.denominator, reduction, gradient_in_forward=True
             )
         if check_finite:

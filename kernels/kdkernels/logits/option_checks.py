@@ -109,7 +109,7 @@ def check_logit_dtype(
     mode: str,
     vocab_group: object,
 ) -> None:
-    """Rounded logits come out of products of that dtype, and in the fast mode."""
+    """Rounded logits come out of GEMMs of that dtype, and in the fast mode."""
     if impl == "reference":
         raise ValueError("impl='reference' has float32 logits; leave logit_dtype at None there")
     if mode != "fast" or vocab_group is not None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.backend import resolve_impl
-from ..core.matmul import autocast_dtype, wide_dtype
-from ..core.rows import Counted, count_rows, flat, per_row
+from ..core.matmul import accum_dtype, autocast_dtype
+from ..core.rows import RowWeights, flat, per_row, row_weights
 from ..divergences import Decoupled, Divergence, resolve_divergence
 from ..options import IGNORE_INDEX, Impl, Mode, Reduction, RowTerms
 from ..teachers import (
@@ -142,8 +142,8 @@ class Problem:
     terms: RowTerms
     teacher: CheckedTeacher
     labels: Tensor | None  # (N,) int64
-    counted: Counted
-    decoupled: tuple[Tensor, Tensor] | None  # (N,) weights of the target's and of the others' divergence
+    counted: RowWeights
+    decoupled: tuple[Tensor, Tensor] | None  # (N,) weights of the target and the non-target divergence
     vocab_map: int | Tensor | None
     impl: Impl
     autocast: torch.dtype | None
@@ -207,11 +207,11 @@ def prepare(
     impl = resolve_impl(impl, student.device, dtype)
 
     rows = student.numel() // max(student.shape[-1], 1)
-    device, wide = student.device, wide_dtype(student.dtype)
+    device, wide = student.device, accum_dtype(student.dtype)
     labels = None if labels is None else labels.reshape(-1).long()
     token_weight = None if token_weight is None else token_weight.reshape(-1)
     counts = None if labels is None else labels != ignore_index
-    counted = count_rows(rows, counts, token_weight, num_items_in_batch, device, wide)
+    counted = row_weights(rows, counts, token_weight, num_items_in_batch, device, wide)
     decoupled = None
     if isinstance(terms.divergence, Decoupled):
         decoupled = (
@@ -221,7 +221,7 @@ def prepare(
         terms = replace(terms, divergence=Decoupled())
     teacher = _flat_teacher(teacher)
     if isinstance(teacher, TeacherTopK):
-        teacher = _without_dead_entries(teacher, counted.weight)
+        teacher = _without_masked_entries(teacher, counted.weight)
         teacher_checks.check_ids(teacher, vocabulary)
     return Problem(terms, teacher, labels, counted, decoupled, mapping, impl, cast, return_stats)
 
@@ -233,17 +233,17 @@ def _per_row(value: float | Tensor, rows: int, device: torch.device, dtype: torc
     return torch.full((rows,), float(value), dtype=dtype, device=device)
 
 
-def _without_dead_entries(teacher: TeacherTopK, weight: Tensor | None) -> TeacherTopK:
-    """Rows that do not count may hold anything; theirs become ids that every vocabulary has, as ids are memory addresses."""
+def _without_masked_entries(teacher: TeacherTopK, weight: Tensor | None) -> TeacherTopK:
+    """Masked rows may hold garbage ids; replace them by 0..K-1 so that gathers stay in bounds."""
     if weight is None:
         return teacher
-    dead = (weight == 0).unsqueeze(1)
+    masked = (weight == 0).unsqueeze(1)
     free = torch.arange(teacher.indices.shape[1], device=teacher.indices.device)
     return replace(
         teacher,
         # Half of the probability is kept, so that the bucket has the other half.
-        logprobs=teacher.logprobs.masked_fill(dead, -math.log(2.0 * teacher.indices.shape[1])),
-        indices=torch.where(dead, free, teacher.indices),
+        logprobs=teacher.logprobs.masked_fill(masked, -math.log(2.0 * teacher.indices.shape[1])),
+        indices=torch.where(masked, free, teacher.indices),
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reference import logits as reference
 from ..reference.sparse import cross_term_row_terms, top_k_row_terms
+from ..reference.statistics import row_statistics
 from ..teachers import TeacherCrossTerm, TeacherHead, TeacherTopK
 from .problem import Problem
 
@@ -45,7 +46,7 @@ def reference_rows(problem: Problem, hidden: Tensor | None, logits: Tensor) -> t
             logits, teacher, labels, weight, terms, vocab_map=mapping, decoupled=problem.decoupled
         )
         if problem.return_stats:
-            others = reference.kd_row_stats(logits, teacher, labels, weight, terms, vocab_map=mapping)
+            others = row_statistics(logits, teacher, labels, weight, terms, vocab_map=mapping)
             statistics = torch.cat((kd.detach().unsqueeze(0), ce.detach().unsqueeze(0), others))
             if terms.kd_scale == 0.0:  # the gradient of an infinite divergence is NaN even with a weight of 0
                 kd, ce = reference.label_row_terms(logits, labels, weight, terms)

@@ -34,9 +34,9 @@ from ..teachers import (
 )
 from .option_checks import check_transform
 
-# What the kept probabilities of a row may sum to at most: rounding log-probabilities of -12 to bfloat16 changes a
+# What the top-k probabilities of a row may sum to at most: rounding log-probabilities of -12 to bfloat16 changes a
 # probability by 2.4 %, rounding the normaliser of a log_softmax in bfloat16 by as much again.
-MOST_KEPT = 1.05
+MAX_TOP_K_PROB = 1.05
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def check_ids(teacher: TeacherTopK, vocabulary: int) -> None:
         )
     ordered = indices.sort(-1).values
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        raise ValueError("TeacherTopK.indices name an id twice in one row; each kept entry needs its own")
+        raise ValueError("TeacherTopK.indices name an id twice in one row; each top-k entry needs its own")
     largest = float(logprobs.max())
     if largest > 1e-3:
         raise ValueError(
@@ -180,7 +180,7 @@ def check_ids(teacher: TeacherTopK, vocabulary: int) -> None:
         )
     if teacher.tail == "bucket":
         total = float(logprobs.exp().sum(-1, dtype=torch.float64).max())
-        if total > MOST_KEPT:
+        if total > MAX_TOP_K_PROB:
             raise ValueError(
                 f"the probabilities of a row of TeacherTopK sum to {total:.4g}, which leaves nothing for tail='bucket'; "
                 "take log_softmax over the whole vocabulary before the top k"

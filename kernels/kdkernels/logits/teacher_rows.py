@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.backend import Backend
-from ..core.matmul import head_logits, logit_buffer, wide_dtype
+from ..core.matmul import accum_dtype, head_logits, logit_buffer
 from ..options import RowTerms
+from ..reference.statistics import row_statistics
 from ..teachers import CheckedTeacher, FullTeacher, TeacherCrossTerm, TeacherHead, TeacherTopK
 from .inputs import Rows, index_rows, slice_rows
 from .top_k import cross_term_rows, label_rows, top_k_rows
@@ -106,10 +107,16 @@ class RowCall:
         only_labels = self.terms.kd_scale == 0.0
 
         def work(logits: Tensor, here: slice, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-            rows = self.rows[here]
+            rows, teacher_logits = self.rows[here], logits_of.logits(here)
+            if self.stats is not None:
+                numbers = row_statistics(
+                    logits, teacher_logits, rows.labels, rows.weight, self.terms, student_bias=self.bias,
+                    teacher_bias=bias, vocab_map=self.vocab_map,
+                )  # fmt: skip
+                self.stats(here).copy_(numbers)
             found = self.backend.kd_rows(
                 logits,
-                logits_of.logits(here),
+                teacher_logits,
                 rows.labels,
                 self.terms,
                 student_bias=self.bias,
@@ -118,7 +125,6 @@ class RowCall:
                 grad=None if only_labels else grad,
                 vocab_map=self.vocab_map,
                 decoupled=rows.decoupled,
-                stats=None if self.stats is None else self.stats(here),
             )
             if only_labels and grad is not None:
                 self._with_labels(logits, here, grad)
@@ -164,7 +170,7 @@ class CrossTermWork:
             index_rows(tensor, call.index) for tensor in (teacher.cross, teacher.bias, teacher.entropy)
         )
         assert cross is not None and bias is not None and entropy is not None
-        wide = wide_dtype(hidden.dtype)
+        wide = accum_dtype(hidden.dtype)
         cross = cross.to(wide)
         return CrossTermWork(call, cross, torch.linalg.vecdot(hidden.to(wide), cross) + bias, entropy)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.backend import Backend, load_backend
 from ..core.labels import cross_entropy, target_shares
-from ..core.matmul import wide_dtype
+from ..core.matmul import accum_dtype
 from ..core.transform import transformed_logits
 from ..options import LogitTransform, RowTerms
 from ..reference.sparse import log_bucket
@@ -33,7 +33,7 @@ def _upcast(
 
     So the transform is computed in float32, and the gradient is rounded once, when it is finished.
     """
-    wide = wide_dtype(logits.dtype)
+    wide = accum_dtype(logits.dtype)
     if logits.dtype == wide or (bias is None and transform.is_identity):
         return logits, grad
     logits = logits.to(wide)
@@ -47,7 +47,7 @@ class _Rows:
     backend: Backend
     logits: Tensor  # (R, V), overwritten
     terms: RowTerms
-    grad: Tensor | None  # (R, V), may lie over the logits
+    grad: Tensor | None  # (R, V), may alias the logits
     rounded: Tensor | None  # (R, V) the gradient in the dtype asked for; `grad` itself where that is the same
     labels: Tensor | None  # (R, 1), only with a cross entropy
     label_logit: Tensor | None  # (R, 1)
@@ -82,7 +82,7 @@ class _Rows:
         if labels is not None:
             labels = labels if masked is None else labels.masked_fill(masked, 0)
             labels, outside = _inside(labels, logits.shape[1])
-            label_logit = _zero_masked(logits.gather(1, labels).to(wide_dtype(logits.dtype)), masked)
+            label_logit = _zero_masked(logits.gather(1, labels).to(accum_dtype(logits.dtype)), masked)
             label_logit = label_logit.masked_fill(outside, math.nan)
             if terms.label_smoothing != 0.0:
                 mean = _zero_masked(logits.sum(1, keepdim=True, dtype=torch.float64), masked).squeeze(1)
@@ -111,7 +111,7 @@ class _Rows:
 
     def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(R,) of the divergence, of the cross entropy's softmax, and the constant of its smoothing."""
-        terms, wide = self.terms, wide_dtype(self.logits.dtype)
+        terms, wide = self.terms, accum_dtype(self.logits.dtype)
         unit = self.row_weight
         if unit is None:
             unit = torch.ones(self.logits.shape[0], dtype=wide, device=self.logits.device)
@@ -169,7 +169,7 @@ class _Rows:
 def _inside(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Ids with 0 for those out of range, and which these are: they are not read, and become a NaN of their row.
 
-    On a device, and in a compiled graph, nobody has looked at them: that would be a host sync.
+    On a device, and in a compiled graph, they are not checked, which would be a host sync.
     """
     outside = (ids < 0) | (ids >= vocabulary)
     return ids.masked_fill(outside, 0), outside
@@ -195,11 +195,11 @@ def top_k_rows(
     *,
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
-    grad: Tensor | None = None,  # (R, V), may lie over the logits
+    grad: Tensor | None = None,  # (R, V), may alias the logits
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
-    logits, grad, wide = rows.logits, rows.grad, wide_dtype(rows.logits.dtype)
+    logits, grad, wide = rows.logits, rows.grad, accum_dtype(rows.logits.dtype)
     indices, outside = _inside(indices, logits.shape[1])
     logprobs = logprobs.masked_fill(outside, math.nan)
     is_entry = logprobs > -math.inf
@@ -295,7 +295,7 @@ def cross_term_rows(
     *,
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
-    grad: Tensor | None = None,  # (R, V), may lie over the logits; without the part of the cross-term
+    grad: Tensor | None = None,  # (R, V), may alias the logits; without the part of the cross-term
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross entropy (R,); into `grad` the part of their gradient that goes through the student's softmax."""
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
@@ -308,7 +308,7 @@ def cross_term_rows(
     kd = kd if rows.masked is None else kd.masked_fill(rows.masked.squeeze(1), 0.0)
     ce = rows.cross_entropy(reference, log_sum_at_one)
     rows.write_gradient(statistics, temperature, rows.factors()[0] / temperature)
-    return kd.to(wide_dtype(logits.dtype)), ce
+    return kd.to(accum_dtype(logits.dtype)), ce
 
 
 def label_rows(
@@ -319,10 +319,10 @@ def label_rows(
     *,
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
-    grad: Tensor | None = None,  # (R, V), may lie over the logits
+    grad: Tensor | None = None,  # (R, V), may alias the logits
 ) -> tuple[Tensor, Tensor]:
     """0 and cross entropy (R,), and into `grad` its weighted gradient, as `Backend.kd_rows` for a divergence of weight 0."""
-    nothing = logits.new_zeros(logits.shape[0], dtype=wide_dtype(logits.dtype))
+    nothing = logits.new_zeros(logits.shape[0], dtype=accum_dtype(logits.dtype))
     if labels is None or terms.ce_weight == 0.0:
         if grad is not None:
             grad.zero_()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.matmul import wide_dtype
+from ..core.matmul import accum_dtype
 from .features import unit_rows
 from .relation_counts import RelationCounts, Variant
 
@@ -57,7 +57,7 @@ def _softmax_divergence(student: Tensor, teacher: Tensor, counted: Tensor) -> Te
 def axis_loss(
     student: Tensor,  # (B, Q, M, D_s)
     teacher: Tensor,  # (B, Q, M, D_t)
-    valid: Tensor | None,  # (B, Q, M) bool: which positions count; None counts every relation of the window
+    valid: Tensor | None,  # (B, Q, M) bool: valid positions; None takes every relation of the window
     window: int,
     variant: Variant,
     distance_weight: float,
@@ -65,7 +65,7 @@ def axis_loss(
     counts: RelationCounts,
 ) -> Tensor:
     """distance_weight * distance relation + angle_weight * angle relation of one axis, 0-D."""
-    dtype = wide_dtype(student.dtype)
+    dtype = accum_dtype(student.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
     if valid is None:
         valid = torch.ones(student.shape[:3], dtype=torch.bool, device=student.device)

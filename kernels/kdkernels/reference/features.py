@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.matmul import wide_dtype
+from ..core.matmul import accum_dtype
 from ..core.rows import inverse_length
 from ..divergences import ForwardKL
 from ..options import Distance, Project
@@ -16,7 +16,7 @@ from .logits import divergence, linear
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """(..., D) rows of length 1; a row shorter than LEAST_LENGTH becomes 0 and gets no gradient.
+    """(..., D) rows of length 1; a row shorter than NORM_EPS becomes 0 and gets no gradient.
 
     NaN where the squares are too large for the dtype.
     """
@@ -35,13 +35,13 @@ def projection_row_losses(
 ) -> Tensor:
     """(N,) distances between the projected side and the other; 0 in rows of weight 0."""
     if weight is not None:
-        dead = (weight == 0).unsqueeze(1)
-        student, teacher = student.masked_fill(dead, 0.0), teacher.masked_fill(dead, 0.0)
+        masked = (weight == 0).unsqueeze(1)
+        student, teacher = student.masked_fill(masked, 0.0), teacher.masked_fill(masked, 0.0)
     source, target = (student, teacher) if project == "student" else (teacher, student)
     if cast is not None and head is not None:
         source, head = source.to(cast), head.to(cast)
     # The student's dtype says how many digits there are, whatever the teacher has.
-    dtype = wide_dtype(student.dtype)
+    dtype = accum_dtype(student.dtype)
     source, target = source.to(dtype), target.to(dtype)
     head, bias = (None if side is None else side.to(dtype) for side in (head, bias))
     projected = linear(source, head, bias)
@@ -79,11 +79,11 @@ def relation_row_losses(
     """(B, N) sums over heads of KL(teacher relations, student relations); 0 where the mask is False."""
     batch, length, _ = student_q.shape
     counted = student_q.new_ones((batch, length), dtype=torch.bool) if mask is None else mask
-    # A token that does not count may be compared with all: its row is dropped, and a softmax needs an entry.
+    # A masked token may be compared with all: its row is dropped, and a softmax needs an entry.
     allowed = (counted.unsqueeze(1) | ~counted.unsqueeze(2)).unsqueeze(1)
     if causal:
         allowed = allowed & allowed.new_ones((length, length)).tril()
-    pairs, dtype = max(heads), wide_dtype(student_q.dtype)
+    pairs, dtype = max(heads), accum_dtype(student_q.dtype)
     sides = []
     for q, k, count in ((student_q, student_k, heads[0]), (teacher_q, teacher_k, heads[1])):
         q = q.masked_fill(~counted.unsqueeze(2), 0.0)

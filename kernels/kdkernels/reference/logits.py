@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.matmul import wide_dtype
+from ..core.matmul import accum_dtype
 from ..divergences import (
     JSD,
     TVD,
@@ -31,7 +31,7 @@ from ..options import LogitTransform, RowTerms
 
 def wide(tensor: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32."""
-    return tensor.to(wide_dtype(tensor.dtype))
+    return tensor.to(accum_dtype(tensor.dtype))
 
 
 def linear(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -164,12 +164,12 @@ def kd_row_terms(
     decoupled: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N,) divergence and (N,) cross entropy, both without their weights; 0 in rows of weight 0."""
-    dead = None if weight is None else weight == 0
-    if dead is not None:
-        # Rows that do not count may hold anything; replacing them first keeps NaN out of the gradient too.
-        student_logits = student_logits.masked_fill(dead.unsqueeze(1), 0.0)
-        teacher = teacher.masked_fill(dead.unsqueeze(1), 0.0)
-        labels = None if labels is None else labels.masked_fill(dead, 0)
+    masked = None if weight is None else weight == 0
+    if masked is not None:
+        # Masked rows may hold anything; replacing them first keeps NaN out of the gradient too.
+        student_logits = student_logits.masked_fill(masked.unsqueeze(1), 0.0)
+        teacher = teacher.masked_fill(masked.unsqueeze(1), 0.0)
+        labels = None if labels is None else labels.masked_fill(masked, 0)
     student_logits = transformed(student_logits, terms.student_transform)
     shared_s, shared_t, columns = shared_logits(
         student_logits, transformed(teacher, terms.teacher_transform), vocab_map
@@ -182,7 +182,7 @@ def kd_row_terms(
     else:
         kd = divergence(log_p_s, log_p_t, terms.divergence)
     ce = cross_entropy(student_logits, labels, terms)
-    return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
+    return (kd, ce) if masked is None else (kd.masked_fill(masked, 0.0), ce.masked_fill(masked, 0.0))
 
 
 def label_row_terms(
@@ -197,10 +197,10 @@ def label_row_terms(
     if labels is None or terms.ce_weight == 0.0:
         return zeros, zeros
     if weight is not None:
-        dead = weight == 0
+        masked = weight == 0
         student_logits, labels = (
-            student_logits.masked_fill(dead.unsqueeze(1), 0.0),
-            labels.masked_fill(dead, 0),
+            student_logits.masked_fill(masked.unsqueeze(1), 0.0),
+            labels.masked_fill(masked, 0),
         )
     student_logits = transformed(student_logits, terms.student_transform)
     ce = cross_entropy(student_logits, labels, terms)
@@ -217,41 +217,3 @@ def shared_logits(
     shared = student.shape[1] if vocab_map is None else vocab_map
     columns = torch.arange(shared, device=student.device)
     return student[:, :shared], teacher[:, :shared], columns
-
-
-@torch.no_grad()
-def kd_row_stats(
-    student_logits: Tensor,  # (N, V_s), before the transform
-    teacher: Tensor,  # (N, V_t), before the transform
-    labels: Tensor | None,  # (N,)
-    weight: Tensor | None,  # (N,)
-    terms: RowTerms,
-    *,
-    vocab_map: int | Tensor | None = None,
-) -> Tensor:
-    """(5, N) what `KDStats` holds after the two losses, of the models' own distributions at temperature 1."""
-    student = F.log_softmax(transformed(student_logits, terms.student_transform), -1)
-    teacher = F.log_softmax(transformed(teacher, terms.teacher_transform), -1)
-    rows, best = student.shape[0], student.argmax(-1)
-    student_target = teacher_target = student.new_full((rows,), math.nan)
-    if isinstance(vocab_map, Tensor):
-        best = vocab_map[best]
-    if labels is not None:
-        label = labels if weight is None else labels.masked_fill(weight == 0, 0)
-        student_target = student.gather(1, label.unsqueeze(1)).squeeze(1).exp()
-        if isinstance(vocab_map, Tensor):
-            label = vocab_map[label]
-        elif vocab_map is not None:
-            label = label.masked_fill(label >= vocab_map, -1)
-        teacher_target = teacher.gather(1, label.clamp_min(0).unsqueeze(1)).squeeze(1).exp()
-        teacher_target = teacher_target.masked_fill(label < 0, math.nan)
-    stats = torch.stack(
-        (
-            -_expectation(student.exp(), student),
-            -_expectation(teacher.exp(), teacher),
-            teacher_target,
-            student_target,
-            (best == teacher.argmax(-1)).to(student.dtype),
-        )
-    )
-    return stats if weight is None else stats.masked_fill(weight == 0, 0.0)

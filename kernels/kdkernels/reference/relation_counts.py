@@ -35,7 +35,7 @@ def count_relations(
     """Without `valid`, every position of the study's formula: neighbours outside the sequence count as well.
 
     With it, the relations of which every end exists and is valid; all of them in the official variant, which
-    relates the pairs of a whole sequence. Nothing here waits for the device.
+    relates the pairs of a whole sequence. Nothing here is a host sync, but `compact_rows`.
     """
     batch, sequences, length = shape
     if valid is None and variant == "study":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import RowTerms
-from ..teachers import LEAST_REST, TeacherCrossTerm, TeacherTopK
+from ..teachers import MIN_BUCKET_PROB, TeacherCrossTerm, TeacherTopK
 from .logits import cross_entropy, divergence, transformed, wide
 
 
@@ -22,8 +22,8 @@ def _log_rest(log_p: Tensor, taken: Tensor) -> Tensor:
 
 def log_bucket(logprobs: Tensor, vocabulary: int) -> Tensor:
     """(N, 1) log of the probability that a teacher's top-k entries (N, K), float64, leave to the bucket."""
-    rest = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(LEAST_REST).log()
-    # Where every id has an entry, what is left is the rounding of the log-probabilities.
+    rest = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(MIN_BUCKET_PROB).log()
+    # Where every id has an entry, the remainder is the rounding of the log-probabilities.
     every = (logprobs > -math.inf).sum(1, keepdim=True) == vocabulary
     return rest.masked_fill(every, -math.inf)
 
@@ -37,11 +37,11 @@ def top_k_row_terms(
 ) -> tuple[Tensor, Tensor]:
     """(N,) divergence and (N,) cross entropy, both without their weights; 0 in rows of weight 0."""
     logprobs = wide(teacher.logprobs).to(student_logits.dtype)
-    dead = None if weight is None else weight == 0
-    if dead is not None:
-        student_logits = student_logits.masked_fill(dead.unsqueeze(1), 0.0)
-        logprobs = logprobs.masked_fill(dead.unsqueeze(1), 0.0)
-        labels = None if labels is None else labels.masked_fill(dead, 0)
+    masked = None if weight is None else weight == 0
+    if masked is not None:
+        student_logits = student_logits.masked_fill(masked.unsqueeze(1), 0.0)
+        logprobs = logprobs.masked_fill(masked.unsqueeze(1), 0.0)
+        labels = None if labels is None else labels.masked_fill(masked, 0)
     logits = transformed(student_logits, terms.student_transform)
     if teacher.tail == "renormalize":
         log_p_s = F.log_softmax(logits / terms.temperature, -1)
@@ -59,7 +59,7 @@ def top_k_row_terms(
         log_p_s = F.log_softmax(torch.cat((student, rest_s), 1) / terms.temperature, -1)
         log_p_t = F.log_softmax(torch.cat((logprobs, rest_t), 1) / terms.temperature, -1)
     kd, ce = divergence(log_p_s, log_p_t, terms.divergence), cross_entropy(logits, labels, terms)
-    return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
+    return (kd, ce) if masked is None else (kd.masked_fill(masked, 0.0), ce.masked_fill(masked, 0.0))
 
 
 def cross_term_row_terms(
@@ -75,14 +75,14 @@ def cross_term_row_terms(
         wide(tensor).to(student_logits.dtype)
         for tensor in (hidden, teacher.cross, teacher.bias, teacher.entropy)
     )
-    dead = None if weight is None else weight == 0
-    if dead is not None:
+    masked = None if weight is None else weight == 0
+    if masked is not None:
         hidden, cross, student_logits = (
-            tensor.masked_fill(dead.unsqueeze(1), 0.0) for tensor in (hidden, cross, student_logits)
+            tensor.masked_fill(masked.unsqueeze(1), 0.0) for tensor in (hidden, cross, student_logits)
         )
-        labels = None if labels is None else labels.masked_fill(dead, 0)
+        labels = None if labels is None else labels.masked_fill(masked, 0)
     logits = transformed(student_logits, terms.student_transform)
     mean = ((hidden * cross).sum(-1) + bias) * terms.student_transform.scale
     kd = (logits / terms.temperature).logsumexp(-1) - mean / terms.temperature - entropy
     ce = cross_entropy(logits, labels, terms)
-    return (kd, ce) if dead is None else (kd.masked_fill(dead, 0.0), ce.masked_fill(dead, 0.0))
+    return (kd, ce) if masked is None else (kd.masked_fill(masked, 0.0), ce.masked_fill(masked, 0.0))

@@ -19,12 +19,12 @@ __all__ = [
 ]
 
 # Rows of a block: many, as a block is some hundred launches.
-MOST_ROWS = 1 << 16
+MAX_ROWS = 1 << 16
 
 
 def block_rows(device: torch.device) -> int:
     """The most rows to relate at a time."""
-    return MOST_ROWS
+    return MAX_ROWS
 
 
 def row_elements(student_width: int, teacher_width: int, offsets: int) -> int:
@@ -33,5 +33,5 @@ def row_elements(student_width: int, teacher_width: int, offsets: int) -> int:
 
 
 def widen(near: Tensor) -> bool:
-    """Never: these kernels compute in float32, and asking would make the host wait."""
+    """Never: these kernels compute in float32, and asking would be a host sync."""
     return False

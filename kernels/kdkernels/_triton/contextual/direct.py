@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.bands import DirectAngles
-from ...options import LEAST_LENGTH
+from ...options import NORM_EPS
 from ..launch import device_guard
 from .products import OPTIONS, row_offsets
 
@@ -100,7 +100,7 @@ def _direct_angles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a row; pairs of tiles of its neighbours, each computed and forgotten."""
+    """One program a row; pairs of tiles of its neighbours, each computed and not kept."""
     row = tl.program_id(0)
     if tl.load(chosen_ptr + row) == 0:
         tl.store(values_ptr + row, 0.0)
@@ -230,7 +230,7 @@ def direct_angles(block: DirectAngles, grad: Tensor | None) -> Tensor:
             stride_grad_b=out.stride(0),
             stride_grad_q=out.stride(1),
             stride_grad_m=out.stride(2),
-            shortest=LEAST_LENGTH,
+            shortest=NORM_EPS,
             WRITE_GRAD=grad is not None,
             BLOCK_N=BLOCK_NEIGHBOURS,
             BLOCK_D=BLOCK_D,

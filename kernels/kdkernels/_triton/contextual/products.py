@@ -1,7 +1,7 @@
 """Kernels over the features of a block: means of sequences, bands of inner products, and bands applied to rows.
 
-Rows are read where they are: row r of a block (b, q, m, D) is its position r % m of sequence r // m. Rows that do not
-count are never read. Products are of float32 numbers whatever the dtype of the features, as one side's mean may be
+Rows are read where they are: row r of a block (b, q, m, D) is its position r % m of sequence r // m. Masked rows
+are never read. Products are of float32 numbers whatever the dtype of the features, as one side's mean may be
 subtracted: in half precision the differences that are compared would be gone.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..launch import device_guard
 
-# Rows, neighbours and columns of one tile of a product: an accumulator of 16 registers a thread.
+# Rows, neighbours and columns of one tile of a matmul: an accumulator of 16 registers a thread.
 BLOCK_ROWS, BLOCK_NEIGHBOURS, BLOCK_D = 64, 32, 32
 
 # Triton 3.10 turns fused multiply-add off by default; these kernels are tested and counted with it. One stage: with the
@@ -43,7 +43,7 @@ def load_rows(
     stride_m,
     CENTRED: tl.constexpr,
 ):
-    """A tile (BLOCK, BLOCK_D) of rows in fp32; 0 where a row does not count and behind its end."""
+    """A tile (BLOCK, BLOCK_D) of rows in fp32; 0 in masked rows and after the end of a row."""
     offsets = row_offsets(rows, sequences, length, stride_b, stride_q, stride_m)
     inside = counted[:, None] & (columns < D)[None, :]
     tile = tl.load(features_ptr + offsets[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -111,7 +111,7 @@ def _band_products_kernel(
     BLOCK_NEIGHBOURS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a tile of rows and a tile of the rows from there on, up to K behind the last."""
+    """One program a tile of rows and a tile of the rows from there on, up to K after the last."""
     first = tl.program_id(0) * BLOCK_ROWS
     rows = first + tl.arange(0, BLOCK_ROWS)
     others = first + tl.program_id(1) * BLOCK_NEIGHBOURS + tl.arange(0, BLOCK_NEIGHBOURS)
@@ -164,7 +164,7 @@ def _band_apply_kernel(
     BLOCK_NEIGHBOURS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a tile of rows and a tile of their columns; all neighbours from K before to K behind."""
+    """One program a tile of rows and a tile of their columns; all neighbours from K before to K after."""
     first = tl.program_id(0) * BLOCK_ROWS
     rows = first + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -181,7 +181,7 @@ def _band_apply_kernel(
             stride_m, CENTRED,
         )  # fmt: skip
         total = tl.dot(factors, right, total, input_precision="ieee")
-    # Rows behind the end of the stream are no places of `out`; the others are, counted or not.
+    # Rows after the end of the stream are no places of `out`; the others are, valid or not.
     counted = tl.load(counted_ptr + rows, mask=rows < R, other=0) != 0
     offsets = row_offsets(rows, sequences, length, stride_out_b, stride_out_q, stride_out_m)
     place = out_ptr + offsets[:, None] + columns[None, :]
@@ -223,7 +223,7 @@ class Rows:
         }
 
     def centre(self) -> None:
-        """From now on rows are without the mean of their sequence."""
+        """Subtract each sequence's mean on load from here on."""
         batch, sequences, length, width = self.features.shape
         count, block = batch * sequences, min(BLOCK_ROWS, triton.next_power_of_2(length))
         means = torch.empty(count, width, dtype=torch.float32, device=self.features.device)

@@ -31,7 +31,9 @@ from ..numeric import LN_2, LOG2_E, join_lanes, softmax_step, times_unless_zero
 
 # Of alpha-beta <f> could be summed up online, but it is subtracted from terms of the last pass: only a sum of the same terms
 # drops out to its last digit in a row with nearly everything in one entry.
-MIXTURES = frozenset({"jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "chi_squared", "renyi"})
+NEEDS_MEAN_PASS = frozenset(
+    {"jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "chi_squared", "renyi"}
+)
 
 
 class KernelDivergence(NamedTuple):
@@ -247,8 +249,8 @@ def divergence_terms(ratios, first, second, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def far_slope(ratios, first):
-    """f of skew KL as it stands, which is small where the student is far above the teacher."""
+def uncentred_slope(ratios, first):
+    """f of skew KL with its constant, which is small where the student is far above the teacher."""
     smaller, mixture = _mixture(ratios.log_ratio, first)
     return (first - 1.0) * tl.where(ratios.log_ratio < 0.0, 1.0, smaller) / mixture
 
@@ -264,31 +266,31 @@ def new_slope_sums(LANES: tl.constexpr, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def slope_sums(mean, far_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
+def slope_sums(mean, uncentred_mean, ratios, slope, first, DIVERGENCE: tl.constexpr):
     """Add one tile to <f>; for Rényi's to the largest logarithm and the sum of the products over it. Of skew KL with and without the constant, to be chosen between when the row is known; of TVD
     also to the sum of p_s, which is 1 but for its rounding: f is a half nearly everywhere, and <f> has to be as exact."""
     if DIVERGENCE == "renyi":
-        mean, far_mean, _ = softmax_step(mean, far_mean, slope, 1.0)
+        mean, uncentred_mean, _ = softmax_step(mean, uncentred_mean, slope, 1.0)
     elif DIVERGENCE == "alpha_beta" or DIVERGENCE == "chi_squared":
         mean += tl.sum(slope, axis=1)
     elif DIVERGENCE != "forward_kl" and DIVERGENCE != "decoupled":
         mean += tl.sum(times_unless_zero(ratios.p_student, slope), axis=1)
     if DIVERGENCE == "skew_kl":
-        far_mean += tl.sum(times_unless_zero(ratios.p_student, far_slope(ratios, first)), axis=1)
+        uncentred_mean += tl.sum(times_unless_zero(ratios.p_student, uncentred_slope(ratios, first)), axis=1)
     elif DIVERGENCE == "tvd":
-        far_mean += tl.sum(ratios.p_student, axis=1)
-    return mean, far_mean
+        uncentred_mean += tl.sum(ratios.p_student, axis=1)
+    return mean, uncentred_mean
 
 
 @triton.jit
-def join_slope_sums(value, mean, far_mean, first, second, DIVERGENCE: tl.constexpr):
+def join_slope_sums(value, mean, uncentred_mean, first, second, DIVERGENCE: tl.constexpr):
     """Of a whole row, from every lane: the value, <f>, and <f> of the far slope; for Rényi's the largest logarithm of a
     product and the sum of the products over it."""
     value = tl.sum(value, axis=0)
     if DIVERGENCE == "renyi":
         largest = tl.max(mean, axis=0)
-        mean, far_mean = join_lanes(mean, far_mean, 1.0)
-        log_sum = tl.where(largest == float("inf"), largest, mean + tl.log2(far_mean))
+        mean, uncentred_mean = join_lanes(mean, uncentred_mean, 1.0)
+        log_sum = tl.where(largest == float("inf"), largest, mean + tl.log2(uncentred_mean))
         # Where the sum is near 1 its logarithm, by the series of artanh, from a sum without the 1.
         half = -first * second * value
         half = half / (2.0 + half)
@@ -297,15 +299,15 @@ def join_slope_sums(value, mean, far_mean, first, second, DIVERGENCE: tl.constex
         value = tl.where(tl.abs(log_sum) < 0.1, series, log_sum * LN_2) / -second
     else:
         mean = tl.sum(mean, axis=0)
-        far_mean = tl.sum(far_mean, axis=0)
-    return value, mean, far_mean
+        uncentred_mean = tl.sum(uncentred_mean, axis=0)
+    return value, mean, uncentred_mean
 
 
 @triton.jit
 def centred_slope(ratios, slope, mean, far, first, DIVERGENCE: tl.constexpr):
     """dD/d(student logit / T) = p_s f - p_s <f>."""
     if DIVERGENCE == "skew_kl":
-        slope = tl.where(far, far_slope(ratios, first), slope)
+        slope = tl.where(far, uncentred_slope(ratios, first), slope)
     if DIVERGENCE == "renyi":
         # p_s - w, where w is the product made to sum to 1; in a row with a sum near 1 from the quotient of w and p_s.
         log_sum = mean - tl.log2(far)
@@ -343,9 +345,11 @@ def ratio_move(ratio_sum, student_total, rescale, student_move, teacher_move, DI
 
 
 @triton.jit
-def mean_slope(ratio_sum, log_sum_gap, inverse_student, inverse_temperature, DIVERGENCE: tl.constexpr):
+def mean_slope(
+    ratio_sum, log_partition_ratio, inverse_student, inverse_temperature, DIVERGENCE: tl.constexpr
+):
     """<f> of reverse KL from its online sum, in log2."""
     mean = 0.0
     if DIVERGENCE == "reverse_kl":
-        mean = (ratio_sum * inverse_student) * (inverse_temperature * LOG2_E) - log_sum_gap
+        mean = (ratio_sum * inverse_student) * (inverse_temperature * LOG2_E) - log_partition_ratio
     return mean

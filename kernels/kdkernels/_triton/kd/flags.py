@@ -6,27 +6,26 @@ from torch import Tensor
 
 from ...divergences import Decoupled
 from ...options import LogitTransform, RowTerms
-from .divergence import MIXTURES, kernel_divergence
+from .divergence import NEEDS_MEAN_PASS, kernel_divergence
 
 Transform = Literal["none", "scale", "softcap"]
 
 # Divergences whose plain code was compiled without a spill, and with fewer registers, when nothing was said. Reverse KL
 # is none of them: left alone, Triton 3.7.1 gives it 48 registers on sm_90 and spills two words (2026-11-22).
-LEAN = frozenset({"forward_kl", "jsd"})
+FITS_DEFAULT_REGISTERS = frozenset({"forward_kl", "jsd"})
 
 
 class RowFlags(NamedTuple):
     """One compile-time constant of a kernel: each field stands for code that is or is not there."""
 
     divergence: str  # a name of `divergence.kernel_divergence`
-    mixture: bool = False  # both normalisers are needed before the mean slope: three passes
+    needs_mean_pass: bool = False  # both normalisers are needed before the mean slope: three passes
     has_labels: bool = False  # labels are read
     has_ce: bool = False
     # Sum of the student's exponentials at T = 1: the divergence's own, one from the same maximum, or one of its own over
     # all of the student's columns, where the divergence leaves some out.
     ce_sum: Literal["shared", "at_one", "own"] = "shared"
     has_smoothing: bool = False
-    has_stats: bool = False
     has_student_bias: bool = False
     has_teacher_bias: bool = False
     student_transform: Transform = "none"
@@ -39,12 +38,11 @@ class RowFlags(NamedTuple):
     state: Literal["none", "save", "load"] = "none"
 
     @property
-    def is_lean(self) -> bool:
+    def fits_default_registers(self) -> bool:
         """Whether the code leaves the choice of registers to the compiler: see `launch.RowConfig`."""
         return (
-            self.divergence in LEAN
+            self.divergence in FITS_DEFAULT_REGISTERS
             and not self.has_smoothing
-            and not self.has_stats
             and self.student_transform == self.teacher_transform == self.vocab_map == "none"
         )
 
@@ -57,7 +55,6 @@ def row_flags(
     teacher_bias: Tensor | None,
     row_weight: Tensor | None,
     vocab_map: int | Tensor | None,
-    stats: Tensor | None,
     write_grad: bool,
     aliased: bool,
     state: Literal["none", "save", "load"] = "none",
@@ -66,20 +63,17 @@ def row_flags(
     name = kernel_divergence(terms.divergence).name
     has_ce = labels is not None and terms.ce_weight != 0.0
     ce_sum = "shared"
-    if stats is not None or (has_ce and (vocab_map is not None or name == "decoupled")):
+    if has_ce and (vocab_map is not None or name == "decoupled"):
         ce_sum = "own"
     elif has_ce and terms.temperature != 1.0:
         ce_sum = "at_one"
     return RowFlags(
         divergence=name,
-        mixture=name in MIXTURES,
-        has_labels=has_ce
-        or isinstance(terms.divergence, Decoupled)
-        or (labels is not None and stats is not None),
+        needs_mean_pass=name in NEEDS_MEAN_PASS,
+        has_labels=has_ce or isinstance(terms.divergence, Decoupled),
         has_ce=has_ce,
         ce_sum=ce_sum,
         has_smoothing=has_ce and terms.label_smoothing != 0.0,
-        has_stats=stats is not None,
         has_student_bias=student_bias is not None,
         has_teacher_bias=teacher_bias is not None,
         student_transform=transform_name(terms.student_transform),

@@ -19,7 +19,7 @@ def _load_one(side, column, valid, other, HAS_BIAS: tl.constexpr, TRANSFORM: tl.
 
 @triton.jit
 def student_label(row, label, valid, FLAGS: tl.constexpr):
-    """The student's logit of the label; NaN for a label out of range: the host would wait for the device to see it."""
+    """The student's logit of the label; NaN for a label out of range, which a check would need a host sync to see."""
     return _load_one(
         row.student, label, valid, float("nan"), FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
     )

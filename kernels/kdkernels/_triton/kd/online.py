@@ -5,18 +5,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..numeric import LOG2_E, finite_or_zero, join_lanes, softmax_step, sum_at_one_step, times_unless_zero
+from ..numeric import LOG2_E, finite_or_zero, join_lanes, softmax_step, sum_at_one_step
 from .divergence import Ratios, mean_slope, ratio_move, ratio_step
-from .row import load_logits, load_pair
-
-
-class Own(NamedTuple):
-    """A model's own distribution at temperature 1, over all of its columns."""
-
-    maximum: Any
-    total: Any
-    weighted: Any  # sum of exp(shifted logit) * shifted logit, for the entropy
-    best: Any  # int32, the first column of the maximum
+from .row import load_pair
 
 
 class State(NamedTuple):
@@ -28,8 +19,8 @@ class State(NamedTuple):
     teacher_total: Any
     total_at_one: Any  # the student's at temperature 1, from the same maximum
     ratio_sum: Any
-    student_own: Own
-    teacher_own: Own
+    full_max: Any  # of all of the student's columns, where the divergence leaves some out
+    full_total: Any  # their sum at temperature 1
     logit_sum: Any  # of the student's logits, measured from `pivot`
 
 
@@ -42,21 +33,9 @@ class Totals(NamedTuple):
     teacher_reference: Any
     teacher_inverse: Any
     teacher_log: Any
-    log_sum_gap: Any  # log2 of the quotient of both sums
+    log_partition_ratio: Any  # log2 of the quotient of both sums
     mean: Any  # <f>, where it is known by now
     far: Any  # whether it leaves out the constant of f (skew KL); 1 / sum of the products (Rényi)
-
-
-@triton.jit
-def new_own(LANES: tl.constexpr):
-    """Nothing seen yet."""
-    nothing = tl.zeros((LANES,), tl.float32)
-    return Own(
-        tl.full((LANES,), float("-inf"), tl.float32),
-        nothing,
-        nothing,
-        tl.full((LANES,), 2147483647, tl.int32),
-    )
 
 
 @triton.jit
@@ -64,38 +43,7 @@ def new_state(LANES: tl.constexpr):
     """Nothing seen yet."""
     lowest = tl.full((LANES,), float("-inf"), tl.float32)
     nothing = tl.zeros((LANES,), tl.float32)
-    own = new_own(LANES)
-    return State(lowest, nothing, lowest, nothing, nothing, nothing, own, own, nothing)
-
-
-@triton.jit
-def own_step(own, logits, columns, HAS_STATS: tl.constexpr):
-    """Take one tile of a model's own columns."""
-    maximum, total, shifted = softmax_step(own.maximum, own.total, logits, LOG2_E)
-    weighted = own.weighted
-    best = own.best
-    if HAS_STATS:
-        reference = finite_or_zero(maximum)
-        rescale = tl.exp2((own.maximum - reference) * LOG2_E)
-        moved = weighted + times_unless_zero(own.total, finite_or_zero(own.maximum) - reference)
-        weighted = times_unless_zero(rescale, moved)
-        weighted += tl.sum(times_unless_zero(tl.exp2(shifted * LOG2_E), shifted), axis=1)
-        tile_max = tl.max(logits, axis=1)
-        first = tl.min(tl.where(logits == tile_max[:, None], columns, 2147483647), axis=1)
-        tied = tl.where(tile_max == own.maximum, tl.minimum(first, best), best)
-        best = tl.where(tile_max > own.maximum, first, tied)
-    return Own(maximum, total, weighted, best)
-
-
-@triton.jit
-def own_join(own):
-    """Of a whole row: its maximum or 0, its sum, the entropy in nats and the first column of the maximum."""
-    reference, total = join_lanes(own.maximum, own.total, LOG2_E)
-    rescale = tl.exp2((own.maximum - reference) * LOG2_E)
-    moved = own.weighted + times_unless_zero(own.total, finite_or_zero(own.maximum) - reference)
-    entropy = tl.log(total) - tl.sum(times_unless_zero(rescale, moved), axis=0) / total
-    best = tl.min(tl.where(own.maximum == tl.max(own.maximum, axis=0), own.best, 2147483647), axis=0)
-    return reference, total, entropy, best
+    return State(lowest, nothing, lowest, nothing, nothing, nothing, lowest, nothing, nothing)
 
 
 @triton.jit
@@ -123,15 +71,13 @@ def statistics_step(
     ratio_sum = ratio_step(
         ratio_sum, student_shifted, teacher_shifted, numbers.scale, tl.constexpr(FLAGS.divergence)
     )
-    student_own = state.student_own
-    teacher_own = state.teacher_own
+    full_max = state.full_max
+    full_total = state.full_total
     if FLAGS.ce_sum == "own":
-        student_own = own_step(student_own, tile.student_own, columns, FLAGS.has_stats)
-    if FLAGS.has_stats and FLAGS.vocab_map != "index":
-        teacher_own = own_step(teacher_own, tile.teacher_own, columns, True)
+        full_max, full_total, _ = softmax_step(full_max, full_total, tile.student_full, LOG2_E)
     logit_sum = state.logit_sum
     if FLAGS.has_smoothing:
-        distance = tile.student_own - pivot
+        distance = tile.student_full - pivot
         if MASKED:
             distance = tl.where(columns < row.V, distance, 0.0)
         logit_sum += tl.sum(distance, axis=1)
@@ -142,8 +88,8 @@ def statistics_step(
         teacher_total,
         total_at_one,
         ratio_sum,
-        student_own,
-        teacher_own,
+        full_max,
+        full_total,
         logit_sum,
     )
 
@@ -161,7 +107,7 @@ def save_totals(state_ptr, stride, totals, ce_reference, ce_inverse, DIVERGENCE:
     tl.store(state_ptr + 3 * stride, totals.teacher_reference)
     tl.store(state_ptr + 4 * stride, totals.teacher_inverse)
     tl.store(state_ptr + 5 * stride, totals.teacher_log)
-    tl.store(state_ptr + 6 * stride, totals.log_sum_gap)
+    tl.store(state_ptr + 6 * stride, totals.log_partition_ratio)
     tl.store(state_ptr + 7 * stride, totals.mean)
     if DIVERGENCE == "skew_kl":
         tl.store(state_ptr + 8 * stride, tl.where(totals.far, 1.0, 0.0))
@@ -198,11 +144,13 @@ def new_totals(student_reference, student_total, teacher_reference, teacher_tota
     """The statistics of a row from its sums, <f> not known."""
     student_inverse = 1.0 / student_total
     teacher_inverse = 1.0 / teacher_total
-    log_sum_gap = tl.log2(student_total / teacher_total)
+    log_partition_ratio = tl.log2(student_total / teacher_total)
     if DIVERGENCE == "decoupled":  # of a side that is certain of the label, nothing is left for the others
         student_inverse = tl.where(student_total == 0.0, 0.0, student_inverse)
         teacher_inverse = tl.where(teacher_total == 0.0, 0.0, teacher_inverse)
-        log_sum_gap = tl.where((student_total == 0.0) | (teacher_total == 0.0), 0.0, log_sum_gap)
+        log_partition_ratio = tl.where(
+            (student_total == 0.0) | (teacher_total == 0.0), 0.0, log_partition_ratio
+        )
     return Totals(
         student_reference,
         student_inverse,
@@ -210,23 +158,23 @@ def new_totals(student_reference, student_total, teacher_reference, teacher_tota
         teacher_reference,
         teacher_inverse,
         tl.log2(teacher_total),
-        log_sum_gap,
+        log_partition_ratio,
         0.0,
         False,
     )
 
 
 @triton.jit
-def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
+def with_mean(totals, mean, uncentred_mean, first, DIVERGENCE: tl.constexpr):
     """The same statistics with <f> known."""
     far = False
     if DIVERGENCE == "skew_kl":
         far = mean > 0.5 * (1.0 - first)
-        mean = tl.where(far, far_mean, mean)
+        mean = tl.where(far, uncentred_mean, mean)
     elif DIVERGENCE == "renyi":
-        far = 1.0 / far_mean
+        far = 1.0 / uncentred_mean
     elif DIVERGENCE == "tvd":
-        mean = mean / far_mean
+        mean = mean / uncentred_mean
     return Totals(
         totals.student_reference,
         totals.student_inverse,
@@ -234,7 +182,7 @@ def with_mean(totals, mean, far_mean, first, DIVERGENCE: tl.constexpr):
         totals.teacher_reference,
         totals.teacher_inverse,
         totals.teacher_log,
-        totals.log_sum_gap,
+        totals.log_partition_ratio,
         mean,
         far,
     )
@@ -258,7 +206,7 @@ def join_statistics(state, numbers, FLAGS: tl.constexpr):
     )
     mean = mean_slope(
         tl.sum(ratio_sum, axis=0),
-        totals.log_sum_gap,
+        totals.log_partition_ratio,
         totals.student_inverse,
         numbers.inverse_temperature,
         tl.constexpr(FLAGS.divergence),
@@ -276,41 +224,21 @@ def first_pass(row, numbers, pivot, tile, FLAGS: tl.constexpr, BLOCK: tl.constex
     cache. Before a pass over the mixture, which itself descends, it ascends.
     """
     full_blocks = row.shared // BLOCK
-    last = row.V
-    if FLAGS.has_stats and FLAGS.vocab_map == "prefix":
-        last = tl.maximum(row.V, row.V_teacher)
     state = new_state(LANES)
-    if full_blocks * BLOCK < last:
+    if full_blocks * BLOCK < row.V:
         columns = full_blocks * BLOCK + tile
         pair = load_pair(row, columns, FLAGS, True)
         state = statistics_step(state, pair, columns, row, numbers, pivot, FLAGS, True)
     if FLAGS.vocab_map == "prefix":
-        for block in range(full_blocks + 1, tl.cdiv(last, BLOCK)):
+        for block in range(full_blocks + 1, tl.cdiv(row.V, BLOCK)):
             columns = block * BLOCK + tile
             pair = load_pair(row, columns, FLAGS, True)
             state = statistics_step(state, pair, columns, row, numbers, pivot, FLAGS, True)
     for step in range(full_blocks):
-        columns = (step if FLAGS.mixture else full_blocks - 1 - step) * BLOCK + tile
+        columns = (step if FLAGS.needs_mean_pass else full_blocks - 1 - step) * BLOCK + tile
         pair = load_pair(row, columns, FLAGS, False)
         state = statistics_step(state, pair, columns, row, numbers, pivot, FLAGS, False)
     return state
-
-
-@triton.jit
-def teacher_pass(row, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The teacher's own distribution under an index map, which visits its columns out of order and not all of them."""
-    own = new_own(LANES)
-    for block in range(tl.cdiv(row.V_teacher, BLOCK)):
-        columns = block * BLOCK + tile
-        logits = load_logits(
-            row.teacher,
-            columns,
-            columns < row.V_teacher,
-            FLAGS.has_teacher_bias,
-            tl.constexpr(FLAGS.teacher_transform),
-        )
-        own = own_step(own, logits, columns, True)
-    return own
 
 
 @triton.jit
@@ -321,7 +249,7 @@ def tile_ratios(pair, totals, scale):
     return Ratios(
         tl.exp2(student_shifted * scale) * totals.student_inverse,
         tl.exp2(teacher_shifted * scale) * totals.teacher_inverse,
-        (student_shifted - teacher_shifted) * scale - totals.log_sum_gap,
+        (student_shifted - teacher_shifted) * scale - totals.log_partition_ratio,
         student_shifted * scale - totals.student_log,
         teacher_shifted * scale - totals.teacher_log,
     )

@@ -17,7 +17,7 @@ from .online import tile_ratios
 from .row import chain_factor, load_pair
 
 
-class Numbers(NamedTuple):
+class RowScalars(NamedTuple):
     """The run-time numbers of a row."""
 
     scale: Any  # log2(e) / T
@@ -26,12 +26,12 @@ class Numbers(NamedTuple):
     second: Any
 
 
-class Slopes(NamedTuple):
+class GradientFactors(NamedTuple):
     """What the terms of the gradient are multiplied by, and the row's numbers that they need."""
 
     divergence: Any
     ce: Any
-    smoothing: Any  # of the one-hot target, the part spread over all columns
+    smoothing: Any  # of the one-hot target, the part shared by all columns
     uniform: Any  # what each column gets of it
     ce_reference: Any
     ce_inverse: Any
@@ -42,12 +42,14 @@ class Slopes(NamedTuple):
 @triton.jit
 def sums_step(sums, row, columns, numbers, totals, FLAGS: tl.constexpr, MASKED: tl.constexpr):
     """Add one tile to the value and to <f>, (LANES,) each."""
-    value, mean, far_mean = sums
+    value, mean, uncentred_mean = sums
     pair = load_pair(row, columns, FLAGS, MASKED)
     ratios = tile_ratios(pair, totals, numbers.scale)
     terms, slope = divergence_terms(ratios, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence))
-    mean, far_mean = slope_sums(mean, far_mean, ratios, slope, numbers.first, tl.constexpr(FLAGS.divergence))
-    return value + tl.sum(terms, axis=1), mean, far_mean
+    mean, uncentred_mean = slope_sums(
+        mean, uncentred_mean, ratios, slope, numbers.first, tl.constexpr(FLAGS.divergence)
+    )
+    return value + tl.sum(terms, axis=1), mean, uncentred_mean
 
 
 @triton.jit
@@ -61,9 +63,9 @@ def sums_pass(row, numbers, totals, tile, FLAGS: tl.constexpr, BLOCK: tl.constex
     for step in range(full_blocks):
         columns = (full_blocks - 1 - step) * BLOCK + tile
         sums = sums_step(sums, row, columns, numbers, totals, FLAGS, False)
-    value, mean, far_mean = sums
+    value, mean, uncentred_mean = sums
     return join_slope_sums(
-        value, mean, far_mean, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence)
+        value, mean, uncentred_mean, numbers.first, numbers.second, tl.constexpr(FLAGS.divergence)
     )
 
 
@@ -101,13 +103,13 @@ def last_step(
                 shifted = pair.student - totals.student_reference
                 p_at_one = tl.exp2(shifted * LOG2_E) * slopes.ce_inverse
             elif FLAGS.ce_sum == "own":
-                shifted = pair.student_own - slopes.ce_reference
+                shifted = pair.student_full - slopes.ce_reference
                 p_at_one = tl.exp2(shifted * LOG2_E) * slopes.ce_inverse
             gradient += ce_slope(p_at_one, columns, row, slopes, FLAGS.has_smoothing)
         if FLAGS.student_transform != "none":
-            gradient *= chain_factor(pair.student_own, row.student, tl.constexpr(FLAGS.student_transform))
+            gradient *= chain_factor(pair.student_full, row.student, tl.constexpr(FLAGS.student_transform))
         if FLAGS.aliased:
-            # Tile i of the gradient lies over logits of tile i // 2. All warps have read as far as i before one writes,
+            # Tile i of the gradient overwrites logits of tile i // 2. All warps have read as far as i before one writes,
             # and the tiles ascend, so nothing is overwritten that is still to be read.
             tl.debug_barrier()
         store_tile(grad_row, columns, gradient, row.V, MASKED)

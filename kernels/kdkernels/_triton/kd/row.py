@@ -1,4 +1,4 @@
-"""Reading one tile of both rows: bias, scale, softcap, and which teacher column stands beside one of the student's."""
+"""Reading one tile of both rows: bias, scale, softcap, and which teacher column belongs to one of the student's."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from ..numeric import tanh
 
 
-class Side(NamedTuple):
+class LogitRow(NamedTuple):
     """One row of raw logits and what makes logits of them."""
 
     row_ptr: Any  # (V,)
@@ -20,8 +20,8 @@ class Side(NamedTuple):
 class Row(NamedTuple):
     """Both sides of a row, and the columns that they share."""
 
-    student: Side
-    teacher: Side
+    student: LogitRow
+    teacher: LogitRow
     # (V_s,) int32 teacher column of each of the student's columns, -1 for none; read for index maps
     map_ptr: Any
     V: Any  # columns of the student
@@ -35,8 +35,7 @@ class Tile(NamedTuple):
 
     student: Any  # in the divergence: -inf where the teacher has no such column
     teacher: Any
-    student_own: Any  # all of the student's columns, -inf outside of the row
-    teacher_own: Any  # likewise of the teacher, without index maps
+    student_full: Any  # all of the student's columns, -inf outside of the row
 
 
 @triton.jit
@@ -81,33 +80,30 @@ def load_logits(side, columns, inside, HAS_BIAS: tl.constexpr, TRANSFORM: tl.con
 def load_pair(row, columns, FLAGS: tl.constexpr, MASKED: tl.constexpr):
     """One tile of both rows; without MASKED all columns are below `row.shared`."""
     in_row = columns < row.V if MASKED else None
-    student_own = load_logits(
+    student_full = load_logits(
         row.student, columns, in_row, FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
     )
     if FLAGS.vocab_map == "index":
         places = tl.load(row.map_ptr + columns, mask=in_row, other=-1 if MASKED else None)
         both = (places >= 0) & (places < row.V_teacher)
-        teacher_own = load_logits(
+        teacher = load_logits(
             row.teacher, places, both, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
-        # An id beyond the teacher's is not read, and shows in the loss: the host would wait for the device to see it.
-        teacher = tl.where(places >= row.V_teacher, float("nan"), teacher_own)
-        student = tl.where(places >= 0, student_own, float("-inf"))
+        # An id beyond the teacher's is not read, and makes the loss NaN: looking at it would be a host sync.
+        teacher = tl.where(places >= row.V_teacher, float("nan"), teacher)
+        student = tl.where(places >= 0, student_full, float("-inf"))
     elif FLAGS.vocab_map == "prefix" and MASKED:
         both = columns < row.shared
-        inside = columns < row.V_teacher if FLAGS.has_stats else both
-        teacher_own = load_logits(
-            row.teacher, columns, inside, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
+        teacher = load_logits(
+            row.teacher, columns, both, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
-        student = tl.where(both, student_own, float("-inf"))
-        teacher = tl.where(both, teacher_own, float("-inf"))
+        student = tl.where(both, student_full, float("-inf"))
     else:
-        teacher_own = load_logits(
+        teacher = load_logits(
             row.teacher, columns, in_row, FLAGS.has_teacher_bias, tl.constexpr(FLAGS.teacher_transform)
         )
-        student = student_own
-        teacher = teacher_own
+        student = student_full
     if FLAGS.divergence == "decoupled":  # its softmaxes are over what is not the label
         student = tl.where(columns == row.label, float("-inf"), student)
         teacher = tl.where(columns == row.label, float("-inf"), teacher)
-    return Tile(student, teacher, student_own, teacher_own)
+    return Tile(student, teacher, student_full)

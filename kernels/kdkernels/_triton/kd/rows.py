@@ -4,7 +4,7 @@ Passes over a row of V logits on both sides: statistics (`online.py`); for the m
 which need both normalisers; last the gradient together with the value of the others (`passes.py`).
 `kd_gradient` writes the gradient from what an earlier launch for the values kept of a row: one pass.
 Bytes moved per logit: 2 x (student + teacher) reads + 1 gradient write, 3 x for mixtures: 18 and 26 with fp32 logits and
-a half gradient, 10 and 14 with half logits. Cross entropy, label smoothing and statistics add none.
+a half gradient, 10 and 14 with half logits. Cross entropy and label smoothing add none.
 """
 
 import torch
@@ -13,51 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import RowTerms
-from ..aliasing import lies_over
-from ..launch import RowConfig, architecture_of, device_guard, launch_options, row_config
+from ..aliasing import aliases_input
+from ..launch import RowConfig, device_guard
 from ..numeric import LN_2, LOG2_E, finite_or_zero, join_lanes, write_zeros
-from .divergence import kernel_divergence
-from .flags import row_flags, transform_numbers
+from .arguments import pointer, row_arguments
+from .flags import row_flags
 from .labels import cross_entropy, decoupled_parts, student_label, teacher_label
-from .online import first_pass, join_statistics, load_totals, own_join, save_totals, teacher_pass, with_mean
-from .passes import Numbers, Slopes, last_pass, sums_pass
-from .row import Row, Side
-
-
-@triton.jit
-def _store_stats(
-    stats_ptr, stride_stats_row, row, state, label_logit, label_in_teacher, teacher_logit, tile,
-    FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Entropies, probabilities of the label, and whether both models' best columns are the same token."""
-    student_reference, student_total, student_entropy, student_best = own_join(state.student_own)
-    teacher_own = state.teacher_own
-    if FLAGS.vocab_map == "index":
-        teacher_own = teacher_pass(row, tile, FLAGS, BLOCK, LANES)
-        student_best = tl.load(row.map_ptr + student_best, mask=student_best < row.V, other=-1)
-    teacher_reference, teacher_total, teacher_entropy, teacher_best = own_join(teacher_own)
-    student_probability = float("nan")
-    teacher_probability = float("nan")
-    if FLAGS.has_labels:
-        student_probability = tl.exp2((label_logit - student_reference) * LOG2_E) / student_total
-        teacher_probability = tl.exp2((teacher_logit - teacher_reference) * LOG2_E) / teacher_total
-        teacher_probability = tl.where(label_in_teacher, teacher_probability, float("nan"))
-    tl.store(stats_ptr, student_entropy)
-    tl.store(stats_ptr + stride_stats_row, teacher_entropy)
-    tl.store(stats_ptr + 2 * stride_stats_row, teacher_probability)
-    tl.store(stats_ptr + 3 * stride_stats_row, student_probability)
-    tl.store(stats_ptr + 4 * stride_stats_row, tl.where(student_best == teacher_best, 1.0, 0.0))
-
+from .online import first_pass, join_statistics, load_totals, save_totals, with_mean
+from .passes import GradientFactors, RowScalars, last_pass, sums_pass
+from .row import LogitRow, Row
 
 # Pointers to one number a row: slices of them start anywhere.
-_SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "kd_ptr", "ce_ptr", "stats_ptr"]
-_SCALARS += ["state_ptr"]
+_SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "kd_ptr", "ce_ptr", "state_ptr"]
 
 
-# A chunk of another number of rows compiles nothing anew, and neither does one that starts elsewhere.
-@triton.jit(
-    do_not_specialize=["stride_stats_row", "stride_state_row"], do_not_specialize_on_alignment=_SCALARS
-)
+# Neither a chunk of another number of rows nor one that starts elsewhere recompiles.
+@triton.jit(do_not_specialize=["stride_state_row"], do_not_specialize_on_alignment=_SCALARS)
 def _kd_rows_kernel(
     student_ptr,  # (R, V)
     teacher_ptr,  # (R, V_teacher)
@@ -71,12 +42,10 @@ def _kd_rows_kernel(
     grad_ptr,  # (R, V), may share memory with student_ptr
     kd_ptr,  # (R,) fp32, written
     ce_ptr,  # (R,) fp32, written
-    stats_ptr,  # (5, R) fp32, written when has_stats
-    state_ptr,  # (ROW_STATE, R) fp32, written or read as FLAGS.state says; read, neither values nor statistics are written
+    state_ptr,  # (ROW_STATE, R) fp32, written or read as FLAGS.state says; read, no values are written
     stride_student_row,
     stride_teacher_row,
     stride_grad_row,
-    stride_stats_row,
     stride_state_row,
     V,
     V_teacher,
@@ -100,7 +69,6 @@ def _kd_rows_kernel(
     LANES: tl.constexpr = BLOCK // WIDTH
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     grad_row = grad_ptr + row_index * stride_grad_row
-    stats_ptr += row_index
     state_ptr += row_index
 
     weight = 1.0
@@ -110,9 +78,6 @@ def _kd_rows_kernel(
             if FLAGS.state != "load":
                 tl.store(kd_ptr + row_index, 0.0)
                 tl.store(ce_ptr + row_index, 0.0)
-            if FLAGS.has_stats:
-                for statistic in range(5):
-                    tl.store(stats_ptr + statistic * stride_stats_row, 0.0)
             if FLAGS.write_grad:
                 write_zeros(grad_row, V, tile, BLOCK)
             return
@@ -122,10 +87,10 @@ def _kd_rows_kernel(
     if FLAGS.has_labels:
         label = tl.load(labels_ptr + row_index)
         valid = (label >= 0) & (label < V)
-    student = Side(
+    student = LogitRow(
         student_ptr + row_index * stride_student_row, student_bias_ptr, student_slope, student_softcap
     )
-    teacher = Side(
+    teacher = LogitRow(
         teacher_ptr + row_index * stride_teacher_row, teacher_bias_ptr, teacher_slope, teacher_softcap
     )
     row = Row(student, teacher, map_ptr, V, V_teacher, shared, label.to(tl.int32))
@@ -135,10 +100,10 @@ def _kd_rows_kernel(
     if FLAGS.has_labels:
         label_logit = student_label(row, label, valid, FLAGS)
         ce_weight = tl.where(valid, ce_weight, float("nan"))
-    if FLAGS.has_labels and (FLAGS.has_stats or FLAGS.divergence == "decoupled"):
+    if FLAGS.divergence == "decoupled":
         teacher_logit, label_shared = teacher_label(row, label, valid, FLAGS)
 
-    numbers = Numbers(inverse_temperature * LOG2_E, inverse_temperature, first, second)
+    numbers = RowScalars(inverse_temperature * LOG2_E, inverse_temperature, first, second)
     ce = 0.0
     uniform = label_smoothing / V
     if FLAGS.state == "load":
@@ -149,11 +114,6 @@ def _kd_rows_kernel(
         pivot = finite_or_zero(label_logit)
         state = first_pass(row, numbers, pivot, tile, FLAGS, BLOCK, LANES)
         totals = join_statistics(state, numbers, FLAGS)
-        if FLAGS.has_stats:
-            _store_stats(
-                stats_ptr, stride_stats_row, row, state, label_logit, label_shared, teacher_logit, tile,
-                FLAGS, BLOCK, LANES,
-            )  # fmt: skip
         ce_reference = totals.student_reference
         ce_inverse = totals.student_inverse
         if FLAGS.has_ce:
@@ -161,8 +121,7 @@ def _kd_rows_kernel(
                 log_total = totals.student_log * LN_2
             else:
                 if FLAGS.ce_sum == "own":
-                    own = state.student_own
-                    ce_reference, total = join_lanes(own.maximum, own.total, LOG2_E)
+                    ce_reference, total = join_lanes(state.full_max, state.full_total, LOG2_E)
                 else:
                     _, total = join_lanes(state.student_max, state.total_at_one, LOG2_E)
                 log_total = tl.log2(total) * LN_2
@@ -184,16 +143,16 @@ def _kd_rows_kernel(
             numbers.scale,
         )
 
-    if FLAGS.mixture and FLAGS.state != "load":
-        value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
+    if FLAGS.needs_mean_pass and FLAGS.state != "load":
+        value, mean, uncentred_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
         tl.store(kd_ptr + row_index, value)
-        totals = with_mean(totals, mean, far_mean, first, tl.constexpr(FLAGS.divergence))
+        totals = with_mean(totals, mean, uncentred_mean, first, tl.constexpr(FLAGS.divergence))
     if FLAGS.state == "save":
         save_totals(
             state_ptr, stride_state_row, totals, ce_reference, ce_inverse, tl.constexpr(FLAGS.divergence)
         )
-    if FLAGS.write_grad or not FLAGS.mixture:
-        slopes = Slopes(
+    if FLAGS.write_grad or not FLAGS.needs_mean_pass:
+        slopes = GradientFactors(
             weight * kd_scale * inverse_temperature,
             weight * ce_weight,
             label_smoothing,
@@ -206,7 +165,7 @@ def _kd_rows_kernel(
         value = last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
         if FLAGS.divergence == "decoupled":
             value = target_kd + rest * value
-        if not FLAGS.mixture and FLAGS.state != "load":
+        if not FLAGS.needs_mean_pass and FLAGS.state != "load":
             tl.store(kd_ptr + row_index, value)
     if FLAGS.state != "load":
         tl.store(ce_ptr + row_index, ce)
@@ -224,16 +183,15 @@ def kd_rows(
     grad: Tensor | None = None,  # (R, V)
     vocab_map: int | Tensor | None = None,
     decoupled: tuple[Tensor, Tensor] | None = None,
-    stats: Tensor | None = None,  # (5, R) fp32, last axis contiguous
     state: Tensor | None = None,  # (ROW_STATE, R) fp32, written for `kd_gradient`
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # (R,) fp32, (R,) fp32
     """Divergence and cross entropy of every row, and row_weight * d(row loss)/d(student_logits) written into `grad`.
 
-    The contract is `kdkernels.backends.Backend.kd_rows`. Logits are fp16, bf16 or fp32 on either side, the last axis
+    The contract is `core.backend.Backend.kd_rows`. Logits are fp16, bf16 or fp32 on either side, the last axis
     contiguous; everything is computed in fp32 and rounded once to the dtype of `grad`. `grad` may be `student_logits`
     itself or a narrower view of the same rows, such as the (R, 2V) half view of an fp32 buffer cut to V columns: the row
-    is overwritten behind what has been read. Rows of weight 0 are not read; their values are 0 and their gradient is
+    is overwritten only where it has been read. Rows of weight 0 are not read; their values are 0 and their gradient is
     exactly 0. `config` replaces the table's configuration.
     """
     kd = torch.empty(len(student_logits), dtype=torch.float32, device=student_logits.device)
@@ -250,7 +208,6 @@ def kd_rows(
         vocab_map=vocab_map,
         decoupled=decoupled,
         values=(kd, ce),
-        stats=stats,
         state=state,
         config=config,
     )
@@ -272,7 +229,7 @@ def kd_gradient(
 ) -> None:
     """The gradient that `kd_rows` writes, in one pass over both rows, from the state that a call for the values kept.
 
-    The contract is `kdkernels.backends.Backend.kd_gradient`.
+    The contract is `core.backend.Backend.kd_gradient`.
     """
     _launch(
         student_logits,
@@ -302,20 +259,13 @@ def _launch(
     vocab_map: int | Tensor | None,
     decoupled: tuple[Tensor, Tensor] | None,
     values: tuple[Tensor, Tensor] | None,
-    stats: Tensor | None = None,
     state: Tensor | None,
     config: RowConfig | None,
 ) -> None:
     """Launch the kernel for values and gradient, or, without `values`, for the gradient from a state."""
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits.dtype == torch.float64:
-            raise ValueError(
-                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
-            )
     rows, vocabulary = student_logits.shape
     if rows == 0:
         return
-    written = student_logits if grad is None else grad
     flags = row_flags(
         terms,
         labels=labels,
@@ -323,66 +273,25 @@ def _launch(
         teacher_bias=teacher_bias,
         row_weight=row_weight,
         vocab_map=vocab_map,
-        stats=stats,
         write_grad=grad is not None,
-        aliased=lies_over(written, student_logits),
+        aliased=grad is not None and aliases_input(grad, student_logits),
         state="none" if state is None else "load" if values is None else "save",
     )
-    if config is None:
-        config = row_config(architecture_of(student_logits.device))
-    divergence = kernel_divergence(terms.divergence)
-    student_slope, student_softcap = transform_numbers(terms.student_transform)
-    teacher_slope, teacher_softcap = transform_numbers(terms.teacher_transform)
-    index_map = vocab_map.to(torch.int32).contiguous() if isinstance(vocab_map, Tensor) else None
-    target, non_target = (None, None) if decoupled is None else decoupled
-
-    def pointer(tensor: Tensor | None) -> Tensor:
-        """A pointer that its flag leaves unread is given the logits, so that one signature serves all."""
-        return student_logits if tensor is None else tensor.contiguous()
-
+    index_map = vocab_map.to(torch.int32) if isinstance(vocab_map, Tensor) else None
+    arguments = row_arguments(
+        flags, terms, student_logits, teacher_logits, labels, biases=(student_bias, teacher_bias),
+        row_weight=row_weight, decoupled=decoupled, grad=grad, fits_default_registers=flags.fits_default_registers, config=config,
+    )  # fmt: skip
+    kd, ce = (None, None) if values is None else values
     with device_guard(student_logits.device):
         _kd_rows_kernel[(rows,)](
-            student_ptr=student_logits,
-            teacher_ptr=teacher_logits,
-            labels_ptr=pointer(labels),
-            student_bias_ptr=pointer(student_bias),
-            teacher_bias_ptr=pointer(teacher_bias),
-            map_ptr=pointer(index_map),
-            target_ptr=pointer(target),
-            non_target_ptr=pointer(non_target),
-            row_weight_ptr=pointer(row_weight),
-            grad_ptr=written,
-            kd_ptr=pointer(None if values is None else values[0]),
-            ce_ptr=pointer(None if values is None else values[1]),
-            stats_ptr=pointer(None) if stats is None else stats,
-            state_ptr=pointer(None) if state is None else state,
-            stride_student_row=student_logits.stride(0),
-            stride_teacher_row=teacher_logits.stride(0),
-            stride_grad_row=written.stride(0),
-            stride_stats_row=0 if stats is None else stats.stride(0),
+            map_ptr=pointer(index_map, student_logits),
+            kd_ptr=pointer(kd, student_logits),
+            ce_ptr=pointer(ce, student_logits),
+            state_ptr=student_logits if state is None else state,
             stride_state_row=0 if state is None else state.stride(0),
             V=vocabulary,
             V_teacher=teacher_logits.shape[1],
             shared=vocab_map if isinstance(vocab_map, int) else vocabulary,
-            inverse_temperature=1.0 / terms.temperature,
-            first=float(divergence.first),
-            second=float(divergence.second),
-            kd_scale=float(terms.kd_scale),
-            ce_weight=float(terms.ce_weight),
-            label_smoothing=float(terms.label_smoothing),
-            student_slope=float(student_slope),
-            student_softcap=float(student_softcap),
-            teacher_slope=float(teacher_slope),
-            teacher_softcap=float(teacher_softcap),
-            FLAGS=flags,
-            BLOCK=config.block,
-            WIDTH=config.width,
-            **launch_options(
-                config,
-                vocabulary,
-                student_logits.stride(0),
-                teacher_logits.stride(0),
-                written.stride(0),
-                lean=flags.is_lean,
-            ),
+            **arguments,
         )

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliasing import lies_over
+from ..aliasing import aliases_input
 from ..launch import RowConfig, architecture_of, device_guard, launch_options, row_config
 from ..numeric import LN_2, LOG2_E, join_lanes, softmax_step, store_tile, sum_at_one_step, write_zeros
-from .row import Side, load_logits
+from .row import LogitRow, load_logits
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _statistics_step(state, side, columns, inside, scale, AT_ONE: tl.constexpr):
     return next_maximum, total, total_at_one
 
 
-# As in `rows.py`: another number of rows, or a chunk that starts elsewhere, compiles nothing anew.
+# As in `rows.py`: another number of rows, or a chunk that starts elsewhere, does not recompile.
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["row_weight_ptr", "statistics_ptr"])
 def _row_statistics_kernel(
     logits_ptr,  # (R, V)
@@ -52,7 +52,7 @@ def _row_statistics_kernel(
             return
     LANES: tl.constexpr = BLOCK // WIDTH
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    side = Side(logits_ptr + row * stride_logits_row, logits_ptr, 1.0, 1.0)
+    side = LogitRow(logits_ptr + row * stride_logits_row, logits_ptr, 1.0, 1.0)
     scale = inverse_temperature * LOG2_E
     nothing = tl.zeros((LANES,), tl.float32)
     state = (tl.full((LANES,), float("-inf"), tl.float32), nothing, nothing)
@@ -85,7 +85,7 @@ def row_statistics(
 ) -> Tensor:  # (3, R) fp32
     """The largest logit, and measured from it the log-sum-exps at the temperature and, if `at_one`, at 1, else the same again.
 
-    The contract is `kdkernels.backends.Backend.row_statistics`. fp16, bf16 or fp32, the last axis contiguous.
+    The contract is `core.backend.Backend.row_statistics`. fp16, bf16 or fp32, the last axis contiguous.
     """
     rows, vocabulary = logits.shape
     statistics = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
@@ -122,7 +122,7 @@ def _gradient_step(
     if AT_ONE:
         gradient += factor_at_one * tl.exp2((logits - log_sum_at_one) * LOG2_E)
     if ALIASED:
-        tl.debug_barrier()  # as in `gradient.last_step`
+        tl.debug_barrier()  # as in `passes.last_step`
     store_tile(grad_row, columns, gradient, V, MASKED)
 
 
@@ -163,7 +163,7 @@ def _softmax_gradient_kernel(
     constant = 0.0
     if HAS_CONSTANT:
         constant = tl.load(constant_ptr + row)
-    side = Side(logits_ptr + row * stride_logits_row, logits_ptr, 1.0, 1.0)
+    side = LogitRow(logits_ptr + row * stride_logits_row, logits_ptr, 1.0, 1.0)
     reference = tl.load(statistics_ptr + row)
     log_sum = tl.load(statistics_ptr + R + row)
     log_sum_at_one = tl.load(statistics_ptr + 2 * R + row)
@@ -188,12 +188,12 @@ def softmax_gradient(
 ) -> None:
     """Multiples of the softmaxes at the temperature and at 1, and a constant.
 
-    The contract is `kdkernels.backends.Backend.softmax_gradient`; `grad` may lie over the logits as in `kd_rows`.
+    The contract is `core.backend.Backend.softmax_gradient`; `grad` may alias the logits as in `kd_rows`.
     """
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    aliased = lies_over(grad, logits)
+    aliased = aliases_input(grad, logits)
     if config is None:
         config = row_config(architecture_of(logits.device))
     with device_guard(logits.device):

@@ -1,18 +1,18 @@
 """The work on a row split over tiles of the vocabulary, for logits that never exist as whole rows.
 
 The same passes as in `rows.py`, over the columns of one tile; what a row is known by between tiles is in
-`kdkernels/row_state.py`. <f> of every divergence comes from a pass of its own here, so nothing is summed online.
+`core/row_state.py`. <f> of every divergence comes from a pass of its own here, so nothing is summed online.
 """
 
 import triton
 import triton.language as tl
 
 from ...core import row_state
-from ..numeric import LOG2_E, finite_or_zero, rescaled, store_tile, write_zeros
+from ..numeric import LOG2_E, finite_or_zero, rescaled, softmax_step, store_tile, write_zeros
 from .labels import decoupled_parts, student_label, teacher_label
-from .online import first_pass, new_own, new_totals, own_step, with_mean
-from .passes import Numbers, Slopes, ce_slope, last_pass, sums_pass
-from .row import Row, Side, chain_factor, load_logits
+from .online import first_pass, new_totals, with_mean
+from .passes import GradientFactors, RowScalars, ce_slope, last_pass, sums_pass
+from .row import LogitRow, Row, chain_factor, load_logits
 
 STUDENT_MAX = tl.constexpr(row_state.STUDENT_MAX)
 STUDENT_SUM = tl.constexpr(row_state.STUDENT_SUM)
@@ -25,7 +25,7 @@ TEACHER_LABEL = tl.constexpr(row_state.TEACHER_LABEL)
 LOGIT_SUM = tl.constexpr(row_state.LOGIT_SUM)
 VALUE = tl.constexpr(row_state.VALUE)
 MEAN = tl.constexpr(row_state.MEAN)
-FAR_MEAN = tl.constexpr(row_state.FAR_MEAN)
+UNCENTRED_MEAN = tl.constexpr(row_state.UNCENTRED_MEAN)
 
 
 @triton.jit
@@ -54,18 +54,19 @@ def _add(state_ptr, stride, slot, value):
 @triton.jit
 def _student_pass(row, tile, FLAGS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Statistics of a tile that the teacher has no part in: the cross entropy's, and the sum of the logits."""
-    own = new_own(LANES)
-    logit_sum = tl.zeros((LANES,), tl.float32)
+    maximum = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    logit_sum = total
     for block in range(tl.cdiv(row.V, BLOCK)):
         columns = block * BLOCK + tile
         inside = columns < row.V
         logits = load_logits(
             row.student, columns, inside, FLAGS.has_student_bias, tl.constexpr(FLAGS.student_transform)
         )
-        own = own_step(own, logits, columns, False)
+        maximum, total, _ = softmax_step(maximum, total, logits, LOG2_E)
         if FLAGS.has_smoothing:
             logit_sum += tl.sum(tl.where(inside, logits, 0.0), axis=1)
-    return own, logit_sum
+    return maximum, total, logit_sum
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _student_gradient(row, grad_row, slopes, tile, FLAGS: tl.constexpr, BLOCK: t
         if FLAGS.student_transform != "none":
             gradient *= chain_factor(logits, row.student, tl.constexpr(FLAGS.student_transform))
         if FLAGS.aliased:
-            tl.debug_barrier()  # as in `gradient.last_step`
+            tl.debug_barrier()  # as in `passes.last_step`
         store_tile(grad_row, columns, gradient, row.V, True)
 
 
@@ -94,7 +95,8 @@ def _statistics(row, label, state_ptr, stride, numbers, tile, FLAGS, BLOCK, LANE
     """Merge the tile into the first nine slots."""
     if HAS_TEACHER:
         state = first_pass(row, numbers, 0.0, tile, FLAGS, BLOCK, LANES)
-        own = state.student_own
+        full_max = state.full_max
+        full_total = state.full_total
         logit_sum = state.logit_sum
         _merge(
             state_ptr, stride, STUDENT_MAX, STUDENT_SUM, state.student_max, state.student_total, numbers.scale
@@ -103,9 +105,9 @@ def _statistics(row, label, state_ptr, stride, numbers, tile, FLAGS, BLOCK, LANE
             state_ptr, stride, TEACHER_MAX, TEACHER_SUM, state.teacher_max, state.teacher_total, numbers.scale
         )
     else:
-        own, logit_sum = _student_pass(row, tile, FLAGS, BLOCK, LANES)
+        full_max, full_total, logit_sum = _student_pass(row, tile, FLAGS, BLOCK, LANES)
     if FLAGS.has_ce:
-        _merge(state_ptr, stride, CE_MAX, CE_SUM, own.maximum, own.total, LOG2_E)
+        _merge(state_ptr, stride, CE_MAX, CE_SUM, full_max, full_total, LOG2_E)
     if FLAGS.has_smoothing:
         _add(state_ptr, stride, LOGIT_SUM, tl.sum(logit_sum, axis=0))
     if FLAGS.has_labels:
@@ -170,7 +172,7 @@ def _gradient(
         totals = with_mean(
             totals,
             tl.load(state_ptr + MEAN * stride),
-            tl.load(state_ptr + FAR_MEAN * stride),
+            tl.load(state_ptr + UNCENTRED_MEAN * stride),
             numbers.first,
             tl.constexpr(FLAGS.divergence),
         )
@@ -180,14 +182,14 @@ def _gradient(
             label_difference, rest = _label_parts(
                 state_ptr, stride, totals, tl.load(target_ptr), tl.load(non_target_ptr), numbers
             )
-        slopes = Slopes(
+        slopes = GradientFactors(
             kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, label_difference, rest
         )
         value = last_pass(row, grad_row, numbers, totals, slopes, tile, FLAGS, BLOCK, LANES)
         if ADD_VALUE:
             _add_value(state_ptr, stride, totals, value, FLAGS)
     else:
-        slopes = Slopes(kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, 0.0, 0.0)
+        slopes = GradientFactors(kd_weight, ce_weight, smoothing, uniform, ce_reference, ce_inverse, 0.0, 0.0)
         _student_gradient(row, grad_row, slopes, tile, FLAGS, BLOCK)
 
 
@@ -195,7 +197,7 @@ def _gradient(
 _SCALARS = ["labels_ptr", "target_ptr", "non_target_ptr", "row_weight_ptr", "state_ptr"]
 
 
-# Neither a last chunk of fewer rows nor the place of a tile or a chunk compiles anything anew.
+# Neither a last chunk of fewer rows nor the place of a tile or a chunk recompiles.
 @triton.jit(
     do_not_specialize=["stride_state_row", "offset"],
     do_not_specialize_on_alignment=_SCALARS,
@@ -253,19 +255,19 @@ def _tile_kernel(
         label = tl.where((label >= 0) & (label < C), label, -1)
     student_row = student_ptr + row_index * stride_student_row
     teacher_row = teacher_ptr + row_index * stride_teacher_row
-    student = Side(student_row, student_bias_ptr, student_slope, student_softcap)
-    teacher = Side(teacher_row, teacher_bias_ptr, teacher_slope, teacher_softcap)
+    student = LogitRow(student_row, student_bias_ptr, student_slope, student_softcap)
+    teacher = LogitRow(teacher_row, teacher_bias_ptr, teacher_slope, teacher_softcap)
     row = Row(student, teacher, labels_ptr, C, C, C, label.to(tl.int32))
-    numbers = Numbers(inverse_temperature * LOG2_E, inverse_temperature, first, second)
+    numbers = RowScalars(inverse_temperature * LOG2_E, inverse_temperature, first, second)
     state_ptr += row_index
     if PASS == "statistics":
         _statistics(row, label, state_ptr, stride_state_row, numbers, tile, FLAGS, BLOCK, LANES, HAS_TEACHER)
     elif PASS == "sums":
         totals = _totals(state_ptr, stride_state_row, FLAGS)
-        value, mean, far_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
+        value, mean, uncentred_mean = sums_pass(row, numbers, totals, tile, FLAGS, BLOCK, LANES)
         _add_value(state_ptr, stride_state_row, totals, value, FLAGS)
         _add(state_ptr, stride_state_row, MEAN, mean)
-        _add(state_ptr, stride_state_row, FAR_MEAN, far_mean)
+        _add(state_ptr, stride_state_row, UNCENTRED_MEAN, uncentred_mean)
     else:
         weights = (weight * kd_scale * inverse_temperature, weight * ce_weight, label_smoothing, uniform)
         _gradient(

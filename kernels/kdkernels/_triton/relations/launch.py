@@ -24,7 +24,7 @@ class RelationConfig:
 
 
 def padded(width: int) -> int:
-    """Columns of a tile that holds heads of this width: the next power of two, at least the 16 that a product takes."""
+    """Columns of a tile that holds heads of this width: the next power of two, at least the 16 that a matmul takes."""
     return max(16, 1 << (width - 1).bit_length())
 
 

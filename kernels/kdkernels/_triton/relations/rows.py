@@ -1,9 +1,9 @@
 """Relations of tokens to tokens without their maps: tiles of scores on chip, as in flash attention.
 
-A map is N x N scores of one head of one sequence. The values (relation_values.py) need one pass over its tiles: running
-maxima and sums of both sides, and the running divergence. Their gradients (relation_gradients.py), from
+A map is N x N scores of one head of one sequence. The values (values.py) need one pass over its tiles: running
+maxima and sums of both sides, and the running divergence. Their gradients (gradients.py), from
 the kept maxima and sums, one pass a side: the rows of q against all k, and the rows of k against all q. With q = k the
-scores of a tile serve both directions, so that one kernel does with three products a tile what two would do with six.
+scores of a tile serve both directions, so that one kernel does with three matmuls a tile what two would do with six.
 
 Units: scores and maxima in powers of 2, which is how exponentials are taken; divergences in nats.
 """
@@ -42,7 +42,7 @@ def relation_rows(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor]:
     """Sums over heads (B, N) of the rows' divergences, and the gradients of the student's queries and keys.
 
-    The contract is `kdkernels.backends.Backend.relation_rows`. The statistics hold five numbers per token and pair of
+    The contract is `core.backend.Backend.relation_rows`. The statistics hold five numbers per token and pair of
     heads, the divergences among them. Gradients have the student's dtype, but for float16, where they are float32.
     """
     batch, length, _ = student[0].shape

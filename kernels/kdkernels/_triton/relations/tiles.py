@@ -1,9 +1,9 @@
-"""What the kernels of relations share: rows of one head, products, which tokens count, the kept statistics of a row."""
+"""What the kernels of relations share: rows of one head, matmuls, valid tokens, the stored statistics of a row."""
 
 import triton
 import triton.language as tl
 
-# A score that does not count: finite, since -inf - -inf is NaN, and below any score that does.
+# The score of a masked pair: finite, since -inf - -inf is NaN, and below any score of a valid one.
 NOT_COUNTED = tl.constexpr(-1.0e30)
 
 # Rows of the statistics: maximum and 1 / sum of the student, of the teacher, and the divergence.
@@ -32,8 +32,8 @@ def product(left, right, INTERPRETED: tl.constexpr):
     """left @ right in fp32, exact to fp32's digits for fp32.
 
     A device adds up the columns in one order, so that a score is the same number in a map and in its transpose: gradients
-    take its exponential from maxima that the values kept. numpy takes another order for a transposed product, and bfloat16
-    for integers; from float64 both products are rounded once.
+    take its exponential from maxima that the values kept. numpy takes another order for a transposed matmul, and bfloat16
+    for integers; from float64 both matmuls are rounded once.
     """
     if INTERPRETED:
         return tl.dot(left.to(tl.float64), right.to(tl.float64)).to(tl.float32)
@@ -42,7 +42,7 @@ def product(left, right, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def counts(mask_ptr, first, tokens, N, HAS_MASK: tl.constexpr):
-    """(BLOCK,) whether a token is in the sequence and counts."""
+    """(BLOCK,) whether a token is in the sequence and valid."""
     inside = tokens < N
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + first + tokens, mask=inside, other=0) != 0)

@@ -60,7 +60,7 @@ def _relation_values_kernel(
     q_s = load_rows(student_q_ptr + student_column, stride_student_q, first, rows, row_counts, D_S, BLOCK_D_S)
     q_t = load_rows(teacher_q_ptr + teacher_column, stride_teacher_q, first, rows, row_counts, D_T, BLOCK_D_T)
 
-    # Before the first tile: a mass of 1 far below any score, which the first one that counts replaces.
+    # Before the first tile: a mass of 1 far below any score, which the first valid one replaces.
     maximum_s = tl.full((BLOCK_M,), NOT_COUNTED, tl.float32)
     maximum_t = tl.full((BLOCK_M,), NOT_COUNTED, tl.float32)
     total_s = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -110,7 +110,7 @@ def _relation_values_kernel(
         divergence = old_share * divergence + tile_share * tile_divergence + (old_term + tile_term)
         maximum_s, maximum_t = next_s, next_t
 
-    # Rows that do not count may have seen no key; their numbers are replaced.
+    # Masked rows may have seen no key; their numbers are replaced.
     total_s = tl.where(row_counts, total_s, 1.0)
     total_t = tl.where(row_counts, total_t, 1.0)
     out = statistics_ptr + map_index * N + rows

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ...core.bands import NEAR_WIDENED, along_steps, unit_steps
-from ...options import LEAST_LENGTH
+from ...options import NORM_EPS
 from .pair_tiles import Part, Sequences, tile_size, tiles
 
 # Rows that are related at a time, and the most of their neighbours: their pairs stay in the L2 cache.
 CENTRES = 16
-MOST_NEIGHBOURS = 64
+MAX_NEIGHBOURS = 64
 
 
 def angle_relations(sequences: Sequences, elements: int) -> Tensor:
@@ -47,7 +47,7 @@ class _Rows:
         self.mean = sum((self.of(tile).sum(0) for tile in _all(features)), self.mean) / count
 
     def of(self, tile: slice) -> Tensor:
-        """(t, D); rows that do not count hold something finite."""
+        """(t, D); masked rows hold something finite."""
         rows = self.features[tile].to(torch.float64, copy=True)
         if self.valid is not None:
             rows.masked_fill_(~self.valid[tile].unsqueeze(1), 0.0)
@@ -68,8 +68,8 @@ class _Angles:
             both[:, tile] = squares + others.square().sum(1)
         distance = both - 2.0 * product
         counted = part.related(centres, around, itself=False)[0]
-        # What is too short to have a direction is told apart where differences are taken.
-        self.near = counted & (distance <= both.mul_(NEAR_WIDENED).clamp_min_(LEAST_LENGTH**2))
+        # Vectors too short to have a direction are found where differences are taken.
+        self.near = counted & (distance <= both.mul_(NEAR_WIDENED).clamp_min_(NORM_EPS**2))
         self.scale = distance.clamp_min_(torch.finfo(torch.float64).tiny).rsqrt_()  # 1 / |f_i - f_j|
         self.scale.masked_fill_(~counted | self.near, 0.0)
         self.lift = product.neg_().add_(squares, alpha=0.5)  # |c_i|^2 / 2 - <c_i, c_j>
@@ -78,7 +78,7 @@ class _Angles:
         """(c,) bool: which centres have a neighbour that is nearly, but not quite, equal to them."""
         centre, other = self.near.nonzero().unbind(1)
         found = torch.zeros(len(self.near), dtype=torch.bool)
-        for one, two in zip(centre.split(MOST_NEIGHBOURS), other.split(MOST_NEIGHBOURS), strict=True):
+        for one, two in zip(centre.split(MAX_NEIGHBOURS), other.split(MAX_NEIGHBOURS), strict=True):
             features = self.rows.features
             differ = (features[one + centres.start] != features[two + around.start]).any(1)
             found[one[differ]] = True
@@ -97,7 +97,7 @@ def _from_products(part: Part, sides: tuple[_Rows, _Rows], centres: slice, eleme
     width, both = part.student.shape[2], part.student.shape[2] + part.teacher.shape[2]
     # Numbers of 8 bytes: rows of the centres; of two tiles with gradients, and some five tiles of pairs for every centre.
     elements -= 2 * CENTRES * (width + both)
-    size = tile_size(MOST_NEIGHBOURS, elements, 4 * (width + both), 10 * CENTRES)
+    size = tile_size(MAX_NEIGHBOURS, elements, 4 * (width + both), 10 * CENTRES)
     student, teacher = (_Angles(rows, part, centres, around, size) for rows in sides)
     direct = student.unequal(centres, around) | teacher.unequal(centres, around)
     for side in (student, teacher):
@@ -199,4 +199,4 @@ def _shifted(place: slice, start: int) -> slice:
 
 
 def _all(features: Tensor) -> list[slice]:
-    return list(tiles(slice(0, len(features)), MOST_NEIGHBOURS))
+    return list(tiles(slice(0, len(features)), MAX_NEIGHBOURS))

@@ -11,21 +11,21 @@ from ...core.bands import AngleGradient, AngleSide, DirectAngles
 
 
 class Rows(Protocol):
-    """One side of a block as a stream of R rows x_i; a row that does not count is 0, whatever it holds."""
+    """One side of a block as a stream of R rows x_i; a masked row is 0, whatever it holds."""
 
-    dtype: torch.dtype  # of the products: float32 or float64
+    dtype: torch.dtype  # of the inner products: float32 or float64
 
     def __init__(
         self,
         features: Tensor,  # (b, q, m, D), any strides but the last
-        valid: Tensor | None,  # (R,) bool; None: all b * q * m rows count
+        valid: Tensor | None,  # (R,) bool; None: all b * q * m rows are valid
         rows: int,  # R: b * q * m filled up to a multiple of ROW_STEP
         margin: int,  # the widest that `products` and `apply` will reach
         dtype: torch.dtype,
     ) -> None: ...
 
     def centre(self) -> None:
-        """From now on x_i is without the mean of its sequence: differences stay, products shrink."""
+        """Subtract each sequence's mean from here on: differences stay, inner products shrink."""
         ...
 
     def products(self, out: Tensor) -> None:  # (K + 1, R), last axis contiguous

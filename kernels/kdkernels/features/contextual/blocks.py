@@ -17,7 +17,7 @@ from ...core import bands
 from ...core.autograd import Tensors
 from ...core.backend import load_backend
 from ...core.bands import ROW_STEP, AngleSide, DirectAngles
-from ...core.matmul import wide_dtype
+from ...core.matmul import accum_dtype
 from ...options import Impl
 from ...reference.relation_counts import Variant
 from .angle_tiles import angle_relations
@@ -29,8 +29,8 @@ SCRATCH_SHARE = 0.6
 
 # Numbers that bands may always have, 8 MiB of float32: blocks of small features would be mostly calls. With fewer rows than
 # these any block is, and bands that do not fit even so are not made.
-LEAST_SCRATCH = 1 << 21
-LEAST_ROWS = 64
+MIN_SCRATCH = 1 << 21
+MIN_ROWS = 64
 
 # Scratch of tiles of pairs, in numbers: less is mostly overhead, more is of no use.
 TILE_SCRATCH = (1 << 17, 1 << 22)
@@ -66,7 +66,7 @@ def _blocks(shape: tuple[int, int, int], rows: int, window: int) -> Iterator[_Bl
         return
     whole = slice(0, length)
     if length > rows:
-        rows = max(LEAST_ROWS, rows - 2 * window)
+        rows = max(MIN_ROWS, rows - 2 * window)
         for b in range(batch):
             for q in range(sequences):
                 for start in range(0, length, rows):
@@ -100,7 +100,7 @@ class ContextualRelations:
     angles: bool
 
     @property
-    def half_bound(self) -> float | None:
+    def fp16_bound(self) -> float | None:
         """None: gradients are summed in float32 whatever the dtype, with every factor in them."""
         return None
 
@@ -115,7 +115,7 @@ class ContextualRelations:
         """Values (B,) and the gradient of the student's features."""
         student, teacher, mask, scales = tensors
         assert student is not None and teacher is not None and scales is not None
-        dtype, batch = wide_dtype(student.dtype), student.shape[0]
+        dtype, batch = accum_dtype(student.dtype), student.shape[0]
         values = torch.zeros(batch, dtype=dtype, device=student.device)
         weight = torch.ones_like(values) if weight is None else weight
         if not needs[0]:
@@ -183,8 +183,8 @@ class _AxisPass:
         self.tile_scratch = min(max(TILE_SCRATCH[0], scratch), TILE_SCRATCH[1])
         per_row = self.backend.row_elements(width, teacher.shape[3], self.margin + 1)
         # The rows around a block have pairs as well.
-        affordable = max(LEAST_SCRATCH, scratch) // per_row - self.window
-        self.wide = affordable < LEAST_ROWS
+        affordable = max(MIN_SCRATCH, scratch) // per_row - self.window
+        self.wide = affordable < MIN_ROWS
         self.rows = min(self.backend.block_rows(student.device), affordable)
 
     def add(self, values: Tensor, grad: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from ...core.checks import (
 
 
 def check_layer_features(student: object, teacher: object, mask: object) -> None:
-    """Features of several layers (B, L, N, D_s) and (B, L, N, D_t), and which tokens (B, N) count."""
+    """Features of several layers (B, L, N, D_s) and (B, L, N, D_t), and a mask (B, N) of the tokens."""
     student, teacher = check_tensor("student", student), check_tensor("teacher", teacher)
     if student.dim() != 4 or teacher.dim() != 4 or 0 in (student.shape[-1], teacher.shape[-1]):
         raise ValueError(

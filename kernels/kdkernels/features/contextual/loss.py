@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core import checks
 from ...core.backend import resolve_impl
 from ...core.dispatch import row_loss, traceable
-from ...core.matmul import autocast_off, wide_dtype
+from ...core.matmul import accum_dtype, autocast_off
 from ...options import Impl
 from ...reference.contextual import axis_loss
 from ...reference.relation_counts import Average, RelationCounts, Variant, count_relations
@@ -109,7 +109,7 @@ def contextual_relation_loss(
             ]
         )
         solver = ContextualRelations(impl, window, variant, distance_weight != 0.0, angle_weight != 0.0)
-        one = torch.ones((), dtype=wide_dtype(student.dtype), device=student.device)
+        one = torch.ones((), dtype=accum_dtype(student.dtype), device=student.device)
         # A half-precision gradient is rounded once, with the upstream gradient (a loss scale, say) in it.
         in_forward = student.dtype == one.dtype
         return row_loss(
@@ -141,7 +141,7 @@ def _axes(
         shape = (batch, length, layers) if transposed else (batch, layers, length)
         valid = None if mask is None else mask.unsqueeze(2 if transposed else 1).expand(shape)
         counts = count_relations(
-            shape, valid, window, variant, average, student.device, wide_dtype(student.dtype)
+            shape, valid, window, variant, average, student.device, accum_dtype(student.dtype)
         )
         yield transposed, counts, factor * factors.distance, factor * factors.angle
 
@@ -155,7 +155,7 @@ def _reference_loss(
     average: Average,
     factors: _Factors,
 ) -> Tensor:
-    loss = student.new_zeros((), dtype=wide_dtype(student.dtype))
+    loss = student.new_zeros((), dtype=accum_dtype(student.dtype))
     if average == "samples":
         loss = loss + student[..., :0].sum()  # 0, with a graph
         for one in range(len(student)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.rows import inverse_length
 
 # The smallest tile: below it calls cost more than the memory is worth.
-LEAST_TILE = 8
+MIN_TILE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Sequences:
 
     student: Tensor  # (B, Q, M, D_s), any strides
     teacher: Tensor  # (B, Q, M, D_t)
-    valid: Tensor | None  # (B, Q, M) bool: which rows count; None: all
+    valid: Tensor | None  # (B, Q, M) bool: which rows are valid; None: all
     window: int | None  # None: every row is related to all of its sequence
     weight: Tensor  # (B,)
     grad: Tensor | None  # (B, Q, M, D_s) float32 or float64, added to; None: values only
@@ -70,7 +70,7 @@ class Part:
         return slice(max(0, centres.start - window), min(self.length, centres.stop + window))
 
     def related(self, centres: slice, others: slice, itself: bool) -> Tensor:
-        """(1 or q, c, t) bool: rows that are near enough and count; whether a row is related to itself is `itself`."""
+        """(1 or q, c, t) bool: valid rows that are near enough; whether a row is related to itself is `itself`."""
         device = self.student.device
         own = torch.arange(centres.start, centres.stop, device=device).unsqueeze(1)
         apart = (own - torch.arange(others.start, others.stop, device=device)).abs_()
@@ -82,9 +82,9 @@ class Part:
         return near & self.valid[:, centres].unsqueeze(2) & self.valid[:, others].unsqueeze(1)
 
     def directions(self, features: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Unit rows (q, t, D) and 1 / length (q, t, 1), both 0 where a row does not count or has no direction.
+        """Unit rows (q, t, D) and 1 / length (q, t, 1), both 0 where a row is masked or has no direction.
 
-        In float64: a float32 product of long rows adds up rounding that eager's sums do not have, and the
+        In float64: a float32 matmul of long rows adds up rounding that eager's sums do not have, and the
         differences taken of these numbers would show it.
         """
         vectors = features[:, rows].double()
@@ -101,9 +101,9 @@ def tiles(rows: slice, size: int) -> Iterator[slice]:
 
 
 def tile_size(most: int, elements: int, per_row: int, per_pair: int) -> int:
-    """The most rows t up to `most` with per_row * t + per_pair * t^2 <= elements, but LEAST_TILE at least."""
+    """The most rows t up to `most` with per_row * t + per_pair * t^2 <= elements, but MIN_TILE at least."""
     root = ((per_row**2 + 4.0 * per_pair * max(0, elements)) ** 0.5 - per_row) / (2.0 * per_pair)
-    return max(1, min(most, max(LEAST_TILE, int(root))))
+    return max(1, min(most, max(MIN_TILE, int(root))))
 
 
 def distance_relations(sequences: Sequences, softmax: bool, elements: int) -> Tensor:
