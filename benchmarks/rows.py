@@ -28,7 +28,7 @@ CONFIGURATIONS = (
     (8192, 16),
 )  # columns of a tile, warps of a program
 LOGIT_DTYPES = (torch.float32, torch.bfloat16)
-NEEDS_MEAN_PASS = (JSD, SkewKL, TVD)  # these read both rows three times, the others twice
+MIXTURES = (JSD, SkewKL, TVD)  # these read both rows three times, the others twice
 
 
 def milliseconds(step: Callable[[], object]) -> float:
@@ -59,7 +59,7 @@ def measure() -> Iterator[dict[str, object]]:
         config = RowConfig(block, 8, warps)
         for dtype, (student, teacher) in sides.items():
             for divergence in DIVERGENCES:
-                passes = 3 if isinstance(divergence, NEEDS_MEAN_PASS) else 2
+                passes = 3 if isinstance(divergence, MIXTURES) else 2
                 moved = student.numel() * (passes * 2 * student.element_size() + grad.element_size())
                 terms = RowTerms(divergence, 2.0, ce_weight=0.5)
 

@@ -129,6 +129,21 @@ def test_sentences_survive_the_compiler() -> None:
         function(torch.full_like(case.labels, 10_000))
 
 
+def test_what_is_not_supported_stays_a_not_implemented_error() -> None:
+    case = make_case()
+
+    def loss(hidden: torch.Tensor) -> Any:
+        return linear_kd_loss(
+            hidden, case.student_weight, case.teacher, case.labels, mode="low_memory", return_stats=True
+        )[0]
+
+    function, _ = compiled(loss)
+    with pytest.raises(
+        NotImplementedError, match="return_stats=True is not supported yet with mode='low_memory'"
+    ):
+        function(case.student_hidden)
+
+
 def test_a_second_derivative_is_refused_in_a_graph_too() -> None:
     logits, teacher = torch.randn(2, 4, 9).unbind()
     logits.requires_grad_()

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import TeacherTopK, contextual_relation_loss, kd_loss
-from kdkernels.divergences import ForwardKL, ReverseKL
-from kdkernels.options import RowTerms
+from kdkernels import TeacherTopK, contextual_relation_loss, kd_loss, linear_kd_loss
+from kdkernels.divergences import Decoupled, Divergence, ForwardKL, ReverseKL
+from kdkernels.options import Mode, RowTerms
 from tests.support.inputs import DEVICE, FAST_IMPLS
 
 pytest.importorskip("triton")
@@ -53,6 +54,31 @@ def compiled(student: Tensor, teacher: Tensor | TeacherTopK, labels: Tensor | No
         return kd_loss(student, teacher, labels, impl="torch", reduction="none", **options)
 
     return torch.compile(loss, backend="aot_eager")(student)
+
+
+@pytest.mark.parametrize("bad", [11, -1, 1 << 40])
+@pytest.mark.parametrize("divergence", [ForwardKL(), Decoupled()], ids=["forward_kl", "decoupled"])
+@pytest.mark.parametrize("mode", [None, "fast", "low_memory"])
+def test_labels_out_of_range_make_their_row_nan(mode: Mode | None, divergence: Divergence, bad: int) -> None:
+    """Where they are not checked, they make the loss and the gradient of their row NaN, and of no other."""
+    labels = torch.tensor([3, bad, -100, 0])
+    teacher = torch.randn(4, 11)
+    options: dict[str, Any] = {"divergence": divergence, "reduction": "none", "impl": "torch"}
+    options["ce_weight"] = 0.0 if isinstance(divergence, Decoupled) else 0.5
+
+    def loss(student: Tensor) -> Tensor:
+        if mode is None:
+            return kd_loss(student, teacher, labels, **options)
+        return linear_kd_loss(
+            student, torch.eye(11), teacher, labels, mode=mode, static_shapes=True, **options
+        )
+
+    student = torch.randn(4, 11, requires_grad=True)
+    rows = torch.compile(loss, backend="aot_eager")(student)
+    assert rows.isnan().tolist() == [False, True, False, False] and rows[2] == 0.0
+    rows.sum().backward()
+    assert student.grad is not None
+    assert student.grad.isnan().any(1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("bad", [11, -1, 1 << 40])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.bands import ROW_STEP, AngleGradient, AngleSide, DirectAngles, along_steps, unit_steps
+from ..core.bands import (
+    ROW_STEP,
+    AngleGradient,
+    AngleSide,
+    DirectAngles,
+    along_steps,
+    angle_cosines,
+    unit_steps,
+)
 
 # Rows of one small matmul of a band: wide enough to run at full speed, few entries outside the band.
 PATCH_ROWS = ROW_STEP
@@ -93,8 +101,11 @@ def _cosines(side: AngleSide, difference: int, out: Tensor) -> Tensor:
     """Cosines between the neighbours a and a + difference of every row, for every a: (2 W + 1 - difference, R)."""
     count, rows = side.lift.shape[0] - difference, side.lift.shape[1]
     band = side.band[difference]
-    out = torch.add(band.as_strided((count, rows), (1, 1)), side.lift[:count], out=out[:count])
-    return out.add_(side.lift[difference:]).mul_(side.scale[:count]).mul_(side.scale[difference:])
+    lift, scale = side.lift, side.scale
+    product = band.as_strided((count, rows), (1, 1))
+    return angle_cosines(
+        product, lift[:count], lift[difference:], scale[:count], scale[difference:], out[:count]
+    )
 
 
 def angle_values(student: AngleSide, teacher: AngleSide) -> Tensor:

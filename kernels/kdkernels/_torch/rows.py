@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.labels import cross_entropy
+from ..core.rows import ids_in_range
 from ..core.transform import transformed_logits
 from ..divergences import Decoupled
 from ..options import RowTerms
@@ -51,9 +52,11 @@ def kd_rows(
         masked = row_weight.unsqueeze(1) == 0
         if on_cpu and not bool(masked.any()):
             masked = None
+    outside = None  # labels that are no ids of the student
     if labels is not None:
         labels = labels.unsqueeze(1)
         labels = labels if masked is None else labels.masked_fill(masked, 0)
+        labels, outside = ids_in_range(labels, vocabulary)
 
     plan = _Plan.make(terms, vocabulary, labels, student_bias, teacher_bias, vocab_map, dtype)
     # What is small is taken for all rows at once, before and after the loop over blocks.
@@ -62,12 +65,15 @@ def kd_rows(
     if decoupled is not None:
         for field, weight in ((fields.target, decoupled[0]), (fields.non_target, decoupled[1])):
             field.copy_(weight.unsqueeze(1))
+            if outside is not None:
+                field.masked_fill_(outside, math.nan)
     kd_factor = ce_factor = target = total = None
     if grad is not None:
         scale = terms.student_transform.scale
         unit = sums[0].clone() if row_weight is None else row_weight.unsqueeze(1).to(dtype)
         kd_factor = unit * (terms.kd_scale / terms.temperature * scale)
-        ce_factor = unit * (terms.ce_weight * scale) if plan.cross_entropy else None
+        if plan.cross_entropy and outside is not None:
+            ce_factor = (unit * (terms.ce_weight * scale)).masked_fill_(outside, math.nan)
     if plan.cross_entropy:
         target, total = torch.empty_like(sums[0]), torch.empty_like(sums[0])
     sizes = block_rows(rows, vocabulary, student_logits.device)
@@ -94,6 +100,8 @@ def kd_rows(
         smoothing = terms.label_smoothing
         mean = None if smoothing == 0.0 else total / vocabulary
         cross_entropies = cross_entropy(normaliser.log(), target, mean, smoothing)
+        if outside is not None:
+            cross_entropies.masked_fill_(outside, math.nan)
     for result in (divergences, cross_entropies, grad):
         if masked is not None and result is not None:
             result.masked_fill_(masked, 0.0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..options import NORM_EPS
 from .aliasing import aliases_input
 from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
-from .numeric import store_tile, write_zeros
+from .numeric import inverse_length, store_tile, write_zeros
 
-LEAST = tl.constexpr(NORM_EPS)
+SHORTEST = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -77,15 +77,6 @@ def _gradient_step(
         store_tile(grad_target_row, columns, -(difference + target_unit * along[1]) * factors[1], D, MASKED)
 
 
-@triton.jit
-def _inverse_length(totals):
-    """1 / length and 1.0, or 0.0 twice for a row too short to have a direction; NaN where its squares left fp32."""
-    length = tl.sqrt_rn(tl.sum(totals, axis=0))
-    short = length < LEAST
-    length = tl.where(length == float("inf"), float("nan"), length)
-    return tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length))), tl.where(short, 0.0, 1.0)
-
-
 # Slices of numbers per row start anywhere.
 @triton.jit(do_not_specialize_on_alignment=["row_weight_ptr", "values_ptr"])
 def _direction_rows_kernel(
@@ -138,9 +129,12 @@ def _direction_rows_kernel(
         totals = _length_step(totals, rows, block * BLOCK + tile, D, HAS_BIAS, False)
     if tail < D:
         totals = _length_step(totals, rows, tail + tile, D, HAS_BIAS, True)
-    inverse, one = _inverse_length(totals[0])
-    target_inverse, target_one = _inverse_length(totals[1])
+    inverse = inverse_length(tl.sum(totals[0], axis=0), SHORTEST)
+    target_inverse = inverse_length(tl.sum(totals[1], axis=0), SHORTEST)
     inverses = (inverse, target_inverse)
+    # The length after division: 0 without a direction.
+    one = tl.where(inverse == 0.0, 0.0, 1.0)
+    target_one = tl.where(target_inverse == 0.0, 0.0, 1.0)
 
     totals = (tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32))
     for block in range(full_blocks):

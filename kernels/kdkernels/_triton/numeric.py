@@ -78,6 +78,15 @@ def join_lanes(maximum, total, scale):
 
 
 @triton.jit
+def inverse_length(squares, shortest):
+    """1 / length from a sum of squares: 0 for what is too short to have a direction, NaN where the squares left fp32."""
+    length = tl.sqrt_rn(squares)
+    short = length < shortest
+    length = tl.where(length == float("inf"), float("nan"), length)
+    return tl.where(short, 0.0, tl.div_rn(1.0, tl.where(short, 1.0, length)))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent, 1.3 units in the last place: an odd polynomial (fitted) below 0.625, an exponential above."""
     square = x * x

@@ -126,6 +126,13 @@ def angle_side(band: Tensor, window: int, rows: int, limit: float) -> tuple[Angl
     return AngleSide(band, product.neg_().add_(own, alpha=0.5), scale), near
 
 
+def angle_cosines(
+    product: Tensor, lift_j: Tensor, lift_k: Tensor, scale_j: Tensor, scale_k: Tensor, out: Tensor
+) -> Tensor:
+    """Cosines of the angles between neighbours j and k, from the inner products of their centred rows."""
+    return torch.add(product, lift_j, out=out).add_(lift_k).mul_(scale_j).mul_(scale_k)
+
+
 def angle_coefficients(side: AngleSide, gradient: AngleGradient) -> Tensor:
     """(4 W + 1, R) factors of the centred rows i + a in the gradient of row i."""
     offsets, rows = side.lift.shape

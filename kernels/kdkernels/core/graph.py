@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo import nonstrict_trace
 
 from ..options import Reduction
+from ..stats import KDStats
 from .autograd import (
     Solver,
     Tensors,
@@ -56,7 +57,10 @@ def call(name: str, arguments: Any, options: dict[str, Any]) -> Any:
         # Raised when the graph runs: now, the compiler would replace the sentence by one of its own.
         anchor = next(tensor for tensor in (*given, *options.values()) if isinstance(tensor, Tensor))
         kind = "NotImplementedError" if isinstance(error, NotImplementedError) else "ValueError"
-        return torch.ops.kdkernels.refuse(anchor.detach(), str(error), kind)
+        refused = torch.ops.kdkernels.refuse(anchor.detach(), str(error), kind)
+        return (
+            (refused, (refused,) * len(KDStats._fields)) if options.get("return_stats") is True else refused
+        )
 
 
 @torch.library.impl(_library, "refuse", "CompositeExplicitAutograd")

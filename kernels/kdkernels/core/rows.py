@@ -138,6 +138,15 @@ def zero_masked_rows(tensor: Tensor, weight: Tensor | None) -> Tensor:
     return tensor if weight is None else tensor.masked_fill((weight == 0).unsqueeze(1), 0.0)
 
 
+def ids_in_range(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Ids with 0 for those out of range, and which these are: they are not read, and become a NaN of their row.
+
+    On a device, and in a compiled graph, they are not checked, which would be a host sync.
+    """
+    outside = (ids < 0) | (ids >= vocabulary)
+    return ids.masked_fill(outside, 0), outside
+
+
 def labels_out_of_range(labels: Tensor, valid: Tensor, vocabulary: int) -> Tensor:
     """(N,) bool: labels of valid rows that are no index into the vocabulary."""
     return valid & ((labels < 0) | (labels >= vocabulary))

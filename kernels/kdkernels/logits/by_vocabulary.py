@@ -8,6 +8,7 @@ write; gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,7 +28,7 @@ from ..core.matmul import (
     logit_buffer,
 )
 from ..core.row_state import CE_MAX, CE_SUM, LABEL, LOGIT_SUM, VALUE, Tile, new_state
-from ..core.rows import compact_rows, equal_chunk, put_back, zero_masked_rows
+from ..core.rows import compact_rows, equal_chunk, ids_in_range, put_back, zero_masked_rows
 from ..options import RowTerms
 from ..teachers import TeacherHead, TeacherLogits
 from .inputs import Given, Rows, slice_rows
@@ -65,6 +66,8 @@ def row_values(state: Tensor, rows: Rows, terms: RowTerms, vocabulary: int) -> t
         mean = None if terms.label_smoothing == 0.0 else state[LOGIT_SUM] / vocabulary - state[CE_MAX]
         ce = cross_entropy(state[CE_SUM].log(), state[LABEL] - state[CE_MAX], mean, terms.label_smoothing)
     if rows.weight is not None:
+        no_id = rows.weight.isnan()
+        kd, ce = kd.masked_fill(no_id, math.nan), ce.masked_fill(no_id, math.nan)
         kd, ce = kd.masked_fill(rows.weight == 0, 0.0), ce.masked_fill(rows.weight == 0, 0.0)
     return kd, ce
 
@@ -153,7 +156,7 @@ class TiledKD:
         hidden, head = hidden.to(self.autocast or hidden.dtype), head.to(self.autocast or head.dtype)
         index = compact_rows(weight, given.labels, self._total(vocabulary)) if self.compact else None
         hidden = hidden if index is None else hidden.index_select(0, index)
-        valid = given.rows(weight, index)
+        valid = self._nan_where_no_id(given.rows(weight, index), self._total(vocabulary))
         shared = given.vocab_map if isinstance(given.vocab_map, int) else vocabulary
         if not self.terms.reads_teacher(stats=False):
             shared, valid = 0, replace(valid, decoupled=None)  # no tile has anything of the teacher
@@ -198,6 +201,14 @@ class TiledKD:
                 self.shard.add(d_hidden)
             d_hidden = put_back(d_hidden, index, rows)
         return put_back(values, index, rows), (d_hidden, *gradients[1:], *(None,) * len(others))
+
+    def _nan_where_no_id(self, rows: Rows, vocabulary: int) -> Rows:
+        """The rows, with a weight of NaN where a label that is used is no id; gathering the rows has refused those."""
+        reads_label = self.terms.ce_weight != 0.0 or rows.decoupled is not None
+        if self.compact or rows.labels is None or rows.weight is None or not reads_label:
+            return rows
+        _, outside = ids_in_range(rows.labels, vocabulary)
+        return replace(rows, weight=rows.weight.masked_fill(outside & (rows.weight != 0), math.nan))
 
     def _total(self, vocabulary: int) -> int:
         """Columns of the whole vocabulary, of which this process has so many."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.backend import Backend, load_backend
 from ..core.labels import cross_entropy, target_shares
 from ..core.matmul import accum_dtype
+from ..core.rows import ids_in_range
 from ..core.transform import transformed_logits
 from ..options import LogitTransform, RowTerms
 from ..reference.sparse import log_bucket
@@ -81,7 +82,7 @@ class _Rows:
         labels = None if labels is None or terms.ce_weight == 0.0 else labels.unsqueeze(1)
         if labels is not None:
             labels = labels if masked is None else labels.masked_fill(masked, 0)
-            labels, outside = _inside(labels, logits.shape[1])
+            labels, outside = ids_in_range(labels, logits.shape[1])
             label_logit = _zero_masked(logits.gather(1, labels).to(accum_dtype(logits.dtype)), masked)
             label_logit = label_logit.masked_fill(outside, math.nan)
             if terms.label_smoothing != 0.0:
@@ -166,15 +167,6 @@ class _Rows:
             self.rounded.copy_(grad)
 
 
-def _inside(ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Ids with 0 for those out of range, and which these are: they are not read, and become a NaN of their row.
-
-    On a device, and in a compiled graph, they are not checked, which would be a host sync.
-    """
-    outside = (ids < 0) | (ids >= vocabulary)
-    return ids.masked_fill(outside, 0), outside
-
-
 def _zero_masked(tensor: Tensor, masked: Tensor | None) -> Tensor:
     return tensor if masked is None else tensor.masked_fill(masked, 0.0)
 
@@ -200,7 +192,7 @@ def top_k_rows(
     """Divergence and cross entropy (R,), and into `grad` their weighted gradient, as `Backend.kd_rows`."""
     rows = _Rows.make(backend, logits, terms, labels, bias, row_weight, grad)
     logits, grad, wide = rows.logits, rows.grad, accum_dtype(rows.logits.dtype)
-    indices, outside = _inside(indices, logits.shape[1])
+    indices, outside = ids_in_range(indices, logits.shape[1])
     logprobs = logprobs.masked_fill(outside, math.nan)
     is_entry = logprobs > -math.inf
     raw = logits.gather(1, indices)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.rows import ids_in_range
 from ..options import LogitTransform, RowTerms
 from .logits import transformed, wide
 
@@ -61,8 +62,8 @@ def _block_statistics(
     if isinstance(vocab_map, Tensor):
         best = vocab_map[best]
         if labels is not None:
-            known = (labels >= 0) & (labels < student.shape[1])
-            teacher_labels = vocab_map[labels.masked_fill(~known, 0)].masked_fill(~known, -1)
+            ids, outside = ids_in_range(labels, student.shape[1])
+            teacher_labels = vocab_map[ids].masked_fill(outside, -1)
     elif vocab_map is not None and labels is not None:
         teacher_labels = labels.masked_fill(labels >= vocab_map, -1)
     agrees = best == teacher.argmax(-1)
@@ -80,9 +81,9 @@ def _entropy_and_probability(logits: Tensor, labels: Tensor | None) -> tuple[Ten
     total = exponentials.sum(-1)
     probability = torch.full_like(total, math.nan)
     if labels is not None:
-        known = (labels >= 0) & (labels < logits.shape[1])
-        place = labels.masked_fill(~known, 0).unsqueeze(1)
-        probability = (exponentials.gather(1, place).squeeze(1) / total).masked_fill(~known, math.nan)
+        ids, outside = ids_in_range(labels, logits.shape[1])
+        probability = exponentials.gather(1, ids.unsqueeze(1)).squeeze(1) / total
+        probability = probability.masked_fill(outside, math.nan)
     # Entries of probability 0 may have a logarithm of -inf.
     weighted = exponentials.mul_(shifted.masked_fill_(exponentials == 0, 0.0)).sum(-1)
     return total.log() - weighted / total, probability

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.bands import DirectAngles
 from ...options import NORM_EPS
 from ..launch import device_guard
+from ..numeric import inverse_length
 from .products import OPTIONS, row_offsets
 
 # Neighbours and columns of a tile. Two warps: with one it spills, and with four the compiler aims at 96 registers and misses.
@@ -41,17 +42,12 @@ def _differences(
 def _reciprocal_lengths(
     features_ptr, own, offsets, counted, D, shortest, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / |f_j - f_i| of a tile of neighbours; 0 where the difference is too short to have a direction.
-
-    NaN where its squares left fp32.
-    """
+    """1 / |f_j - f_i| of a tile of neighbours, see `inverse_length`."""
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, D, BLOCK_D):
         tile = _differences(features_ptr, own, offsets, counted, start + tl.arange(0, BLOCK_D), D)
         squares += tl.sum(tile * tile, axis=1)
-    length = tl.sqrt(squares)
-    inverse = tl.where(length < shortest, 0.0, 1.0 / tl.maximum(length, shortest))
-    return tl.where(length == float("inf"), float("nan"), inverse)
+    return inverse_length(squares, shortest)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.bands import NEAR_WIDENED, along_steps, unit_steps
+from ...core.bands import NEAR_WIDENED, along_steps, angle_cosines, unit_steps
 from ...options import NORM_EPS
 from .pair_tiles import Part, Sequences, tile_size, tiles
 
@@ -86,9 +86,11 @@ class _Angles:
 
     def cosines(self, left: Tensor, right: Tensor, first: slice, second: slice) -> Tensor:
         """(c, t, t) between two tiles of neighbours, given their rows."""
-        cosine = self.lift[:, first].unsqueeze(2) + self.lift[:, second].unsqueeze(1)
-        cosine.add_(left @ right.mT)
-        return cosine.mul_(self.scale[:, first].unsqueeze(2)).mul_(self.scale[:, second].unsqueeze(1))
+        lift_j, scale_j = (side[:, first].unsqueeze(2) for side in (self.lift, self.scale))
+        lift_k, scale_k = (side[:, second].unsqueeze(1) for side in (self.lift, self.scale))
+        product = left @ right.mT
+        out = product.new_empty(len(lift_j), *product.shape)
+        return angle_cosines(product, lift_j, lift_k, scale_j, scale_k, out)
 
 
 def _from_products(part: Part, sides: tuple[_Rows, _Rows], centres: slice, elements: int) -> Tensor:
