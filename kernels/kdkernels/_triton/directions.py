@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..options import NORM_EPS
 from .aliasing import aliases_input
-from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
+from .launch import RowConfig, architecture_of, device_guard, launch_options, refuse_float64, row_config
 from .numeric import inverse_length, store_tile, write_zeros
 
 SHORTEST = tl.constexpr(NORM_EPS)
@@ -203,11 +203,7 @@ def direction_rows(
     fp16, bf16 or fp32 on either side, the last axis contiguous; computed in fp32. Rows of weight 0 are not read; their
     value is 0 and their gradients are exactly 0. `grad` is the prediction, or narrower numbers in the memory of its rows. `config` replaces the table's configuration.
     """
-    for name, values in (("prediction", prediction), ("target", target)):
-        if values.dtype == torch.float64:
-            raise ValueError(
-                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
-            )
+    refuse_float64(prediction=prediction, target=target)
     rows, width = prediction.shape
     distances = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     if rows == 0:

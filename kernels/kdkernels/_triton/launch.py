@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ..core.rows import equal_chunk, rows_in
 
@@ -59,6 +60,15 @@ def launch_options(
             config.registers if fits_default_registers or not narrow else config.registers * 3 // 2
         )
     return options
+
+
+def refuse_float64(**tensors: Tensor) -> None:
+    """Raise for the first tensor of float64, by its name."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            raise ValueError(
+                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
+            )
 
 
 @lru_cache

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aliasing import aliases_input
-from .launch import RowConfig, architecture_of, device_guard, launch_options, row_config
+from .launch import RowConfig, architecture_of, device_guard, launch_options, refuse_float64, row_config
 from .numeric import store_tile, write_zeros
 
 
@@ -137,11 +137,7 @@ def mse_rows(
     `grad`. Rows of weight 0 are not read; their sum is 0 and their gradient is exactly 0. `config`
     replaces the table's configuration.
     """
-    for name, values in (("prediction", prediction), ("target", target)):
-        if values.dtype == torch.float64:
-            raise ValueError(
-                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
-            )
+    refuse_float64(prediction=prediction, target=target)
     rows, width = prediction.shape
     squares = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     if rows == 0:

@@ -92,7 +92,9 @@ def kd_loss(
         loss = loss + ce_weight * F.cross_entropy(student_logits, labels)
 
     Args:
-        student_logits: (..., V_s), float16, bfloat16, float32 or float64.
+        student_logits: (..., V_s), float16, bfloat16, float32 or float64. Rows one stride apart are read where they are;
+            others, such as logits[:, :-1] of several samples, are copied first. To shift by one token, shift the labels
+            instead, with ignore_index in the last position.
         teacher: logits (..., V_t) as a tensor or TeacherLogits, TeacherHead(hidden, weight, bias) or
             TeacherTopK(logprobs, indices). Frozen; its dtype may differ from the student's. Logits may be -inf where the
             teacher gives probability 0.

@@ -17,12 +17,26 @@ BLOCK = 128
 
 
 @triton.jit
+def _load_ends(student, teacher, place, inside):
+    """Lift and scale of one neighbour on both sides, 0 outside."""
+    _, student_lift_ptr, student_scale_ptr = student
+    _, teacher_lift_ptr, teacher_scale_ptr = teacher
+    return (
+        (
+            tl.load(student_lift_ptr + place, mask=inside, other=0.0),
+            tl.load(student_scale_ptr + place, mask=inside, other=0.0),
+        ),
+        (
+            tl.load(teacher_lift_ptr + place, mask=inside, other=0.0),
+            tl.load(teacher_scale_ptr + place, mask=inside, other=0.0),
+        ),
+    )
+
+
+@triton.jit
 def _cosine(
-    band_ptr,  # (2 W + 1, W + R + W)
-    lift_ptr,  # (2 W + 1, R)
-    scale_ptr,  # (2 W + 1, R)
-    lift_j,  # (BLOCK,) of the neighbour j
-    scale_j,
+    side,  # pointers to band (2 W + 1, W + R + W), lift and scale (2 W + 1, R)
+    end,  # lift and scale (BLOCK,) of the neighbour j
     j,  # (BLOCK,) int32, all the same: places of the neighbours in the directed pairs
     k,
     rows,
@@ -31,6 +45,8 @@ def _cosine(
     stride_pairs,
 ):
     """Cosine of the angle between neighbours j and k, and the scale of k; 0 outside."""
+    band_ptr, lift_ptr, scale_ptr = side
+    lift_j, scale_j = end
     place = k.to(tl.int64) * stride_pairs + rows
     scale_k = tl.load(scale_ptr + place, mask=inside, other=0.0)
     lift_k = tl.load(lift_ptr + place, mask=inside, other=0.0)
@@ -41,6 +57,14 @@ def _cosine(
         other=0.0,
     )
     return (product + lift_j + lift_k) * scale_j * scale_k, scale_k
+
+
+@triton.jit
+def _cosines(student, teacher, ends, j, k, rows, inside, stride_band, stride_pairs):
+    """`_cosine` of student and of teacher, and the student's scale of k."""
+    cosine_s, scale_k = _cosine(student, ends[0], j, k, rows, inside, stride_band, stride_pairs)
+    cosine_t, _ = _cosine(teacher, ends[1], j, k, rows, inside, stride_band, stride_pairs)
+    return cosine_s, cosine_t, scale_k
 
 
 @triton.jit
@@ -59,26 +83,19 @@ def _angle_values_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a block of rows."""
+    student = (student_band_ptr, student_lift_ptr, student_scale_ptr)
+    teacher = (teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < R
     total = tl.zeros((BLOCK,), tl.float32)
     for place_j in range(0, V):
         j = tl.zeros((BLOCK,), tl.int32) + place_j
-        place = j.to(tl.int64) * stride_pairs + rows
-        lift_s = tl.load(student_lift_ptr + place, mask=inside, other=0.0)
-        scale_s = tl.load(student_scale_ptr + place, mask=inside, other=0.0)
-        lift_t = tl.load(teacher_lift_ptr + place, mask=inside, other=0.0)
-        scale_t = tl.load(teacher_scale_ptr + place, mask=inside, other=0.0)
+        ends = _load_ends(student, teacher, j.to(tl.int64) * stride_pairs + rows, inside)
         for place_k in range(place_j + 1, V):
             k = tl.zeros((BLOCK,), tl.int32) + place_k
-            cosine_s, _ = _cosine(
-                student_band_ptr, student_lift_ptr, student_scale_ptr, lift_s, scale_s, j, k, rows, inside,
-                stride_band, stride_pairs,
-            )  # fmt: skip
-            cosine_t, _ = _cosine(
-                teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr, lift_t, scale_t, j, k, rows, inside,
-                stride_band, stride_pairs,
-            )  # fmt: skip
+            cosine_s, cosine_t, _ = _cosines(
+                student, teacher, ends, j, k, rows, inside, stride_band, stride_pairs
+            )
             error = cosine_s - cosine_t
             total += error * error
     tl.store(values_ptr + rows, 2.0 * total, mask=inside)
@@ -101,31 +118,25 @@ def _angle_sides_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a block of rows and one neighbour j: sums over all others k."""
+    student = (student_band_ptr, student_lift_ptr, student_scale_ptr)
+    teacher = (teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.zeros((BLOCK,), tl.int32) + tl.program_id(1)
     inside = rows < R
     place = j.to(tl.int64) * stride_pairs + rows
-    lift_s = tl.load(student_lift_ptr + place, mask=inside, other=0.0)
-    scale_s = tl.load(student_scale_ptr + place, mask=inside, other=0.0)
-    lift_t = tl.load(teacher_lift_ptr + place, mask=inside, other=0.0)
-    scale_t = tl.load(teacher_scale_ptr + place, mask=inside, other=0.0)
+    ends = _load_ends(student, teacher, place, inside)
     lift_total = tl.zeros((BLOCK,), tl.float32)
     log_scale_total = tl.zeros((BLOCK,), tl.float32)
     for place_k in range(0, V):
         k = tl.zeros((BLOCK,), tl.int32) + place_k
-        cosine_s, scale_k = _cosine(
-            student_band_ptr, student_lift_ptr, student_scale_ptr, lift_s, scale_s, j, k, rows, inside,
-            stride_band, stride_pairs,
-        )  # fmt: skip
-        cosine_t, _ = _cosine(
-            teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr, lift_t, scale_t, j, k, rows, inside,
-            stride_band, stride_pairs,
-        )  # fmt: skip
+        cosine_s, cosine_t, scale_k = _cosines(
+            student, teacher, ends, j, k, rows, inside, stride_band, stride_pairs
+        )
         # The angle of a neighbour with itself is 0 on both sides.
         error = tl.where(j == k, 0.0, cosine_s - cosine_t)
         lift_total += error * scale_k
         log_scale_total += error * cosine_s
-    tl.store(lift_grad_ptr + place, 4.0 * lift_total * scale_s, mask=inside)
+    tl.store(lift_grad_ptr + place, 4.0 * lift_total * ends[0][1], mask=inside)
     tl.store(log_scale_grad_ptr + place, 4.0 * log_scale_total, mask=inside)
 
 
@@ -145,30 +156,23 @@ def _angle_band_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a block of pairs (row, row + difference): sums over the rows that have both as neighbours j < k."""
+    student = (student_band_ptr, student_lift_ptr, student_scale_ptr)
+    teacher = (teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr)
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     difference = tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)
-    # A row's product with itself is in no angle of two neighbours.
+    # The inner product of a row with itself is in no angle of two neighbours.
     last = tl.where(difference == 0, 0, V - difference)
     for place_j in range(0, last):
         j = tl.zeros((BLOCK,), tl.int32) + place_j
         k = j + difference
         rows = pairs - (j - V // 2)
         inside = (rows >= 0) & (rows < R)
-        place = j.to(tl.int64) * stride_pairs + rows
-        lift_s = tl.load(student_lift_ptr + place, mask=inside, other=0.0)
-        scale_s = tl.load(student_scale_ptr + place, mask=inside, other=0.0)
-        lift_t = tl.load(teacher_lift_ptr + place, mask=inside, other=0.0)
-        scale_t = tl.load(teacher_scale_ptr + place, mask=inside, other=0.0)
-        cosine_s, scale_k = _cosine(
-            student_band_ptr, student_lift_ptr, student_scale_ptr, lift_s, scale_s, j, k, rows, inside,
-            stride_band, stride_pairs,
-        )  # fmt: skip
-        cosine_t, _ = _cosine(
-            teacher_band_ptr, teacher_lift_ptr, teacher_scale_ptr, lift_t, scale_t, j, k, rows, inside,
-            stride_band, stride_pairs,
-        )  # fmt: skip
-        total += (cosine_s - cosine_t) * scale_s * scale_k
+        ends = _load_ends(student, teacher, j.to(tl.int64) * stride_pairs + rows, inside)
+        cosine_s, cosine_t, scale_k = _cosines(
+            student, teacher, ends, j, k, rows, inside, stride_band, stride_pairs
+        )
+        total += (cosine_s - cosine_t) * ends[0][1] * scale_k
     place = difference.to(tl.int64) * stride_pairs + pairs
     tl.store(band_grad_ptr + place, 4.0 * total, mask=pairs < R)
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...options import RowTerms
-from ..launch import RowConfig, architecture_of, launch_options, row_config
+from ..launch import RowConfig, architecture_of, launch_options, refuse_float64, row_config
 from .divergence import kernel_divergence
 from .flags import RowFlags, transform_numbers
 
@@ -31,11 +30,7 @@ def row_arguments(
     config: RowConfig | None,
 ) -> dict[str, Any]:
     """Pointers, strides and numbers of both rows, flags, and the options of the launch; keys are the kernels' names."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype == torch.float64:
-            raise ValueError(
-                f"the triton back end computes in float32, got {name} in float64; use impl='torch' there"
-            )
+    refuse_float64(student_logits=student, teacher_logits=teacher)
     if config is None:
         config = row_config(architecture_of(student.device))
     written = student if grad is None else grad

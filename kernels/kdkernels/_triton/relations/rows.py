@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..launch import architecture_of
+from ..launch import architecture_of, refuse_float64
 from ..numeric import LOG2_E
 from .gradients import relation_gradients
 from .launch import padded, relation_config, widest_head
@@ -56,10 +56,7 @@ def relation_rows(
                 f"impl='triton' takes {kind} relation heads of at most {widest_head(half)} columns, got {width} for the "
                 f"{name}; use more heads or impl='torch'"
             )
-    if teacher[0].dtype == torch.float64:
-        raise ValueError(
-            "the triton back end computes in float32, got the teacher in float64; use impl='torch' there"
-        )
+    refuse_float64(teacher_q=teacher[0])
     architecture = architecture_of(device)
     values_config, gradient_config = (
         relation_config(padded(max(width_s, width_t)), half, gradient, architecture)
