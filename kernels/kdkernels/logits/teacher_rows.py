@@ -21,7 +21,7 @@ from .inputs import Rows, index_rows, slice_rows
 from .top_k import cross_term_rows, label_rows, top_k_rows
 
 # Logits, which rows of all they are, and where their gradient goes > divergence and cross entropy.
-RowWork = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
+RowFunction = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RowCall:
 
     def work(
         self, teacher: CheckedTeacher, chunk: int, hidden: Tensor | None, reads_teacher: bool
-    ) -> RowWork:
+    ) -> RowFunction:
         """The work that the teacher asks for; `hidden` (M, D_s) are the valid rows, for a cross-term."""
         if not reads_teacher:
             return self._with_labels
@@ -94,7 +94,7 @@ class RowCall:
             self.backend, logits, rows.labels, self.terms, bias=self.bias, row_weight=rows.weight, grad=grad
         )
 
-    def _with_logits(self, teacher: FullTeacher, chunk: int) -> RowWork:
+    def _with_logits(self, teacher: FullTeacher, chunk: int) -> RowFunction:
         bias = None
         if isinstance(teacher, TeacherHead):
             bias = teacher.bias
@@ -132,7 +132,7 @@ class RowCall:
 
         return work
 
-    def _with_top_k(self, teacher: TeacherTopK) -> RowWork:
+    def _with_top_k(self, teacher: TeacherTopK) -> RowFunction:
         logprobs, indices = index_rows(teacher.logprobs, self.index), index_rows(teacher.indices, self.index)
         assert logprobs is not None and indices is not None
 
