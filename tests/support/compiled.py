@@ -232,7 +232,9 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    lean = variant.kernel != "tile" and ("FLAGS" not in variant.flags or variant.flags["FLAGS"].is_lean)
+    lean = variant.kernel != "tile" and (
+        "FLAGS" not in variant.flags or variant.flags["FLAGS"].fits_default_registers
+    )
     return triton.compile(
         source, target=target, options=launch_options(config, size, stride, fits_default_registers=lean)
     )
