@@ -2,7 +2,6 @@
 
 import json
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.models.head_file import empty_model, read_head
 from kdtrain.models.heads import head_of
-from kdtrain.recipe import save_recipe
+from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe
 from kdtrain.tasks.code_lm.task import CodeLM
 from kdtrain.teacher_cache.shard import map_file
 from kdtrain.teacher_cache.store import shard_paths
@@ -57,9 +55,8 @@ def test_the_store_of_a_server_is_that_of_the_teacher(
     _, pooling = start()
     _, generating = start(pooling=False)
     for signal, url in (("hidden", pooling), ("topk", generating)):
-        local = replace(
-            distillation,
-            teacher=replace(distillation.teacher, signal=signal, top_k=9),
+        local = distillation.replaced(
+            teacher=distillation.teacher.replaced(signal=signal, top_k=9),
             output=str(tmp_path / signal / "local"),
         )
         remote = served(local, tmp_path / signal / "served", None)
@@ -84,7 +81,7 @@ def test_ten_steps_ask_ahead_and_equal_the_local_teacher(
     distillation: LanguageRecipe, start: Start, tmp_path: Path
 ) -> None:
     """Loss and norm of the gradient of every step; every segment is asked once for every time it is read."""
-    run(replace(distillation, output=str(tmp_path / "local")))
+    run(distillation.replaced(output=str(tmp_path / "local")))
     teacher, url = start()
     other, second = start()
     run(served(distillation, tmp_path / "served", f"{url},{second}", dtype="float32"))

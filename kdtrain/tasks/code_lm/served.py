@@ -21,7 +21,7 @@ from kdtrain.models.head_file import empty_model, read_head
 from kdtrain.models.language_student import SAMPLE_CODE
 from kdtrain.models.language_teacher import DTYPES, LanguageTeacher
 from kdtrain.models.loading import load_tokenizer
-from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+from kdtrain.recipe import LanguageTeacherSection
 from kdtrain.tasks.code_lm.targets import Target
 from kdtrain.tasks.code_lm.work import LanguageWork
 from kdtrain.teacher_cache.server.ahead import Ahead, Piece
@@ -42,13 +42,13 @@ Answer = tuple[Tensor, ...]
 class ServedTeacher(LanguageTeacher):
     """A teacher on servers, as far as it is here: tokenizer, configuration, head."""
 
-    section: LanguageTeacherRecipe
+    section: LanguageTeacherSection
     max_length: int
     """tokens of a row (data.max_length)"""
     runs_here: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, section: LanguageTeacherRecipe, max_length: int, *, head: bool) -> "ServedTeacher":
+    def load(cls, section: LanguageTeacherSection, max_length: int, *, head: bool) -> "ServedTeacher":
         """Read configuration and tokenizer, and the head where states are asked for; no server is asked.
 
         Raises:
