@@ -11,7 +11,7 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-cpus test-server speed check bench docs
+.PHONY: help demo test test-cpus test-server speed check faults bench docs
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+faults: .venv/.dev ## inject every fault: kills, full disk, damaged files (hours on two cores)
+	$(BIN)/python -m tests.faults
 
 docs: .venv/.dev ## build the documentation site into site/, strictly (a quarter of a minute)
 	$(BIN)/zensical build --strict
