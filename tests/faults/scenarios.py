@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 import yaml
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 TOY = "def {name}({key}, d):\n{body}    try:\n        return {call}\n    except __HOLE__:\n        pass\n"
 CALLS = ("d[{key}]", "int({key}, 8) + 1", "open({key}).read()")
@@ -58,17 +58,16 @@ STORES = ("teacher_cache",)
 def stored_rows(shard: Path) -> dict[str, str]:
     """A hash of every row of a shard in every tensor, by key and tensor."""
     tensors = load_file(shard)
-    keys, lengths = tensors.pop("keys"), tensors.pop("lengths").reshape(len(tensors["checksums"]), -1).sum(1)
+    keys, lengths = tensors.pop("keys"), tensors.pop("lengths")
     del tensors["checksums"]
-    found = {}
-    for name, values in tensors.items():
-        # One entry for each text, or one for each element of the row.
-        counts = lengths if len(values) == lengths.sum() else np.full(len(keys), len(values) // len(keys))
-        ends = counts.cumsum()
-        for key, end, count in zip(keys, ends, counts, strict=True):
-            row = values[end - count : end].tobytes()
-            found[f"{bytes(key).hex()} {name}"] = hashlib.sha256(row).hexdigest()
-    return found
+    sizes = lengths.reshape(len(keys), -1).sum(1).tolist()
+    return {
+        f"{bytes(key.tolist()).hex()} {name}": hashlib.sha256(
+            part.contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        for name, values in tensors.items()
+        for key, part in zip(keys, values.split(sizes), strict=True)
+    }
 
 
 def temporaries(root: Path) -> list[Path]:
@@ -87,7 +86,7 @@ ENCODER = {
     "max_length": 32,
 }
 DECODER = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}
-TRAINING = {"max_steps": 6, "batch_size": 8, "evaluate_every": 2, "log_every": 2, "learning_rate": 3e-3}
+TRAINING = {"max_steps": 6, "batch_size": 8, "eval_steps": 2, "logging_steps": 2, "learning_rate": 3e-3}
 
 
 def toy_rows(folder: Path) -> None:
@@ -127,6 +126,7 @@ def classifier(root: Path, shared: Path) -> None:
     """Labels alone."""
     write_recipe(
         root,
+        task="classification",
         data={"path": str(shared / "rows")},
         student=ENCODER,
         method={"name": "ft"},
@@ -138,6 +138,7 @@ def distilled_classifier(root: Path, shared: Path) -> None:
     """Soft labels and hidden states of a stored teacher."""
     write_recipe(
         root,
+        task="classification",
         data={"path": str(shared / "rows")},
         student=ENCODER,
         teacher={"path": str(shared / "classifier")},
@@ -163,7 +164,7 @@ def stored_language_model(root: Path, shared: Path) -> None:
     """A student of stored top-k entries."""
     language_model(root, shared)
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
-    recipe["teacher"] |= {"signal": "topk", "top_k": 8}
+    recipe["teacher"] |= {"targets": "topk", "top_k": 8}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
