@@ -164,7 +164,7 @@ def stored_language_model(root: Path, shared: Path) -> None:
     """A student of stored top-k entries."""
     language_model(root, shared)
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
-    recipe["teacher"] |= {"targets": "topk", "top_k": 8}
+    recipe["teacher"] |= {"signal": "topk", "top_k": 8}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
