@@ -8,7 +8,7 @@ import pytest
 from tests.faults.scenarios import SCENARIOS, Scenario, prepare
 from tests.faults.trials import SURVIVED, all_trials, reference, trial
 
-SAMPLE = 6
+SAMPLE = 3
 """Trials of each scenario."""
 
 

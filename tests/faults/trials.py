@@ -94,7 +94,7 @@ def trial(made: Reference, folder: Path, fault: Fault, at: int | str, seed: int)
         path = output / str(at)
         if not path.is_file() or not damage(path, fault, generator):
             return "same bytes", where
-    second = run_hurt(command, output, log)
+    second = run_hurt(scenario.command(root, second=True), output, log)
     return judge(made, root, second, where)
 
 
