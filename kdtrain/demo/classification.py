@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,16 +14,15 @@ from kdtrain.data.tokens import tokenize
 from kdtrain.demo.report import Entry, write_report
 from kdtrain.evaluation.linear_baseline import linear_baselines
 from kdtrain.files import folder_bytes
-from kdtrain.methods import method_options
 from kdtrain.models.loading import parameter_count
 from kdtrain.models.teachers import load_teacher
 from kdtrain.recipe import (
-    ClassificationRecipe,
-    ClassificationTraining,
-    DataSection,
-    MethodOptions,
-    StudentSection,
-    TeacherSection,
+    DataRecipe,
+    MethodRecipe,
+    Recipe,
+    StudentRecipe,
+    TeacherRecipe,
+    TrainingRecipe,
 )
 from kdtrain.run import run
 from kdtrain.summary import Summary
@@ -35,24 +34,24 @@ SHIPPED_TEACHER = Path(__file__).parent.parent / "teacher"
 TITLES = {"ft": "student, labels only (FT)", "kd": "student, KD", "kd_features": "student, KD + features"}
 
 
-STUDENT = StudentSection(
+STUDENT = StudentRecipe(
     vocab_size=3000, hidden_size=96, layers=2, heads=4, intermediate_size=384, max_length=64, dropout=0.0
 )
-TRAINING = ClassificationTraining(max_steps=2000, batch_size=32, learning_rate=2e-3, eval_steps=500)
+TRAINING = TrainingRecipe(epochs=100, max_steps=2000, batch_size=32, learning_rate=2e-3, evaluate_every=500)
 
 
 @dataclass(frozen=True)
 class DemoPlan:
     """What the demo trains. The defaults are sized for two cores and five minutes."""
 
-    student: StudentSection = STUDENT
+    student: StudentRecipe = STUDENT
     teacher_layers: tuple[int, ...] = (4,)
-    methods: Mapping[str, MethodOptions] = field(
+    methods: Mapping[str, MethodRecipe] = field(
         default_factory=lambda: {
-            "ft": method_options("ft"),
-            "kd": method_options("kd", temperature=2.0, kd_weight=1.0, ce_weight=0.25),
-            "kd_features": method_options(
-                "kd_features",
+            "ft": MethodRecipe(name="ft"),
+            "kd": MethodRecipe(name="kd", temperature=2.0, kd_weight=1.0, ce_weight=0.25),
+            "kd_features": MethodRecipe(
+                name="kd_features",
                 temperature=2.0,
                 kd_weight=1.0,
                 ce_weight=0.25,
@@ -62,7 +61,7 @@ class DemoPlan:
         }
     )
     # The same number of steps for every method: what differs is what a step learns from.
-    training: ClassificationTraining = TRAINING
+    training: TrainingRecipe = TRAINING
     teacher: Path = SHIPPED_TEACHER
     trees: tuple[Path, ...] = ()
     """folders to take the Python code from, in place of what is installed"""
@@ -89,7 +88,7 @@ def demo(
     say("1/4 data: exception classification from the Python code installed here")
     if not (output / "data" / "dataset.json").exists():
         build_exceptions(output / "data", plan.trees)
-    data = load_classification(DataSection(path=str(output / "data")))
+    data = load_classification(DataRecipe(path=str(output / "data")))
     teacher = plan.teacher
     if train_teacher:
         from kdtrain.demo.make_teacher import make_teacher
@@ -112,19 +111,17 @@ def demo(
     )
 
 
-def student_recipe(
-    plan: DemoPlan, method: str, seed: int, output: Path, teacher: Path
-) -> ClassificationRecipe:
+def student_recipe(plan: DemoPlan, method: str, seed: int, output: Path, teacher: Path) -> Recipe:
     """The recipe of one student. All share the tokenizer of the first and the teacher's stored outputs."""
     first = output / "runs" / f"{next(iter(plan.methods))}-0"
     is_first = first.name == f"{method}-{seed}"
-    return ClassificationRecipe(
-        data=DataSection(path=str(output / "data")),
-        student=plan.student if is_first else plan.student.replaced(tokenizer=str(first / "student")),
-        teacher=TeacherSection(
+    return Recipe(
+        data=DataRecipe(path=str(output / "data")),
+        student=plan.student if is_first else replace(plan.student, tokenizer=str(first / "student")),
+        teacher=TeacherRecipe(
             path=str(teacher), cache=str(output / "teacher-cache"), layers=plan.teacher_layers
         ),
-        method=(plan.methods[method],),
+        method=plan.methods[method],
         training=plan.training,
         output=str(output / "runs" / f"{method}-{seed}"),
         seed=seed,

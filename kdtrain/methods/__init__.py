@@ -1,7 +1,6 @@
 """The methods, one file each; a new one is a file and a row in this table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.at import AttentionTransfer
@@ -33,7 +32,7 @@ from kdtrain.methods.routed import RoutedTeachers
 from kdtrain.methods.sp import SimilarityPreserving
 from kdtrain.methods.speculative_kd import SpeculativeDistillation
 from kdtrain.models.loading import Shape
-from kdtrain.recipe.base import MethodOptions, parse_method
+from kdtrain.recipe.base import MethodOptions
 
 METHODS: dict[str, type[Method]] = {
     "ft": FineTuning,
@@ -65,18 +64,6 @@ METHODS: dict[str, type[Method]] = {
     "distillm": SkewedDistillation,
     "speculative_kd": SpeculativeDistillation,
 }
-
-OPTIONS: dict[str, type[MethodOptions]] = {name: kind.Options for name, kind in METHODS.items()}
-"""The recipe's `method:` section by `name`."""
-
-
-def method_options(name: str, **fields: Any) -> MethodOptions:
-    """Options of one method, as `{name: ..., field: ...}` in a recipe.
-
-    Raises:
-        KdtrainError: no such method, or wrong options.
-    """
-    return parse_method({"name": name, **fields}, OPTIONS)
 
 
 def method_class(name: str) -> type[Method]:

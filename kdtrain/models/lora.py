@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import LanguageStudentSection
+from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe
 
 NAME = "default"
 """of the one adapter, as peft calls it"""
 
 
-def add_adapters(model: PreTrainedModel, recipe: LanguageStudentSection) -> None:
+def add_adapters(model: PreTrainedModel, recipe: LanguageStudentRecipe) -> None:
     """Put adapters into a model, in place, and freeze everything else.
 
     Raises:

@@ -4,8 +4,7 @@ import importlib
 from typing import Any
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import RunRecipe
-from kdtrain.tasks.base import Task
+from kdtrain.tasks.base import RunRecipe, Task
 
 TASKS = {
     "classification": "kdtrain.tasks.classification.task:Classification",
@@ -16,7 +15,7 @@ TASKS = {
 
 def task_of(recipe: RunRecipe) -> type[Task[Any]]:
     """The task of a recipe."""
-    return task_named(recipe.task)
+    return task_named(getattr(recipe, "task", "classification"))
 
 
 def task_named(name: str) -> type[Task[Any]]:
