@@ -126,14 +126,16 @@ def _teacher(case: Case) -> "LanguageTeacher":
 
 
 def _objective(case: Case, method: str, teacher: "LanguageTeacher | None", stored: Any = None) -> Any:
+    from kdtrain.methods import build_methods, method_options
     from kdtrain.tasks.code_lm.outputs import LanguageModels
-    from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
-    from kdtrain.tasks.code_lm.task import checked_objective, language_methods, shape_of
+    from kdtrain.tasks.code_lm.task import checked_objective, shape_of
 
     student = _model(case, case.width, case.layers).train()
-    recipe = LanguageMethodRecipe(name=method)  # type: ignore[arg-type]
+    options = method_options(method)
+    if method != "ft":
+        options = options.replaced(temperature=1.0, ce_weight=0.5)
     shapes = {} if teacher is None else {"teacher": shape_of(teacher.model)}
-    methods = language_methods(recipe, shape_of(student), shapes)
+    methods = build_methods([options], "code_lm", shape_of(student), shapes)
     models = LanguageModels(teacher, tail="bucket" if stored is None else stored.tail)
     return checked_objective(student, methods, models).to(case.device)
 
@@ -191,9 +193,9 @@ def _computed(
 
 
 def _stored(case: Case, inputs: Inputs, kind: Literal["hidden", "topk"]) -> Step:
-    from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+    from kdtrain.recipe import LanguageTeacherSection
 
-    teacher, recipe = _teacher(case), LanguageTeacherRecipe(path="random weights", signal=kind)
+    teacher, recipe = _teacher(case), LanguageTeacherSection(path="random weights", signal=kind)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # steps read from it until the process ends
     rows = _computed(case, folder, teacher, recipe, kind, inputs.rows)
@@ -213,10 +215,10 @@ def stored_top_k(case: Case, inputs: Inputs) -> Step:
 
 def store(case: Case, inputs: Inputs) -> Step:
     """What the cache costs once for every batch: the teacher's pass, and its hidden states written to disk."""
-    from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+    from kdtrain.recipe import LanguageTeacherSection
 
     teacher, rows = _teacher(case), _rows(case, case.rows)
-    recipe = LanguageTeacherRecipe(path="random weights", signal="hidden")
+    recipe = LanguageTeacherSection(path="random weights", signal="hidden")
 
     def step() -> Tensor:
         with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as folder:

@@ -29,8 +29,8 @@ from kdtrain.evaluation.metrics import keep_lines
 from kdtrain.files import append_line
 from kdtrain.methods.base import Step
 from kdtrain.objective import Objective
-from kdtrain.recipe import TrainingRecipe
-from kdtrain.tasks.base import RunRecipe, TrainingData, WaitingData
+from kdtrain.recipe import RunRecipe, TrainingSection
+from kdtrain.tasks.base import TrainingData, WaitingData
 
 SMALLER_IS_BETTER = ("loss", "divergence", "perplexity")
 
@@ -59,19 +59,20 @@ def train(
     options = recipe.training
     device, main = accelerator.device, accelerator.is_main_process
     steps_per_epoch = math.ceil(len(data.lengths) / options.batch_size)
-    total_steps = options.max_steps or options.epochs * steps_per_epoch
-    evaluate_every = options.evaluate_every or steps_per_epoch
+    total_steps = options.max_steps or math.ceil(options.num_train_epochs * steps_per_epoch)
+    evaluate_every = options.eval_steps or steps_per_epoch
     save_every = options.save_steps or evaluate_every
-    splits = options.accumulation * accelerator.num_processes
+    splits = options.gradient_accumulation_steps * accelerator.num_processes
 
     plain = model.to(device)
     optimizer: Any = torch.optim.AdamW(parameter_groups(plain, options), lr=options.learning_rate, fused=True)
     scheduler = get_scheduler(
-        options.schedule,
+        options.lr_scheduler_type,
         optimizer,
         # Its steps begin at a rate of 0: at least one has to be left that learns.
-        num_warmup_steps=min(round(options.warmup * total_steps), total_steps - 1),
+        num_warmup_steps=min(round(options.warmup_ratio * total_steps), total_steps - 1),
         num_training_steps=total_steps,
+        scheduler_specific_kwargs=options.lr_scheduler_kwargs,
     )
     # The scheduler stays outside of prepare(), which would step it once per process.
     wrapped, optimizer = accelerator.prepare(plain, optimizer)
@@ -116,7 +117,9 @@ def train(
             if due and not stop:
                 metrics = evaluate(wrapped)
                 check_finite(metrics["loss"], step.number, options)  # no line may have been logged yet
-                value = metrics[options.best_metric] * (-1 if options.best_metric in SMALLER_IS_BETTER else 1)
+                value = metrics[options.metric_for_best_model] * (
+                    -1 if options.metric_for_best_model in SMALLER_IS_BETTER else 1
+                )
                 position.waited, position.evaluated_step = position.waited + 1, step.number
                 if position.best_value is None or value > position.best_value:
                     position.best_step, position.best_value, position.waited = step.number, value, 0
@@ -179,7 +182,7 @@ def train(
                     gradients.append(taken(parameters, accelerator))
             if gradients:
                 give(parameters, plain.combine(step, gradients, running.step_values(accelerator)))
-            norm = accelerator.clip_grad_norm_(parameters, options.clip_norm)
+            norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
             running.end_step(None if norm is None else joined(norm), plain.logged(), accelerator)
             optimizer.step()
             scheduler.step()
@@ -188,8 +191,8 @@ def train(
             position.step += 1
             position.tokens += int(data.lengths[batch.rows].sum())
             means: dict[str, float] = {}
-            if position.step % options.log_every == 0:  # the only place that waits for the device
-                means = running.means(accelerator, options.log_every)
+            if position.step % options.logging_steps == 0:  # the only place that waits for the device
+                means = running.means(accelerator, options.logging_steps)
             position.seconds += time.perf_counter() - started
             bar.update()
 
@@ -223,16 +226,16 @@ def train(
     return position
 
 
-def check_finite(loss: float, step: int, options: TrainingRecipe) -> None:
+def check_finite(loss: float, step: int, options: TrainingSection) -> None:
     """Stop a run that has diverged."""
     if not math.isfinite(loss):
         raise KdtrainError(
             f"the loss is {loss} at step {step}; lower training.learning_rate "
-            f"(now {options.learning_rate}) or training.clip_norm (now {options.clip_norm})"
+            f"(now {options.learning_rate}) or training.max_grad_norm (now {options.max_grad_norm})"
         )
 
 
-def parameter_groups(model: torch.nn.Module, options: TrainingRecipe) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, options: TrainingSection) -> list[dict[str, Any]]:
     """Matrices decay; biases and norms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [

@@ -19,8 +19,9 @@ from kdtrain.evaluation.rows import measured_rows
 from kdtrain.loop import train
 from kdtrain.outputs import Batch
 from kdtrain.plots import learning_curves
+from kdtrain.recipe import RunRecipe
 from kdtrain.summary import Summary, installed_versions
-from kdtrain.tasks.base import RunRecipe, SharedInputs, Task
+from kdtrain.tasks.base import SharedInputs, Task
 from kdtrain.tasks.registry import task_of
 
 

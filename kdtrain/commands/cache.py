@@ -2,23 +2,24 @@
 
 import argparse
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import Recipe, describe_fields, read_recipe, recipe_from_dict, task_of
-from kdtrain.tasks.code_lm.recipe import TASK, LanguageRecipe, language_recipe_from_dict
+from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
+from kdtrain.recipe.schema import describe
+from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
 
 if TYPE_CHECKING:
     from kdtrain.tasks.code_lm.task import CodeLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One recipe; everything behind it overrides fields."""
+    """One recipe; any field can be overridden."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n\n".join(
-        f"fields of a recipe of task {task}, with their defaults:\n{describe_fields(kind)}"
-        for task, kind in (("classification", Recipe), (TASK, LanguageRecipe))
+        f"fields of a recipe of task {task}, with their defaults:\n{describe(kind)}"
+        for task, kind in (("classification", ClassificationRecipe), ("code_lm", LanguageRecipe))
     )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --teacher.layers '[2, 4]'")
     parser.add_argument("--verify", action="store_true", help="check all checksums and recompute random rows")
@@ -29,15 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Fill the recipe's teacher cache, and check it when asked."""
-    content = read_recipe(arguments.recipe, arguments.overrides)
-    task = task_of(content)
-    if task == TASK:
-        return cache_language_model(content, arguments)
-    if task == "study":
+    content = read_yaml(arguments.recipe, arguments.overrides)
+    if task_named_in(content) == "study":
         raise KdtrainError(
             f"{arguments.recipe} is a study, which stores its teachers' outputs itself; start it with kdtrain study {arguments.recipe}"
         )
     recipe = recipe_from_dict(content)
+    if isinstance(recipe, LanguageRecipe):
+        return cache_language_model(recipe, arguments)
+    if not isinstance(recipe, ClassificationRecipe):
+        raise KdtrainError(f"{arguments.recipe} is a recipe of task {recipe.task}, which has no teacher")
     if recipe.teacher.path is None:
         raise KdtrainError(f"{arguments.recipe} names no teacher; set teacher.path to a folder or hub id")
     from kdtrain.engine.accelerator import start_accelerator
@@ -59,9 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def cache_language_model(content: dict[str, Any], arguments: argparse.Namespace) -> int:
+def cache_language_model(recipe: LanguageRecipe, arguments: argparse.Namespace) -> int:
     """The same for a recipe of task code_lm."""
-    recipe = language_recipe_from_dict(content)
     if recipe.teacher.path is None or recipe.teacher.signal == "online":
         raise KdtrainError(
             f"{arguments.recipe} stores nothing of a teacher; set teacher.path, and teacher.signal to hidden, topk, "

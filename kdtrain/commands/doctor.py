@@ -1,20 +1,12 @@
 """kdtrain doctor RECIPE."""
 
 import argparse
-import importlib
-from dataclasses import replace
 from typing import Any
 
 from kdtrain.doctor import Finding, wrong
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import read_recipe, task_of
-
-EXAMINERS = {
-    "classification": "kdtrain.commands.doctor:examine_classification",
-    "study": "kdtrain.commands.doctor:examine_study",
-    "code_lm": "kdtrain.doctor.code_lm:examine_language",
-}
-"""By a recipe's `task`: the function from its content to its findings."""
+from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
+from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Print what was found; code 1 when something is wrong."""
-    content = read_recipe(arguments.recipe, arguments.overrides)
-    task = task_of(content)
-    if task not in EXAMINERS:
-        raise KdtrainError(f"kdtrain doctor knows the tasks {', '.join(EXAMINERS)}, got task: {task}")
+    content = read_yaml(arguments.recipe, arguments.overrides)
     if arguments.plan:
-        return print_plan(task, content)
-    module, _, function = EXAMINERS[task].partition(":")
-    findings: list[Finding] = getattr(importlib.import_module(module), function)(content)
+        return print_plan(content)
+    findings = examined(content)
     for finding in findings:
         print(finding.line())
     count = sum(finding.level == "wrong" for finding in findings)
@@ -47,25 +35,32 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if count else 0
 
 
-def print_plan(task: str, content: dict[str, Any]) -> int:
-    """Where the memory of one device goes, without opening data or weights."""
-    if task != "code_lm":
-        raise KdtrainError(f"--plan is for recipes of task code_lm, got task: {task}")
-    from kdtrain.doctor.memory_plan import plan_table
-    from kdtrain.tasks.code_lm.recipe import language_recipe_from_dict
-
-    print(plan_table(language_recipe_from_dict(content)))
-    return 0
-
-
-def examine_classification(content: dict[str, Any]) -> list[Finding]:
-    """The findings of one run."""
-    from kdtrain.recipe import recipe_from_dict
-
+def examined(content: dict[str, Any]) -> list[Finding]:
+    """The findings of a recipe of any task that has checks."""
+    task = task_named_in(content)
+    if task == "study":
+        return examine_study(content)
     recipe = recipe_from_dict(content)
-    from kdtrain.doctor.classification import examine_recipe
+    if isinstance(recipe, LanguageRecipe):
+        from kdtrain.doctor.code_lm import examine_language
 
-    return examine_recipe(recipe)
+        return examine_language(recipe)
+    if isinstance(recipe, ClassificationRecipe):
+        from kdtrain.doctor.classification import examine_recipe
+
+        return examine_recipe(recipe)
+    raise KdtrainError(f"kdtrain doctor has no checks for task: {task}")
+
+
+def print_plan(content: dict[str, Any]) -> int:
+    """Where the memory of one device goes, without opening data or weights."""
+    recipe = None if task_named_in(content) == "study" else recipe_from_dict(content)
+    if not isinstance(recipe, LanguageRecipe):
+        raise KdtrainError(f"--plan is for recipes of task code_lm, got task: {content['task']}")
+    from kdtrain.doctor.memory_plan import plan_table
+
+    print(plan_table(recipe))
+    return 0
 
 
 def examine_study(content: dict[str, Any]) -> list[Finding]:
@@ -83,10 +78,10 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
         place = f"{cell.task}, {cell.student}, {cell.method}"
         if cell.recipe.seed != study.seeds[0]:
             continue
-        teacher = replace(cell.recipe.teacher, cache=shared_cache(study, cell))
+        teacher = cell.recipe.teacher.replaced(cache=shared_cache(study, cell))
         try:
             make_data(study.tasks[cell.task], cell)
-            for finding in examine_recipe(replace(cell.recipe, teacher=teacher), shared):
+            for finding in examine_recipe(cell.recipe.replaced(teacher=teacher), shared):
                 findings.setdefault(finding, place)
         except KdtrainError as error:
             findings.setdefault(wrong(str(error)), place)

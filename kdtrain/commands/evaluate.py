@@ -6,7 +6,7 @@ from typing import Any
 
 from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes, write_json
-from kdtrain.recipe import read_recipe
+from kdtrain.recipe import read_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Measure the saved student anew, print the figures and keep them in evaluation.json."""
     path = arguments.run / "recipe.yaml"
-    if path.is_file() and read_recipe(path).get("task") == "code_lm":
+    if path.is_file() and read_yaml(path).get("task") == "code_lm":
         found = evaluate_language_model(arguments)
     else:
         found = evaluate_classifier(arguments)

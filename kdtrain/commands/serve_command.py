@@ -5,8 +5,8 @@ import shlex
 from urllib.parse import urlsplit
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import read_recipe, task_of
-from kdtrain.tasks.code_lm.recipe import TASK, LanguageRecipe, language_recipe_from_dict
+from kdtrain.recipe import LanguageRecipe
+from kdtrain.tasks.recipes import load_recipe
 
 WEIGHTS = 0.6
 """Share of the memory of a device that weights may take; the rest is for activations and the key-value cache."""
@@ -25,12 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Print the commands that start a server of the recipe's teacher, for hidden states and for log-probabilities."""
-    content = read_recipe(arguments.recipe, arguments.overrides)
-    if task_of(content) != TASK:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not isinstance(recipe, LanguageRecipe):
         raise KdtrainError(
-            f"{arguments.recipe} is a recipe of task {task_of(content)}; a server runs the teacher of task {TASK}"
+            f"{arguments.recipe} is a recipe of task {recipe.task}; a server runs the teacher of task code_lm"
         )
-    recipe = language_recipe_from_dict(content)
     if recipe.teacher.path is None:
         raise KdtrainError(
             f"{arguments.recipe} names no teacher; set teacher.path to the folder or hub id that the server loads"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kdtrain.recipe import describe_fields
+from kdtrain.recipe.schema import describe
 from kdtrain.study.plan import StudyRecipe, load_study, unfold
 
 
@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        f"fields of a study, with their defaults:\n{describe_fields(StudyRecipe)}\n\n"
+        f"fields of a study, with their defaults:\n{describe(StudyRecipe)}\n\n"
         "The sections inside are those of a recipe of task classification: kdtrain train --help"
     )
     parser.add_argument("recipe", help="YAML file; any field can follow, as in --seeds '[0]' or --workers 1")

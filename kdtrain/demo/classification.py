@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,15 +14,16 @@ from kdtrain.data.tokens import tokenize
 from kdtrain.demo.report import Entry, write_report
 from kdtrain.evaluation.linear_baseline import linear_baselines
 from kdtrain.files import folder_bytes
+from kdtrain.methods import method_options
 from kdtrain.models.loading import parameter_count
 from kdtrain.models.teachers import load_teacher
 from kdtrain.recipe import (
-    DataRecipe,
-    MethodRecipe,
-    Recipe,
-    StudentRecipe,
-    TeacherRecipe,
-    TrainingRecipe,
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    MethodOptions,
+    StudentSection,
+    TeacherSection,
 )
 from kdtrain.run import run
 from kdtrain.summary import Summary
@@ -34,24 +35,24 @@ SHIPPED_TEACHER = Path(__file__).parent.parent / "teacher"
 TITLES = {"ft": "student, labels only (FT)", "kd": "student, KD", "kd_features": "student, KD + features"}
 
 
-STUDENT = StudentRecipe(
+STUDENT = StudentSection(
     vocab_size=3000, hidden_size=96, layers=2, heads=4, intermediate_size=384, max_length=64, dropout=0.0
 )
-TRAINING = TrainingRecipe(epochs=100, max_steps=2000, batch_size=32, learning_rate=2e-3, evaluate_every=500)
+TRAINING = ClassificationTraining(max_steps=2000, batch_size=32, learning_rate=2e-3, eval_steps=500)
 
 
 @dataclass(frozen=True)
 class DemoPlan:
     """What the demo trains. The defaults are sized for two cores and five minutes."""
 
-    student: StudentRecipe = STUDENT
+    student: StudentSection = STUDENT
     teacher_layers: tuple[int, ...] = (4,)
-    methods: Mapping[str, MethodRecipe] = field(
+    methods: Mapping[str, MethodOptions] = field(
         default_factory=lambda: {
-            "ft": MethodRecipe(name="ft"),
-            "kd": MethodRecipe(name="kd", temperature=2.0, kd_weight=1.0, ce_weight=0.25),
-            "kd_features": MethodRecipe(
-                name="kd_features",
+            "ft": method_options("ft"),
+            "kd": method_options("kd", temperature=2.0, kd_weight=1.0, ce_weight=0.25),
+            "kd_features": method_options(
+                "kd_features",
                 temperature=2.0,
                 kd_weight=1.0,
                 ce_weight=0.25,
@@ -61,7 +62,7 @@ class DemoPlan:
         }
     )
     # The same number of steps for every method: what differs is what a step learns from.
-    training: TrainingRecipe = TRAINING
+    training: ClassificationTraining = TRAINING
     teacher: Path = SHIPPED_TEACHER
     trees: tuple[Path, ...] = ()
     """folders to take the Python code from, in place of what is installed"""
@@ -88,7 +89,7 @@ def demo(
     say("1/4 data: exception classification from the Python code installed here")
     if not (output / "data" / "dataset.json").exists():
         build_exceptions(output / "data", plan.trees)
-    data = load_classification(DataRecipe(path=str(output / "data")))
+    data = load_classification(DataSection(path=str(output / "data")))
     teacher = plan.teacher
     if train_teacher:
         from kdtrain.demo.make_teacher import make_teacher
@@ -111,17 +112,19 @@ def demo(
     )
 
 
-def student_recipe(plan: DemoPlan, method: str, seed: int, output: Path, teacher: Path) -> Recipe:
+def student_recipe(
+    plan: DemoPlan, method: str, seed: int, output: Path, teacher: Path
+) -> ClassificationRecipe:
     """The recipe of one student. All share the tokenizer of the first and the teacher's stored outputs."""
     first = output / "runs" / f"{next(iter(plan.methods))}-0"
     is_first = first.name == f"{method}-{seed}"
-    return Recipe(
-        data=DataRecipe(path=str(output / "data")),
-        student=plan.student if is_first else replace(plan.student, tokenizer=str(first / "student")),
-        teacher=TeacherRecipe(
+    return ClassificationRecipe(
+        data=DataSection(path=str(output / "data")),
+        student=plan.student if is_first else plan.student.replaced(tokenizer=str(first / "student")),
+        teacher=TeacherSection(
             path=str(teacher), cache=str(output / "teacher-cache"), layers=plan.teacher_layers
         ),
-        method=plan.methods[method],
+        method=(plan.methods[method],),
         training=plan.training,
         output=str(output / "runs" / f"{method}-{seed}"),
         seed=seed,

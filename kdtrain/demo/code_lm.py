@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtrain.console import say
@@ -14,16 +14,17 @@ from kdtrain.data.sources import SourceFile, installed_sources, split_of, tree_s
 from kdtrain.demo.code_lm_report import write_language_report
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_atomic
+from kdtrain.methods import method_options
 from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
-from kdtrain.run import run
-from kdtrain.tasks.code_lm.recipe import (
-    LanguageDataRecipe,
-    LanguageMethodRecipe,
+from kdtrain.recipe import (
+    LanguageDataSection,
     LanguageRecipe,
-    LanguageStudentRecipe,
-    LanguageTeacherRecipe,
-    LanguageTrainingRecipe,
+    LanguageStudentSection,
+    LanguageTeacherSection,
+    LanguageTraining,
+    MethodOptions,
 )
+from kdtrain.run import run
 
 TITLES = {
     "ce": "student, next tokens only (CE)",
@@ -33,12 +34,12 @@ TITLES = {
 }
 
 
-def _methods() -> dict[str, LanguageMethodRecipe]:
+def _methods() -> dict[str, MethodOptions]:
     return {
-        "ce": LanguageMethodRecipe(name="ft"),
-        "forward_kl": LanguageMethodRecipe(name="kd", ce_weight=0.5),
-        "skew_kl": LanguageMethodRecipe(name="kd", divergence="skew_kl", ce_weight=0.5),
-        "features": LanguageMethodRecipe(name="kd_features", ce_weight=0.5, feature_weight=0.5),
+        "ce": method_options("ft"),
+        "forward_kl": method_options("kd", temperature=1.0, ce_weight=0.5),
+        "skew_kl": method_options("kd", divergence="skew_kl", temperature=1.0, ce_weight=0.5),
+        "features": method_options("kd_features", temperature=1.0, ce_weight=0.5, feature_weight=0.5),
     }
 
 
@@ -50,20 +51,20 @@ class LanguageDemoPlan:
     train_characters: int = 3_000_000
     valid_characters: int = 60_000
     max_length: int = 256
-    teacher: LanguageStudentRecipe = field(
-        default_factory=lambda: LanguageStudentRecipe(
+    teacher: LanguageStudentSection = field(
+        default_factory=lambda: LanguageStudentSection(
             hidden_size=160, layers=4, heads=4, intermediate_size=448
         )
     )
-    student: LanguageStudentRecipe = field(
-        default_factory=lambda: LanguageStudentRecipe(
+    student: LanguageStudentSection = field(
+        default_factory=lambda: LanguageStudentSection(
             hidden_size=80, layers=2, heads=2, intermediate_size=224
         )
     )
     batch_size: int = 6
     teacher_steps: int = 320
     steps: int = 140
-    methods: Mapping[str, LanguageMethodRecipe] = field(default_factory=_methods)
+    methods: Mapping[str, MethodOptions] = field(default_factory=_methods)
     trees: tuple[Path, ...] = ()
     """folders to take the Python code from, in place of what is installed"""
 
@@ -85,9 +86,9 @@ def language_demo(output: Path, plan: LanguageDemoPlan | None = None) -> str:
     say(f"3/4 students: {', '.join(plan.methods)}, {plan.steps} steps each")
     for name, method in plan.methods.items():
         recipe = demo_recipe(output, plan, name, plan.student, plan.steps)
-        known = LanguageTeacherRecipe(path=str(output / "runs" / "teacher" / "student"))
+        known = LanguageTeacherSection(path=str(output / "runs" / "teacher" / "student"))
         forget_peak()
-        summaries[name] = run(replace(recipe, teacher=known, method=method))
+        summaries[name] = run(recipe.replaced(teacher=known, method=method))
     say("4/4 report")
     titles = {"teacher": "teacher", **{name: TITLES.get(name, name) for name in plan.methods}}
     return write_language_report(
@@ -96,26 +97,25 @@ def language_demo(output: Path, plan: LanguageDemoPlan | None = None) -> str:
 
 
 def demo_recipe(
-    output: Path, plan: LanguageDemoPlan, name: str, student: LanguageStudentRecipe, steps: int
+    output: Path, plan: LanguageDemoPlan, name: str, student: LanguageStudentSection, steps: int
 ) -> LanguageRecipe:
     """One run of the demo on labels only; all read the same rows in the same order."""
     return LanguageRecipe(
-        data=LanguageDataRecipe(
+        data=LanguageDataSection(
             train=str(output / "data" / "train.jsonl"),
             valid=str(output / "data" / "valid.jsonl"),
             max_length=plan.max_length,
         ),
-        student=replace(student, tokenizer=str(output / "tokenizer")),
-        method=LanguageMethodRecipe(name="ft"),
-        training=LanguageTrainingRecipe(
-            epochs=1000,
+        student=student.replaced(tokenizer=str(output / "tokenizer")),
+        method=(method_options("ft"),),
+        training=LanguageTraining(
             max_steps=steps,
             batch_size=plan.batch_size,
             learning_rate=3e-3,
             weight_decay=0.05,
-            schedule="cosine",
-            evaluate_every=max(1, steps // 2),
-            log_every=max(1, steps // 20),
+            lr_scheduler_type="cosine",
+            eval_steps=max(1, steps // 2),
+            logging_steps=max(1, steps // 20),
         ),
         output=str(output / "runs" / name),
     )

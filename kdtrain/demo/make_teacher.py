@@ -19,13 +19,21 @@ from transformers import PreTrainedModel
 
 from kdtrain.data.exceptions import build_exceptions
 from kdtrain.files import atomic_folder, write_json
+from kdtrain.methods import method_options
 from kdtrain.models.loading import load_classifier, load_tokenizer, parameter_count
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TrainingRecipe
+from kdtrain.recipe import (
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    MaskedDataSection,
+    MaskedRecipe,
+    MaskedTraining,
+    StudentSection,
+)
 from kdtrain.run import run
 from kdtrain.summary import Summary, installed_versions
-from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, MaskedTrainingRecipe
 
-SHAPE = StudentRecipe(
+SHAPE = StudentSection(
     vocab_size=8000,
     hidden_size=192,
     layers=4,
@@ -34,11 +42,16 @@ SHAPE = StudentRecipe(
     max_length=128,
     dropout=0.1,
 )
-FINE_TUNING = TrainingRecipe(
-    epochs=2, batch_size=32, learning_rate=2.5e-4, evaluate_every=225, best_metric="accuracy", log_every=50
+FINE_TUNING = ClassificationTraining(
+    num_train_epochs=2,
+    batch_size=32,
+    learning_rate=2.5e-4,
+    eval_steps=225,
+    metric_for_best_model="accuracy",
+    logging_steps=50,
 )
-PRETRAINING = MaskedTrainingRecipe(
-    epochs=1000, max_steps=4500, batch_size=32, learning_rate=1e-3, warmup=0.06, evaluate_every=500
+PRETRAINING = MaskedTraining(
+    max_steps=4500, batch_size=32, learning_rate=1e-3, warmup_ratio=0.06, eval_steps=500
 )
 
 
@@ -46,9 +59,9 @@ PRETRAINING = MaskedTrainingRecipe(
 class TeacherPlan:
     """What is trained. The defaults have the shipped teacher's shape: 3.4 million parameters, 6.8 MB in half precision."""
 
-    shape: StudentRecipe = SHAPE
-    pretraining: MaskedTrainingRecipe = PRETRAINING
-    fine_tuning: TrainingRecipe = FINE_TUNING
+    shape: StudentSection = SHAPE
+    pretraining: MaskedTraining = PRETRAINING
+    fine_tuning: ClassificationTraining = FINE_TUNING
 
 
 def make_teacher(
@@ -69,7 +82,7 @@ def make_teacher(
         build_exceptions(work / "data", trees, site_packages=site_packages)
     run(
         MaskedRecipe(
-            data=MaskedDataRecipe(
+            data=MaskedDataSection(
                 kind="exceptions",
                 train=tuple(str(tree) for tree in trees),
                 site_packages=tuple(str(folder) for folder in site_packages),
@@ -79,10 +92,10 @@ def make_teacher(
             output=str(work / "pretrained"),
         )
     )
-    recipe = Recipe(
-        data=DataRecipe(path=str(work / "data")),
-        student=StudentRecipe(path=str(work / "pretrained" / "student"), max_length=plan.shape.max_length),
-        method=MethodRecipe(name="ft"),
+    recipe = ClassificationRecipe(
+        data=DataSection(path=str(work / "data")),
+        student=StudentSection(path=str(work / "pretrained" / "student"), max_length=plan.shape.max_length),
+        method=(method_options("ft"),),
         training=plan.fine_tuning,
         output=str(work / "fine-tuned"),
     )

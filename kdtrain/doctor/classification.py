@@ -3,7 +3,7 @@
 from kdtrain.doctor import Finding, data_checks, examine, method_checks, teacher_checks, wrong
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import Recipe
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.tasks.base import SharedInputs
 
 CHECKS = (
@@ -27,7 +27,7 @@ CHECKS = (
 """In the order in which their findings are printed."""
 
 
-def examine_recipe(recipe: Recipe, shared: SharedInputs | None = None) -> list[Finding]:
+def examine_recipe(recipe: ClassificationRecipe, shared: SharedInputs | None = None) -> list[Finding]:
     """All findings of one run; without data, or without what its method needs, only why.
 
     `shared` of earlier examinations save opening things again.

@@ -5,7 +5,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes
 from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.outputs import IGNORED, Batch
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe, language_recipe_from_dict
+from kdtrain.recipe import LanguageRecipe
 from kdtrain.tasks.code_lm.served import ServedTeacher
 from kdtrain.tasks.code_lm.task import CodeLM
 
@@ -190,12 +189,12 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
     if plan.masks > plan.activations + plan.loss:
         yield suspicious(
             f"the masks that keep packed documents apart take {human_bytes(plan.masks)} of a step, since they grow with the square "
-            f"of data.max_length ({recipe.data.max_length}); set training.checkpointing: true, or data.packing: false, which "
+            f"of data.max_length ({recipe.data.max_length}); set training.gradient_checkpointing: true, or data.packing: false, which "
             "needs none"
         )
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
     if free is not None and plan.total > free:
-        more = "raise training.accumulation, set training.checkpointing: true, or use more devices (kdtrain doctor --plan)"
+        more = "raise training.gradient_accumulation_steps, set training.gradient_checkpointing: true, or use more devices (kdtrain doctor --plan)"
         yield wrong(f"{words}; {human_bytes(free)} are free: {more}")
     else:
         yield note(words)
@@ -233,9 +232,9 @@ CHECKS = (
 """In the order in which their findings are printed."""
 
 
-def examine_language(content: dict[str, Any]) -> list[Finding]:
+def examine_language(recipe: LanguageRecipe) -> list[Finding]:
     """All findings of one run; where it could not start, only why."""
-    subject = LanguageSubject(language_recipe_from_dict(content))
+    subject = LanguageSubject(recipe)
     try:
         with closing(subject.run):
             return list(examine(subject, CHECKS))

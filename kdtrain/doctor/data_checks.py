@@ -68,12 +68,12 @@ def focus_is_there(subject: Subject) -> Iterator[Finding]:
 
 def best_is_what_counts(subject: Subject) -> Iterator[Finding]:
     """The metric that chooses the checkpoint."""
-    best, metric = subject.recipe.training.best_metric, subject.data.metric
+    best, metric = subject.recipe.training.metric_for_best_model, subject.data.metric
     if best == "f1" and len(subject.data.classes) != 2:
         yield wrong(
-            f"training.best_metric f1 is for two classes, and {subject.data.name} has {len(subject.data.classes)}"
+            f"training.metric_for_best_model f1 is for two classes, and {subject.data.name} has {len(subject.data.classes)}"
         )
     elif best != metric:
         yield note(
-            f"the best checkpoint is chosen by {best}, and the task is measured by {metric}: training.best_metric"
+            f"the best checkpoint is chosen by {best}, and the task is measured by {metric}: training.metric_for_best_model"
         )

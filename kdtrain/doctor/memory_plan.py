@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from kdtrain.files import human_bytes
 from kdtrain.models.language_student import student_config
 from kdtrain.models.loading import load_config
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe, LanguageStudentRecipe
+from kdtrain.recipe import LanguageRecipe, LanguageStudentSection
 
 DEVICES = (1, 8, 64, 256, 1024)
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -59,7 +59,7 @@ class ModelShape:
             ),
         )
 
-    def trained(self, recipe: LanguageStudentRecipe) -> int:
+    def trained(self, recipe: LanguageStudentSection) -> int:
         """The parameters that a student of this shape trains."""
         if recipe.lora_rank:
             ends = tuple(f".{target}" for target in recipe.lora_targets) or ("",)
@@ -119,21 +119,21 @@ def plan_step(
     share = devices if sharded else 1
     half = recipe.training.precision != "fp32"
     unit = 2 if half else 4
-    rows = math.ceil(recipe.training.batch_size / (recipe.training.accumulation * devices))
+    rows = math.ceil(recipe.training.batch_size / (recipe.training.gradient_accumulation_steps * devices))
     tokens = rows * recipe.data.max_length
     layer = (student.parameters - student.whole) // max(1, student.layers)
     gathered = (student.whole + 2 * layer) * unit if sharded else (student.parameters * unit if half else 0)
     # Kept for backward of one layer and token: four norms' inputs and outputs, q, k, v, the attention's output, the two
     # sums; gate, up, their activation and product in the feed-forward part.
     one_layer = tokens * unit * (10 * student.width + 4 * student.inner)
-    distils = teacher is not None and recipe.method.name != "ft"
+    distils = teacher is not None and recipe.method_name != "ft"
     widest = 0  # the widest moment of one layer of the teacher
     if teacher is not None and distils and recipe.teacher.runs_here:
         size = WEIGHT_BYTES[recipe.teacher.precision]
         widest = tokens * size * (4 * teacher.width + 3 * teacher.inner)
     # Documents that share a row are kept apart by a mask: true or false once, and as numbers in every layer that is kept.
     pairs = rows * recipe.data.max_length**2 if recipe.data.packing else 0
-    if recipe.training.checkpointing:
+    if recipe.training.gradient_checkpointing:
         # A layer of the student is recomputed when those of the teacher are gone: the larger of the two counts.
         activations = student.layers * tokens * student.width * unit + max(0, one_layer - widest)
         masks = pairs * (1 + unit)
@@ -166,10 +166,16 @@ def plan_step(
             body = teacher.parameters - teacher.whole
             held += body * size // share + (2 * body * size // teacher.layers if sharded else 0)
             held += widest
-            sent_teacher = recipe.training.accumulation * body * size if sharded and distils else 0
+            sent_teacher = (
+                recipe.training.gradient_accumulation_steps * body * size if sharded and distils else 0
+            )
     sent = 0
     if devices > 1 and sharded:
-        sent = recipe.training.accumulation * 2 * student.parameters * unit + trained * 4 + sent_teacher
+        sent = (
+            recipe.training.gradient_accumulation_steps * 2 * student.parameters * unit
+            + trained * 4
+            + sent_teacher
+        )
     elif devices > 1:
         sent = 2 * trained * 4
     return Plan(

@@ -1,7 +1,9 @@
 """Checks of a classification run: student, method and training."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from kdtrain.doctor import Finding, note, suspicious, wrong
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
+from kdtrain.methods.kd import KDOptions
 from kdtrain.models.loading import parameter_count, shape_of
 from kdtrain.models.students import build_student
 from kdtrain.objective import Objective
@@ -18,6 +21,11 @@ from kdtrain.tasks.classification.pairs import PairRows
 from kdtrain.tasks.classification.teacher_outputs import teacher_outputs
 
 
+def named(subject: Subject, name: str) -> Any:
+    """The options of the method of this name; None where the recipe does not name it."""
+    return next((one for one in subject.recipe.methods if one.name == name), None)
+
+
 def what_is_trained(subject: Subject) -> Iterator[Finding]:
     """Sizes, steps: what the run will be."""
     recipe, data = subject.recipe, subject.data
@@ -25,7 +33,7 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
     student = build_student(recipe.student, subject.tokenizer, data.classes, pairs=data.pairs)
     rows = len(subject.task.training_rows)
     training = recipe.training
-    steps = training.max_steps or -(-rows // training.batch_size) * training.epochs
+    steps = training.max_steps or math.ceil(-(-rows // training.batch_size) * training.num_train_epochs)
     yield note(
         f"{data.name}: {rows:,} rows to train on, {steps:,} steps of {training.batch_size}; student of "
         f"{parameter_count(student):,} parameters, about {human_bytes(16 * parameter_count(student))} for weights, "
@@ -80,11 +88,8 @@ def teacher_part(subject: Subject, index: Tensor) -> dict[str, Tensor]:
 
 def correlation_has_a_gradient(subject: Subject) -> Iterator[Finding]:
     """DIST's inter-class term with two classes."""
-    if (
-        subject.recipe.method.name == "dist"
-        and len(subject.data.classes) == 2
-        and subject.recipe.method.inter_weight
-    ):
+    dist = named(subject, "dist")
+    if dist is not None and len(subject.data.classes) == 2 and dist.inter_weight:
         yield suspicious(
             "method dist: with two classes the correlation across classes is always +1 or -1 and has no gradient, so "
             "only the correlation across the batch teaches; set method.inter_weight to 0 to say so"
@@ -93,7 +98,7 @@ def correlation_has_a_gradient(subject: Subject) -> Iterator[Finding]:
 
 def batch_is_large_enough(subject: Subject) -> Iterator[Finding]:
     """DIST's correlation over a batch of few rows."""
-    if subject.recipe.method.name == "dist" and subject.recipe.training.batch_size < 8:
+    if named(subject, "dist") is not None and subject.recipe.training.batch_size < 8:
         yield suspicious(
             f"method dist correlates over the rows of a batch, and training.batch_size is {subject.recipe.training.batch_size}; "
             "take 16 or more"
@@ -102,15 +107,16 @@ def batch_is_large_enough(subject: Subject) -> Iterator[Finding]:
 
 def gradient_is_clipped(subject: Subject) -> Iterator[Finding]:
     """A clip that never clips."""
-    norm = subject.recipe.training.clip_norm
+    norm = subject.recipe.training.max_grad_norm
     if norm == float("inf") or norm > 1e4:
-        yield suspicious(f"training.clip_norm is {norm:g}: the gradient is never clipped; 1.0 is usual")
+        yield suspicious(f"training.max_grad_norm is {norm:g}: the gradient is never clipped; 1.0 is usual")
 
 
 def soft_labels_weigh_something(subject: Subject) -> Iterator[Finding]:
     """Temperature and weights against each other."""
-    method = subject.recipe.method
-    if method.name in ("kd", "kd_features", "pkd", "ckd"):
+    for method in subject.recipe.methods:
+        if not isinstance(method, KDOptions):
+            continue
         if method.kd_weight * method.temperature**2 < 0.01 * method.ce_weight:
             yield suspicious(
                 f"method.kd_weight * temperature^2 is {method.kd_weight * method.temperature**2:.3g} beside "
@@ -129,12 +135,13 @@ def layers_meet(subject: Subject) -> Iterator[Finding]:
         return
     layers = shape_of(teacher.model.config).layers
     own = subject.recipe.student.layers
-    if not subject.recipe.method.layer_map and subject.recipe.student.path is None and layers % own:
+    mapped = any(getattr(one, "layer_map", ()) for one in subject.recipe.methods)
+    if not mapped and subject.recipe.student.path is None and layers % own:
         yield suspicious(
             f"the teacher's {layers} layers are no multiple of the student's {own}: layers are paired as {pairs}; "
             "name method.layer_map if you mean others"
         )
-    elif own == 1 and subject.recipe.method.name == "pkd":
+    elif own == 1 and named(subject, "pkd") is not None:
         yield note(
             "method pkd leaves the topmost pair out, and a student of one layer has no other: it is kept"
         )

@@ -11,7 +11,7 @@ from kdtrain.methods.base import Method
 from kdtrain.models.loading import load_tokenizer
 from kdtrain.models.teachers import Teacher
 from kdtrain.models.tokenizers import train_tokenizer
-from kdtrain.recipe import Recipe
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.tasks.base import SharedInputs
 from kdtrain.tasks.classification.pairs import Rows, tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 class Subject:
     """A recipe with everything it names, opened when a check first asks for it."""
 
-    recipe: Recipe
+    recipe: ClassificationRecipe
     shared: SharedInputs = field(default_factory=SharedInputs)
     """data and teacher, and what was made of them; subjects of one study share it"""
 

@@ -14,14 +14,14 @@ from accelerate.utils import (
 )
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import TrainingRecipe
+from kdtrain.recipe import TrainingSection
 
 KERNELS_KEPT = 16
 """How many of its compiled kernels oneDNN keeps on a CPU: GELU and its gradient have one for every number of tokens, and each lies
 in the heap between larger blocks, which then fit nowhere. Its own 1,024 cost 1 to 4 MB a step; a run of 3.4 million parameters held 8 GB."""
 
 
-def start_accelerator(training: TrainingRecipe, *, sharded: bool = False) -> Accelerator:
+def start_accelerator(training: TrainingSection, *, sharded: bool = False) -> Accelerator:
     """Accelerate for this run; each run of a process may have its own precision.
 
     Args:

@@ -14,7 +14,7 @@ from torch import distributed
 
 from kdtrain.engine.checkpoint import latest_checkpoint
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import TrainingRecipe
+from kdtrain.recipe import TrainingSection
 
 Result = TypeVar("Result")
 
@@ -62,12 +62,12 @@ def resumes_at(folder: Path) -> str:
 
 
 def out_of_memory(
-    error: BaseException, options: TrainingRecipe, accelerator: Accelerator, way_on: str
+    error: BaseException, options: TrainingSection, accelerator: Accelerator, way_on: str
 ) -> str:
     """The fields that make a step smaller."""
-    fields = [f"raise training.accumulation (now {options.accumulation})"]
-    if getattr(options, "checkpointing", None) is False:
-        fields.append("set training.checkpointing: true")
+    fields = [f"raise training.gradient_accumulation_steps (now {options.gradient_accumulation_steps})"]
+    if not options.gradient_checkpointing:
+        fields.append("set training.gradient_checkpointing: true")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rpartition(
         "DefaultCPUAllocator: "
     )[2]
@@ -80,7 +80,7 @@ def out_of_memory(
 
 
 def lost_processes(
-    error: BaseException, accelerator: Accelerator, options: TrainingRecipe, way_on: str
+    error: BaseException, accelerator: Accelerator, options: TrainingSection, way_on: str
 ) -> str:
     """Which processes do not answer. Only the first that does says so; the others end in silence."""
     count = accelerator.num_processes

@@ -14,18 +14,23 @@ from kdtrain.checksums import check_sealed, sealed_names
 from kdtrain.engine.checkpoint import steps_of
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_json, writing
-from kdtrain.recipe import differences, read_recipe, recipe_to_dict, save_recipe
+from kdtrain.recipe import RunRecipe, differences, read_yaml, save_recipe
 from kdtrain.summary import FILE, OUTPUTS
 
 RECIPE = "recipe.yaml"
 IDENTITY = "checkpoints/identity.json"
-FREE = ("training.accumulation:", "training.checkpointing:", "training.ddp_timeout:", "teacher.url:")
+FREE = (
+    "training.gradient_accumulation_steps:",
+    "training.gradient_checkpointing:",
+    "training.ddp_timeout:",
+    "teacher.url:",
+)
 """Fields that change memory, or the machine that answers, and not the result: an unfinished run goes on with others."""
 
 
 @contextmanager
 def claimed(
-    folder: Path, recipe: Any, identity: dict[str, str | None], accelerator: Accelerator
+    folder: Path, recipe: RunRecipe, identity: dict[str, str | None], accelerator: Accelerator
 ) -> Iterator[bool]:
     """Hold `folder` alone while the block runs and make it this run's own; whether this very run is finished there.
 
@@ -49,14 +54,14 @@ def claimed(
         yield finished[0]
 
 
-def claim(folder: Path, recipe: Any, identity: dict[str, str | None]) -> bool:
+def claim(folder: Path, recipe: RunRecipe, identity: dict[str, str | None]) -> bool:
     """Make `folder` this run's own, see `claimed`; the caller holds the lock."""
     if not (folder / RECIPE).exists():
         refuse_foreign_files(folder)
         write_json(folder / IDENTITY, identity)
         save_recipe(recipe, folder / RECIPE)
         return False
-    old, new = read_recipe(folder / RECIPE), recipe_to_dict(recipe)
+    old, new = read_yaml(folder / RECIPE), recipe.plain()
     found = differences({**old, "output": None}, {**new, "output": None})
     found = [difference for difference in found if not difference.startswith(FREE)]
     known = read_identity(folder)
@@ -118,7 +123,7 @@ def refuse_foreign_files(folder: Path) -> None:
         )
 
 
-def recipe_hash(recipe: Any) -> str:
+def recipe_hash(recipe: RunRecipe) -> str:
     """Of all fields of a recipe that decide the result: SHA-256, the first 32 hexadecimal digits."""
 
     def fields(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -128,4 +133,4 @@ def recipe_hash(recipe: Any) -> str:
             elif not f"{prefix}{name}:".startswith((*FREE, "output:")):
                 yield f"{prefix}{name}: {value!r}"
 
-    return hashlib.sha256("\n".join(fields(recipe_to_dict(recipe))).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(fields(recipe.plain())).encode()).hexdigest()[:32]

@@ -16,11 +16,12 @@ from kdtrain.evaluation.rows import measured_rows
 from kdtrain.files import folder_bytes
 from kdtrain.models.loading import load_classifier, load_tokenizer, parameter_count
 from kdtrain.objective import Objective
-from kdtrain.recipe import load_recipe
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.summary import Summary
 from kdtrain.tasks.classification.metrics import latency_ms, report
 from kdtrain.tasks.classification.outputs import Classifiers
 from kdtrain.tasks.classification.task import Classification
+from kdtrain.tasks.recipes import load_recipe
 
 
 def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
@@ -32,7 +33,7 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     if not (folder / "student").is_dir() or not (folder / "recipe.yaml").is_file():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
     check_sealed(folder, MEASURE_ANOTHER, "student")
-    run = Classification(load_recipe(folder / "recipe.yaml"))
+    run = Classification(load_recipe(folder / "recipe.yaml", kind=ClassificationRecipe))
     data = run.data
     if Summary.load(folder).data["fingerprint"] != data.fingerprint():
         say(

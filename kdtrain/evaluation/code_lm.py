@@ -1,6 +1,5 @@
 """A finished language-model run measured anew: the student as a user loads it, in float32."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from kdtrain.files import folder_bytes, write_tensors
 from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.models.loading import load_tokenizer, parameter_count
 from kdtrain.outputs import Batch
-from kdtrain.tasks.base import TrainingData
+from kdtrain.recipe import LanguageRecipe, LanguageStudentSection
 from kdtrain.tasks.code_lm.documents import load_held_out
 from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.packing import PackedRows
-from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe, load_language_recipe
 from kdtrain.tasks.code_lm.task import CodeLM
+from kdtrain.tasks.recipes import load_recipe
 
 PREDICTIONS = "predictions/valid.safetensors"
 LATENCY_ROWS = 20
@@ -42,8 +41,8 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     if not (folder / "student").is_dir():
         raise KdtrainError(f"{folder} holds no finished run: it needs student/ and recipe.yaml")
     check_sealed(folder, MEASURE_ANOTHER, "student")
-    recipe = load_language_recipe(folder / "recipe.yaml")
-    recipe = replace(recipe, student=LanguageStudentRecipe(path=str(folder / "student")))
+    recipe = load_recipe(folder / "recipe.yaml", kind=LanguageRecipe)
+    recipe = recipe.replaced(student=LanguageStudentSection(path=str(folder / "student")))
     run = CodeLM(recipe)
     run.tokenizer = tokenizer = load_tokenizer(str(folder / "student"), "student")
     rows = run.packed(load_held_out(recipe.data, tokenizer))
@@ -52,13 +51,8 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     student.to(accelerator.device).eval()
     if run.models.teacher is not None:
         run.models.teacher.place(accelerator)
-    data: TrainingData = rows
-    if (
-        models.teacher is not None and not models.teacher.runs_here
-    ):  # the run has stored what the servers answered
-        data = run.computed(rows, "hidden", accelerator)
     sums = measured_rows(
-        lambda batch: models.measure(student, batch), data, accelerator, tokens=run.evaluation_tokens
+        lambda batch: models.measure(student, batch), rows, accelerator, tokens=run.evaluation_tokens
     )
     write_tensors(folder / PREDICTIONS, {"sums": sums, "tokens": rows.tokens, "labels": rows.labels})
     seal_again(folder, PREDICTIONS, MEASURE_ANOTHER)

@@ -1,6 +1,7 @@
 """The methods, one file each; a new one is a file and a row in this table."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdtrain.errors import KdtrainError
 from kdtrain.methods.at import AttentionTransfer
@@ -32,7 +33,7 @@ from kdtrain.methods.routed import RoutedTeachers
 from kdtrain.methods.sp import SimilarityPreserving
 from kdtrain.methods.speculative_kd import SpeculativeDistillation
 from kdtrain.models.loading import Shape
-from kdtrain.recipe.base import MethodOptions
+from kdtrain.recipe.base import MethodOptions, parse_method
 
 METHODS: dict[str, type[Method]] = {
     "ft": FineTuning,
@@ -64,6 +65,18 @@ METHODS: dict[str, type[Method]] = {
     "distillm": SkewedDistillation,
     "speculative_kd": SpeculativeDistillation,
 }
+
+OPTIONS: dict[str, type[MethodOptions]] = {name: kind.Options for name, kind in METHODS.items()}
+"""The recipe's `method:` section by `name`."""
+
+
+def method_options(name: str, **fields: Any) -> MethodOptions:
+    """Options of one method, as `{name: ..., field: ...}` in a recipe.
+
+    Raises:
+        KdtrainError: no such method, or wrong options.
+    """
+    return parse_method({"name": name, **fields}, OPTIONS)
 
 
 def method_class(name: str) -> type[Method]:

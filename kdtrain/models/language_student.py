@@ -18,7 +18,7 @@ from kdtrain.models.heads import head_of
 from kdtrain.models.language_teacher import LanguageTeacher, load_causal
 from kdtrain.models.loading import load_config, load_tokenizer, special_ids
 from kdtrain.models.lora import add_adapters
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe
+from kdtrain.recipe import LanguageRecipe
 
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
@@ -70,7 +70,7 @@ def build_language_student(
         head.weight.requires_grad_(False)
         if head.bias is not None:
             head.bias.requires_grad_(False)
-    if recipe.training.checkpointing:
+    if recipe.training.gradient_checkpointing:
         recompute_layers(model)
     return model
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdtrain.errors import KdtrainError
-from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe
+from kdtrain.recipe import LanguageStudentSection
 
 NAME = "default"
 """of the one adapter, as peft calls it"""
 
 
-def add_adapters(model: PreTrainedModel, recipe: LanguageStudentRecipe) -> None:
+def add_adapters(model: PreTrainedModel, recipe: LanguageStudentSection) -> None:
     """Put adapters into a model, in place, and freeze everything else.
 
     Raises:

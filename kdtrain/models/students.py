@@ -17,10 +17,10 @@ from kdtrain.models.loading import load_classifier, load_config, load_model, pos
 from kdtrain.models.pair_checkpoint import holds_a_pair_head, load_pair_checkpoint
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.pairs import WITH_POOLER, PairForSequenceClassification
-from kdtrain.recipe import StudentRecipe
+from kdtrain.recipe import StudentSection
 
 
-def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> RobertaConfig:
+def roberta_config(recipe: StudentSection, tokenizer: PreTrainedTokenizerBase) -> RobertaConfig:
     """The RoBERTa shape that a student section describes, without classes."""
     if tokenizer.pad_token_id is None:
         raise KdtrainError(
@@ -42,7 +42,7 @@ def roberta_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) ->
     )
 
 
-def bigru_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> BiGRUConfig:
+def bigru_config(recipe: StudentSection, tokenizer: PreTrainedTokenizerBase) -> BiGRUConfig:
     """The BiGRU shape that a student section describes, without classes."""
     return BiGRUConfig(
         vocab_size=len(tokenizer),
@@ -55,7 +55,7 @@ def bigru_config(recipe: StudentRecipe, tokenizer: PreTrainedTokenizerBase) -> B
 
 
 def build_student(
-    recipe: StudentRecipe,
+    recipe: StudentSection,
     tokenizer: PreTrainedTokenizerBase,
     classes: tuple[str, ...],
     *,
@@ -86,7 +86,7 @@ def build_student(
     return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
-def check_positions(config: PreTrainedConfig, recipe: StudentRecipe) -> None:
+def check_positions(config: PreTrainedConfig, recipe: StudentSection) -> None:
     """Refuse rows longer than the student has positions for."""
     positions = positions_of(config)
     if positions is not None and recipe.max_length > positions:
@@ -96,7 +96,7 @@ def check_positions(config: PreTrainedConfig, recipe: StudentRecipe) -> None:
 
 
 def _load_single(
-    recipe: StudentRecipe, path: str, tokenizer: PreTrainedTokenizerBase, names: dict[str, Any]
+    recipe: StudentSection, path: str, tokenizer: PreTrainedTokenizerBase, names: dict[str, Any]
 ) -> PreTrainedModel:
     if isinstance(load_config(path, "student.path"), PairConfig):
         raise KdtrainError(
@@ -109,7 +109,7 @@ def _load_single(
 
 
 def _load_pairs(
-    recipe: StudentRecipe, path: str, tokenizer: PreTrainedTokenizerBase, names: dict[str, Any]
+    recipe: StudentSection, path: str, tokenizer: PreTrainedTokenizerBase, names: dict[str, Any]
 ) -> PreTrainedModel:
     """A classifier of pairs with its head, or a new head over the encoder of any other model."""
     config = load_config(path, "student.path")

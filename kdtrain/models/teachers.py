@@ -20,7 +20,7 @@ from kdtrain.models.loading import (
 from kdtrain.models.pair_checkpoint import holds_a_pair_head, load_pair_checkpoint
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.pairs import PairForSequenceClassification
-from kdtrain.recipe import TeacherRecipe
+from kdtrain.recipe import TeacherSection
 
 LONGEST_DEFAULT = 512
 
@@ -69,7 +69,7 @@ class Teacher:
 
 
 def load_teacher(
-    path: str, classes: tuple[str, ...], recipe: TeacherRecipe | None = None, *, pairs: bool = False
+    path: str, classes: tuple[str, ...], recipe: TeacherSection | None = None, *, pairs: bool = False
 ) -> Teacher:
     """Load a frozen teacher in float32 and check that its classes are the task's.
 
@@ -82,7 +82,7 @@ def load_teacher(
     Raises:
         KdtrainError: it cannot be loaded, has no trained head, or other classes or another order of them.
     """
-    recipe = recipe or TeacherRecipe()
+    recipe = recipe or TeacherSection()
     model = _load_pair(path, len(classes)) if pairs else _load_single(path)
     outputs = int(model.config.num_labels or 0)
     if outputs != len(classes) and not (outputs == 1 and len(classes) == 2):

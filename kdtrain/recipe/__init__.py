@@ -1,37 +1,49 @@
-"""A recipe describes one run: frozen dataclasses, one YAML file, any field overridable on the command line."""
+"""A recipe describes one run: one YAML file, any field overridable on the command line.
 
-from kdtrain.recipe.files import (
-    describe_fields,
-    differences,
-    load_recipe,
-    read_recipe,
-    recipe_from_dict,
-    recipe_to_dict,
-    save_recipe,
-    task_of,
+Its sections are here; `kdtrain.tasks.recipes` reads a recipe of any task with the options of its methods.
+"""
+
+from kdtrain.recipe.base import MethodOptions, Section
+from kdtrain.recipe.classification import (
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    TeacherSection,
 )
-from kdtrain.recipe.sections import (
-    DataRecipe,
-    MethodRecipe,
-    Recipe,
-    StudentRecipe,
-    TeacherRecipe,
-    TrainingRecipe,
+from kdtrain.recipe.code_lm import (
+    LanguageDataSection,
+    LanguageRecipe,
+    LanguageStudentSection,
+    LanguageTeacherSection,
+    LanguageTraining,
 )
+from kdtrain.recipe.load import differences, read_yaml, save_recipe, to_yaml
+from kdtrain.recipe.masked_lm import MaskedDataSection, MaskedRecipe, MaskedTraining
+from kdtrain.recipe.run import DistillationRecipe, RunRecipe
+from kdtrain.recipe.students import StudentSection
+from kdtrain.recipe.training import TrainingSection
 
 __all__ = [
-    "DataRecipe",
-    "MethodRecipe",
-    "Recipe",
-    "StudentRecipe",
-    "TeacherRecipe",
-    "TrainingRecipe",
-    "describe_fields",
+    "ClassificationRecipe",
+    "ClassificationTraining",
+    "DataSection",
+    "DistillationRecipe",
+    "LanguageDataSection",
+    "LanguageRecipe",
+    "LanguageStudentSection",
+    "LanguageTeacherSection",
+    "LanguageTraining",
+    "MaskedDataSection",
+    "MaskedRecipe",
+    "MaskedTraining",
+    "MethodOptions",
+    "RunRecipe",
+    "Section",
+    "StudentSection",
+    "TeacherSection",
+    "TrainingSection",
     "differences",
-    "load_recipe",
-    "read_recipe",
-    "recipe_from_dict",
-    "recipe_to_dict",
+    "read_yaml",
     "save_recipe",
-    "task_of",
+    "to_yaml",
 ]

@@ -84,6 +84,8 @@ NOT_NEGATIVE: Any = Field(ge=0)
 FINITE: Any = Field(allow_inf_nan=False)
 SHARE: Any = Field(ge=0, lt=1)
 """A share of a whole, or a probability: in [0, 1)."""
+PART: Any = Field(gt=0, lt=1)
+"""A share of a whole that leaves something on both sides."""
 
 
 class Section(BaseModel):
@@ -112,10 +114,8 @@ class Section(BaseModel):
         return _plain(self.model_dump(serialize_as_any=True))
 
     def replaced(self, **changes: Any) -> Self:
-        """The same section with other values, checked like a new one."""
-        return type(self).parse(
-            {**{name: getattr(self, name) for name in type(self).model_fields}, **changes}
-        )
+        """The same section with other values, checked like a new one; what was left to the default still is."""
+        return type(self).parse({**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
     def given(self, name: str) -> bool:
         """Whether the file, and not the default, set this field."""
@@ -203,6 +203,11 @@ def _place(loc: tuple[int | str, ...], kind: type[Section]) -> tuple[str, type[S
         inner = None if field is None else next(iter(_sections(field.annotation)), None)
         section = inner or section
     return path, holder
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The class of a field that holds one section."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _sections(annotation: Any) -> Iterable[type[Section]]:

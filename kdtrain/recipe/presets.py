@@ -1,4 +1,4 @@
-"""Named values: the students and methods of arXiv 2508.15423, and the defaults of each method.
+"""Named values: the students and methods of arXiv 2508.15423.
 
 A preset fills fields that a recipe leaves out; what a recipe says wins. `recipe.yaml` of a run holds the result.
 
@@ -49,20 +49,13 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 """Fields of `student` by name."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "dist": {"temperature": 4.0},
-    "pkd": {"temperature": 4.0, "kd_weight": 0.5, "ce_weight": 0.5, "feature_weight": 100.0},
-    "ckd": {"temperature": 4.0, "kd_weight": 0.5, "ce_weight": 0.5, "feature_weight": 1.0},
-}
-"""Fields of `method` by method, where the general defaults will not do: labels take part, weights as in the methods' own papers."""
-
 _TRAINING = {
-    "epochs": 5,
+    "num_train_epochs": 5,
     "batch_size": 32,
     "weight_decay": 0.0,
-    "warmup": 0.1,
-    "schedule": "linear",
-    "clip_norm": 1.0,
+    "warmup_ratio": 0.1,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
 }
 # The study's divergence has no factor T squared; here it always has, so the weight takes it back: 0.01 = 1 / 10^2.
 STUDY: dict[str, dict[str, dict[str, Any]]] = {
@@ -94,34 +87,32 @@ STUDY: dict[str, dict[str, dict[str, Any]]] = {
 """Fields of `method` and `training` by method under `method.preset: study`."""
 
 
-def with_presets(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's content with the fields that its presets fill; unknown keys are left for the reader to refuse.
+def with_student_preset(content: Any) -> Any:
+    """A `student:` section with the fields that its preset fills; a wrong preset is left for the section to refuse."""
+    if not isinstance(content, dict) or not isinstance(content.get("preset"), str):
+        return content
+    return {**STUDENTS.get(content["preset"], {}), **content}
+
+
+def with_method_preset(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose `method.preset` is replaced by the fields that it fills, in `method` and in `training`.
 
     Raises:
-        KdtrainError: a preset that does not exist.
+        KdtrainError: a preset that does not exist, or that has no values for the method.
     """
-    filled = dict(content)
-    student = filled.get("student")
-    if isinstance(student, dict) and student.get("preset") is not None:
-        name = student["preset"]
-        if not isinstance(name, str) or name not in STUDENTS:
-            raise KdtrainError(f"student.preset must be one of {', '.join(STUDENTS)}, got {name!r}")
-        filled["student"] = {**STUDENTS[name], **student}
-    method = filled.get("method")
-    if not isinstance(method, dict):
-        return filled
-    name, preset = method.get("name", "ft"), method.get("preset")
-    if not isinstance(name, str):
-        return filled
-    if preset is None:
-        filled["method"] = {**DEFAULTS.get(name, {}), **method}
-        return filled
+    method = content.get("method")
+    if not isinstance(method, dict) or "preset" not in method:
+        return content
+    preset, name = method["preset"], method.get("name")
     if preset != "study":
         raise KdtrainError(f"method.preset must be study, got {preset!r}")
-    if name not in STUDY:
-        raise KdtrainError(f"method.preset study knows the methods {', '.join(STUDY)}, got {name!r}")
-    training = filled.get("training") or {}
-    filled["method"] = {**STUDY[name]["method"], **method}
+    if not isinstance(name, str) or name not in STUDY:
+        raise KdtrainError(f"method.preset study has values for the methods {', '.join(STUDY)}, got {name!r}")
+    filled = {
+        **content,
+        "method": {**STUDY[name]["method"], **{key: method[key] for key in method if key != "preset"}},
+    }
+    training = content.get("training") or {}
     if isinstance(training, dict):
         filled["training"] = {**STUDY[name]["training"], **training}
     return filled

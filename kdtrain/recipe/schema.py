@@ -6,14 +6,14 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from kdtrain.recipe.base import Section, literal_values
+from kdtrain.recipe.base import Section, literal_values, section_of
 
 
 def describe(kind: type[Section], prefix: str = "") -> str:
     """Every field of a recipe class with its default, allowed values and help, one field a paragraph."""
     lines = []
     for name, field in kind.model_fields.items():
-        inner = _section(field)
+        inner = section_of(field.annotation)
         if inner is None:
             lines.append(_line(name, field, prefix))
         else:
@@ -29,11 +29,6 @@ def first_line(kind: type[Section]) -> str:
 def json_schema(kind: type[Section]) -> dict[str, Any]:
     """The JSON schema of a recipe class, for completion and checks in an editor."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _line(name: str, field: FieldInfo, prefix: str) -> str:

@@ -1,17 +1,24 @@
 """The `training:` section, which all tasks share; names are those of transformers where it has them."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe.base import NOT_NEGATIVE, POSITIVE, SHARE, Flag, Number, Section, Text, Whole
+from kdtrain.recipe.base import NOT_NEGATIVE, POSITIVE, SHARE, Flag, Number, Section, Whole
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class TrainingSection(Section):
     """Steps, optimizer, and how often to evaluate, save and log."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def metric_for_best_model(self) -> str:
+            """Validation metric that selects the best checkpoint; each task declares its own."""
+            ...
 
     num_train_epochs: Annotated[Number, POSITIVE] = Field(
         default=3.0, description="passes over the training rows"
@@ -66,9 +73,12 @@ class TrainingSection(Section):
     logging_steps: Annotated[Whole, POSITIVE] = Field(
         default=10, description="steps between lines of metrics.jsonl"
     )
-    metric_for_best_model: Text = Field(default="loss", description="metric that selects the best checkpoint")
     early_stopping_patience: Annotated[Whole, POSITIVE] | None = Field(
         default=None, description="stop after this many evaluations without a better metric"
+    )
+    ddp_timeout: Annotated[Whole, POSITIVE] = Field(
+        default=600,
+        description="seconds after which a process that does not answer the others in training ends the run",
     )
     report_to: tuple[Tracker, ...] = Field(default=(), description="trackers, through accelerate")
 

@@ -15,9 +15,10 @@ import torch
 
 from kdtrain.console import progress
 from kdtrain.files import write_json
-from kdtrain.recipe import recipe_from_dict, recipe_to_dict
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
+from kdtrain.tasks.recipes import recipe_from_dict
 
 FILE = "costs.json"
 BATCH = 32
@@ -46,11 +47,11 @@ def measure_costs(cells: list[Cell], folder: Path) -> list[Cost]:
     for cell in cells:
         if (Path(cell.recipe.output) / "student").is_dir():
             first.setdefault((cell.task, cell.student), cell)
-    jobs = [(cell.task, cell.student, recipe_to_dict(cell.recipe), False) for cell in first.values()]
+    jobs = [(cell.task, cell.student, cell.recipe.plain(), False) for cell in first.values()]
     for task in dict.fromkeys(cell.task for cell in first.values()):
         recipe = next(cell.recipe for cell in first.values() if cell.task == task)
         if recipe.teacher.path is not None:
-            jobs.append((task, "teacher", recipe_to_dict(recipe), True))
+            jobs.append((task, "teacher", recipe.plain(), True))
     costs: list[Cost] = []
     # A fresh fork for each model, from a server that has loaded the libraries and nothing else.
     context = multiprocessing.get_context("forkserver")
@@ -82,6 +83,7 @@ def _measure(task: str, student: str, content: dict[str, Any], teacher: bool) ->
     from kdtrain.tasks.classification.task import Classification
 
     recipe = recipe_from_dict(content)
+    assert isinstance(recipe, ClassificationRecipe)
     run = Classification(recipe)
     data = run.data
     index = torch.linspace(0, len(data.test) - 1, min(ROWS, len(data.test))).long().tolist()

@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import Recipe, recipe_from_dict
-from kdtrain.recipe.files import build, read_recipe
-from kdtrain.recipe.sections import option
+from kdtrain.recipe import ClassificationRecipe, Section, read_yaml
+from kdtrain.recipe.base import POSITIVE, Text, Whole
+from kdtrain.tasks.recipes import recipe_from_dict
 
 BASELINE = "ft"
 """The method that the others are compared with, by the name of its recipe."""
@@ -17,25 +19,26 @@ BASELINE = "ft"
 TASK_FIELDS = ("build", "data", "teacher", "student", "training")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyRecipe:
+class StudyRecipe(Section):
     """A study, whole. Sections of a run's recipe may stand in `common`, in a task, in a student and in a method; later wins."""
 
-    tasks: dict[str, Any] = field(
-        metadata={"help": "by name: data, teacher, and for a data set made here `build: exceptions`"}
+    task: Literal["study"] = Field(default="study", description="a grid of runs")
+    tasks: dict[Any, Any] = Field(
+        description="by name: data, teacher, and for a data set built here `build: exceptions`"
     )
-    students: dict[str, Any] = field(metadata={"help": "by name: fields of the student section"})
-    methods: dict[str, Any] = field(
-        metadata={"help": "by name: fields of the method section; `training:` inside holds that method's own"}
+    students: dict[Any, Any] = Field(description="by name: fields of the student section")
+    methods: dict[Any, Any] = Field(
+        description="by name: fields of the method section; `training:` inside holds that method's own"
     )
-    common: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "sections of a recipe that hold for every run"}
+    common: dict[str, Any] = Field(default={}, description="sections of a recipe that hold for every run")
+    seeds: tuple[Whole, ...] = Field(default=(0, 1, 2), description="one run of every cell for each")
+    workers: Annotated[Whole, POSITIVE] | None = Field(
+        default=None, description="runs at the same time; by default one a GPU, or one a core"
     )
-    seeds: tuple[int, ...] = option((0, 1, 2), "one run of every cell for each")
-    workers: int | None = option(None, "runs side by side; by default one a GPU, or one a core")
-    output: str = option("runs/study", "folder of the study")
+    output: Text = Field(default="runs/study", description="folder of the study")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
         for name in ("tasks", "students", "methods"):
             if not getattr(self, name):
                 raise KdtrainError(f"a study needs at least one of its {name}")
@@ -44,8 +47,7 @@ class StudyRecipe:
                     raise KdtrainError(f"names of {name} must be text, got {one!r}: put it into quotes")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise KdtrainError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
-        if self.workers is not None and self.workers < 1:
-            raise KdtrainError(f"workers must be at least 1, got {self.workers}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Cell:
     task: str
     student: str
     method: str
-    recipe: Recipe
+    recipe: ClassificationRecipe
 
     @property
     def name(self) -> str:
@@ -69,19 +71,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyRecipe:
     Raises:
         KdtrainError: no such file, an unknown key, or a section that is none.
     """
-    return study_from_dict(read_recipe(path, overrides))
+    return study_from_dict(read_yaml(path, overrides))
 
 
 def study_from_dict(content: dict[str, Any]) -> StudyRecipe:
     """A study from plain dicts, every key checked."""
-    content = dict(content)
-    task = content.pop("task", "study")
-    if task != "study":
-        raise KdtrainError(f"kdtrain study reads recipes of task study, got task: {task}")
-    missing = [name for name in ("tasks", "students", "methods") if name not in content]
-    if missing:
-        raise KdtrainError(f"a study needs tasks, students and methods; {missing[0]} is missing")
-    return build(StudyRecipe, content)
+    if content.get("task") != "study":
+        raise KdtrainError(f"kdtrain study reads recipes of task study, got task: {content.get('task')}")
+    return StudyRecipe.parse(content)
 
 
 def unfold(study: StudyRecipe) -> list[Cell]:
@@ -95,7 +92,7 @@ def unfold(study: StudyRecipe) -> list[Cell]:
     ]
 
 
-def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int) -> Recipe:
+def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int) -> ClassificationRecipe:
     place = f"{task}, {student}, {method}"
     own_task = _section(study.tasks[task], f"tasks.{task}")
     unknown = sorted(set(own_task) - set(TASK_FIELDS))
@@ -103,6 +100,7 @@ def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int)
         raise KdtrainError(f"tasks.{task} has the unknown key {unknown[0]}; valid: {', '.join(TASK_FIELDS)}")
     own_method = _section(study.methods[method], f"methods.{method}")
     content = _merge(
+        {"task": "classification"},
         study.common,
         {name: value for name, value in own_task.items() if name != "build"},
         {"student": _section(study.students[student], f"students.{student}")},
@@ -110,9 +108,12 @@ def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int)
         {"seed": seed, "output": str(Path(study.output) / "runs" / f"{task}-{student}-{method}-{seed}")},
     )
     try:
-        return recipe_from_dict(content)
+        recipe = recipe_from_dict(content)
     except KdtrainError as error:
         raise KdtrainError(f"the study's cell ({place}): {error}") from None
+    if not isinstance(recipe, ClassificationRecipe):
+        raise KdtrainError(f"a study compares runs of task classification, got task: {recipe.task}")
+    return recipe
 
 
 def _section(value: Any, name: str) -> dict[str, Any]:

@@ -88,11 +88,11 @@ def _entry(group: list[Cell], groups: dict[tuple[str, str], list[Cell]], metric:
         cell.recipe.seed: cell
         for (student, _), cells in groups.items()
         for cell in cells
-        if student == first.student and cell.recipe.method.name == BASELINE
+        if student == first.student and cell.recipe.method_name == BASELINE
     }
     difference = None
     shared = [cell for cell in group if cell.recipe.seed in baseline]
-    if shared and first.recipe.method.name != BASELINE and metric != "macro_f1":
+    if shared and first.recipe.method_name != BASELINE and metric != "macro_f1":
         ours = [row_counts(*_predictions(cell), metric) for cell in shared]
         theirs = [row_counts(*_predictions(baseline[cell.recipe.seed]), metric) for cell in shared]
         difference = paired_test(ours, theirs)

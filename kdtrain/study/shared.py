@@ -12,7 +12,7 @@ from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.study.plan import Cell, StudyRecipe
 from kdtrain.tasks.base import SharedInputs
 from kdtrain.tasks.classification.splits import ClassificationData
-from kdtrain.tasks.classification.task import Classification, method_options
+from kdtrain.tasks.classification.task import Classification
 
 
 def prepare(study: StudyRecipe, cells: list[Cell]) -> list[Cell]:
@@ -62,7 +62,7 @@ def with_tokenizer(study: StudyRecipe, cell: Cell, data: ClassificationData) -> 
         ),
         "student.tokenizer",
     )
-    return replace(cell, recipe=replace(cell.recipe, student=replace(student, tokenizer=str(folder))))
+    return replace(cell, recipe=cell.recipe.replaced(student=student.replaced(tokenizer=str(folder))))
 
 
 def shared_cache(study: StudyRecipe, cell: Cell) -> str:
@@ -82,13 +82,12 @@ def with_cache(study: StudyRecipe, cells: list[Cell], shared: SharedInputs) -> l
         return cells
     runs = [Classification(cell.recipe, shared) for cell in cells]
     layers = {layer for run in runs for layer in run.stored_layers}
-    given = replace(
-        first.teacher,
+    given = first.teacher.replaced(
         cache=shared_cache(study, cells[0]),
         layers=tuple(sorted({*first.teacher.layers, *layers})),
         sequences=first.teacher.sequences or any(run.stores_sequences for run in runs),
     )
-    cells = [replace(cell, recipe=replace(cell.recipe, teacher=given)) for cell in cells]
+    cells = [replace(cell, recipe=cell.recipe.replaced(teacher=given)) for cell in cells]
     # The first that learns from the teacher has training rows too; every other one only measures.
     chosen = next((cell for cell in cells if reads_teacher(cell)), cells[0])
     Classification(chosen.recipe, shared).filled_store(start_accelerator(chosen.recipe.training))
@@ -97,5 +96,4 @@ def with_cache(study: StudyRecipe, cells: list[Cell], shared: SharedInputs) -> l
 
 def reads_teacher(cell: Cell) -> bool:
     """Whether the method of a cell reads the teacher."""
-    options = method_options(cell.recipe.method)
-    return bool(method_class(options.name).teachers_of(options))
+    return any(method_class(one.name).teachers_of(one) for one in cell.recipe.methods)

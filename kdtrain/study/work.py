@@ -1,6 +1,5 @@
 """Run the cells of a study, several side by side, each in a process that lives for many of them."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -19,12 +18,12 @@ import yaml
 from kdtrain.console import progress, say
 from kdtrain.engine.run_folder import RECIPE, has_ended, read_identity
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import recipe_from_dict, recipe_to_dict
 from kdtrain.study.orphans import end_with
 from kdtrain.study.plan import Cell
 from kdtrain.summary import Summary
 from kdtrain.tasks.classification.splits import ClassificationData
 from kdtrain.tasks.classification.task import Classification
+from kdtrain.tasks.recipes import recipe_from_dict
 from kdtrain.teacher_cache.store import read_manifest
 
 PATIENCE = 20.0
@@ -52,7 +51,7 @@ def run_cells(
     if not todo:
         return
     # Runs over whole sequences take the longest and go first, so that no core is left waiting for the last of them.
-    todo.sort(key=lambda cell: cell.recipe.method.name != "ckd")
+    todo.sort(key=lambda cell: cell.recipe.method_name != "ckd")
     devices = torch.cuda.device_count()
     workers = min(workers or devices or os.cpu_count() or 1, len(todo))
     threads = max(1, torch.get_num_threads() // workers)
@@ -68,7 +67,7 @@ def run_cells(
             progress(len(todo), "study", unit="runs") as bar,
         ):
             try:
-                jobs = {pool.submit(_run_cell, recipe_to_dict(cell.recipe)): cell for cell in todo}
+                jobs = {pool.submit(_run_cell, cell.recipe.plain()): cell for cell in todo}
                 for job in as_completed(jobs):
                     try:
                         say(job.result())
@@ -112,9 +111,7 @@ def is_finished(cell: Cell, fingerprint: str) -> bool:
     folder = Path(cell.recipe.output)
     if not (folder / RECIPE).exists() or not has_ended(folder):
         return False
-    same = yaml.safe_load((folder / RECIPE).read_text()) == json.loads(
-        json.dumps(recipe_to_dict(cell.recipe))
-    )
+    same = yaml.safe_load((folder / RECIPE).read_text()) == cell.recipe.plain()
     return same and Summary.load(folder).data["fingerprint"] == fingerprint and _same_teacher(cell)
 
 

@@ -15,30 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdtrain.outputs import Batch, Layers, Outputs, TeacherOutputs
-from kdtrain.recipe import TrainingRecipe
+from kdtrain.recipe import RunRecipe
 
 if TYPE_CHECKING:
     from kdtrain.engine.checkpoint import Position
     from kdtrain.objective import Objective
-
-
-class RunRecipe(Protocol):
-    """The part of any task's recipe that the frame reads."""
-
-    @property
-    def training(self) -> TrainingRecipe:
-        """Steps, optimizer, and how often to evaluate."""
-        ...
-
-    @property
-    def output(self) -> str:
-        """Folder of the run."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """First weights, order of the rows, dropout."""
-        ...
 
 
 class Models(Protocol):

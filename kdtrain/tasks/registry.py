@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 from kdtrain.errors import KdtrainError
-from kdtrain.tasks.base import RunRecipe, Task
+from kdtrain.recipe import RunRecipe
+from kdtrain.tasks.base import Task
 
 TASKS = {
     "classification": "kdtrain.tasks.classification.task:Classification",
@@ -15,7 +16,7 @@ TASKS = {
 
 def task_of(recipe: RunRecipe) -> type[Task[Any]]:
     """The task of a recipe."""
-    return task_named(getattr(recipe, "task", "classification"))
+    return task_named(recipe.task)
 
 
 def task_named(name: str) -> type[Task[Any]]:

@@ -1,8 +1,7 @@
 """Tiny language models of every family, a tokenizer and documents, all made here."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,28 @@ from transformers import (
     Starcoder2Config,
 )
 
+from kdtrain.methods import build_methods, method_options
 from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.objective import Objective
+from kdtrain.recipe import (
+    LanguageDataSection,
+    LanguageRecipe,
+    LanguageStudentSection,
+    LanguageTeacherSection,
+    LanguageTraining,
+    MethodOptions,
+)
 from kdtrain.run import run
 from kdtrain.tasks.code_lm.outputs import LanguageModels
-from kdtrain.tasks.code_lm.recipe import (
-    LanguageDataRecipe,
-    LanguageMethodRecipe,
-    LanguageRecipe,
-    LanguageStudentRecipe,
-    LanguageTeacherRecipe,
-    LanguageTrainingRecipe,
-)
-from kdtrain.tasks.code_lm.task import CodeLM, checked_objective, language_methods, shape_of
+from kdtrain.tasks.code_lm.task import CodeLM, checked_objective, shape_of
 
 VOCABULARY = 300
+FEATURES = (
+    method_options("kd_features", temperature=1.0, ce_weight=0.5, layer_map=((2, 2),)),
+    method_options("relations", relations=("attention", "values")),
+)
+"""The distribution of the last layer, its states, and its attention."""
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -117,13 +122,13 @@ def language_recipe(
     (folder / "code.jsonl").write_text("".join(json.dumps({"text": source}) + "\n" for source in sources))
     tokenizer.save_pretrained(folder / "tokenizer")
     return LanguageRecipe(
-        data=LanguageDataRecipe(train=str(folder / "code.jsonl"), max_length=64, held_out=0.2),
-        student=LanguageStudentRecipe(
+        data=LanguageDataSection(train=str(folder / "code.jsonl"), max_length=64, held_out=0.2),
+        student=LanguageStudentSection(
             tokenizer=str(folder / "tokenizer"), hidden_size=32, layers=2, heads=2, intermediate_size=64
         ),
-        method=LanguageMethodRecipe(name="ft"),
-        training=LanguageTrainingRecipe(
-            epochs=20, max_steps=24, batch_size=7, learning_rate=1e-2, evaluate_every=8, log_every=4
+        method=(method_options("ft"),),
+        training=LanguageTraining(
+            max_steps=24, batch_size=7, learning_rate=1e-2, eval_steps=8, logging_steps=4
         ),
     )
 
@@ -132,18 +137,17 @@ def language_recipe(
 def language_teacher(language_recipe: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student of that run, which serves as a teacher."""
     folder = tmp_path_factory.mktemp("language_teacher")
-    run(replace(language_recipe, output=str(folder / "run")))
+    run(language_recipe.replaced(output=str(folder / "run")))
     return folder / "run" / "student"
 
 
 @pytest.fixture(scope="session")
 def language_distillation(language_recipe: LanguageRecipe, language_teacher: Path) -> LanguageRecipe:
     """Distillation of distribution, hidden states and attention into a narrower student with the teacher's tokenizer."""
-    return replace(
-        language_recipe,
-        student=replace(language_recipe.student, tokenizer=None, hidden_size=16),
-        teacher=LanguageTeacherRecipe(path=str(language_teacher)),
-        method=LanguageMethodRecipe(name="kd_features", features=("hidden", "attention", "values")),
+    return language_recipe.replaced(
+        student=language_recipe.student.replaced(tokenizer=None, hidden_size=16),
+        teacher=LanguageTeacherSection(path=str(language_teacher)),
+        method=FEATURES,
     )
 
 
@@ -156,15 +160,18 @@ def opened(recipe: LanguageRecipe) -> CodeLM:
 
 def objective_of(
     student: PreTrainedModel,
-    section: LanguageMethodRecipe,
+    methods: MethodOptions | Sequence[MethodOptions],
     teacher: PreTrainedModel | None,
-    stored: LanguageTeacherRecipe | None = None,
+    stored: LanguageTeacherSection | None = None,
 ) -> Objective:
     """A student and the methods of a recipe, with a frozen teacher."""
+    methods = (methods,) if isinstance(methods, MethodOptions) else tuple(methods)
+    warm: list[Any] = [one for one in methods if hasattr(one, "temperature")]
     known = None
     if teacher is not None:
         known = LanguageTeacher("teacher", teacher.eval().requires_grad_(False), None)  # type: ignore[arg-type]
     shapes = {} if teacher is None else {"teacher": shape_of(teacher)}
     tail = "bucket" if stored is None else stored.tail
-    models = LanguageModels(known, tail=tail, temperature=section.temperature)
-    return checked_objective(student, language_methods(section, shape_of(student), shapes), models)
+    temperature = warm[0].temperature if warm else 1.0
+    models = LanguageModels(known, tail=tail, temperature=temperature)
+    return checked_objective(student, build_methods(methods, CodeLM.name, shape_of(student), shapes), models)

@@ -18,6 +18,7 @@ from kdtrain.engine.accelerator import start_accelerator
 from kdtrain.engine.full_state import whole_state
 from kdtrain.evaluation.rows import measured_rows
 from kdtrain.loop import train
+from kdtrain.methods import method_options
 from kdtrain.methods.base import Method, Needs, Step
 from kdtrain.methods.distillm import SkewedDistillation
 from kdtrain.methods.gkd import GeneralizedDistillation
@@ -28,11 +29,10 @@ from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.models.loading import Shape
 from kdtrain.objective import Objective
 from kdtrain.outputs import IGNORED, Batch, HeadOutputs, LogitTerm, Outputs, TeacherOutputs
+from kdtrain.recipe import LanguageDataSection, LanguageRecipe, LanguageTraining
 from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.packing import PackedRows
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageMethodRecipe, LanguageRecipe
-from kdtrain.tasks.code_lm.recipe import LanguageTrainingRecipe as Training
 from kdtrain.tasks.code_lm.task import shape_of
 from tests.language.conftest import tiny
 
@@ -124,17 +124,17 @@ def steps(
     folder: Path, name: str, data: PackedRows, *, accumulation: int = 1, save_steps: int | None = None
 ) -> dict[str, Tensor]:
     """Three optimizer steps in `folder`, in as many processes as there are; the state of the objective."""
-    training = Training(
+    training = LanguageTraining(
         max_steps=3,
         batch_size=5,
         learning_rate=1e-2,
-        evaluate_every=3,
-        log_every=1,
-        accumulation=accumulation,
+        eval_steps=3,
+        logging_steps=1,
+        gradient_accumulation_steps=accumulation,
         save_steps=save_steps,
     )
     recipe = LanguageRecipe(
-        data=LanguageDataRecipe(train="-"), method=LanguageMethodRecipe(name="ft"), training=training
+        data=LanguageDataSection(train="-"), method=(method_options("ft"),), training=training
     )
     accelerator = start_accelerator(training, sharded=True)
     objective = objective_of(name)

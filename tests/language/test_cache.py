@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
+from kdtrain.methods import method_options
 from kdtrain.models.heads import head_of
-from kdtrain.recipe import save_recipe
+from kdtrain.recipe import LanguageRecipe, LanguageStudentSection, save_recipe
 from kdtrain.run import run
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from kdtrain.tasks.code_lm.task import CodeLM
 from kdtrain.tasks.code_lm.work import segments_of
 from tests.language.conftest import opened
@@ -27,19 +26,17 @@ from tests.support.commands import torchrun
 @pytest.fixture(scope="module")
 def recipe(language_distillation: LanguageRecipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageRecipe:
     """A short distillation of distributions."""
-    return replace(
-        language_distillation,
-        method=LanguageMethodRecipe(temperature=2.0),
-        training=replace(language_distillation.training, max_steps=4, evaluate_every=4, log_every=1),
+    return language_distillation.replaced(
+        method=method_options("kd", ce_weight=0.5),
+        training=language_distillation.training.replaced(max_steps=4, eval_steps=4, logging_steps=1),
         output=str(tmp_path_factory.mktemp("cached") / "online"),
     )
 
 
 def stored(recipe: LanguageRecipe, folder: Path, signal: str, **options: object) -> LanguageRecipe:
-    return replace(
-        recipe,
-        teacher=replace(
-            recipe.teacher, signal=signal, dtype="float32", cache=str(folder / "cache"), **options
+    return recipe.replaced(
+        teacher=recipe.teacher.replaced(
+            signal=signal, dtype="float32", cache=str(folder / "cache"), **options
         ),
         output=str(folder / "run"),
     )
@@ -78,10 +75,9 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
     model.resize_token_embeddings(300, mean_resizing=False)
     model.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
-    padded = replace(
-        recipe,
-        student=replace(recipe.student, tokenizer=given, frozen_head=True),
-        teacher=replace(recipe.teacher, path=str(tmp_path / "padded")),
+    padded = recipe.replaced(
+        student=recipe.student.replaced(tokenizer=given, frozen_head=True),
+        teacher=recipe.teacher.replaced(path=str(tmp_path / "padded")),
         output=str(tmp_path / "online"),
     )
     run(padded)
@@ -95,18 +91,18 @@ def test_signals_equal_a_teacher_with_more_rows(recipe: LanguageRecipe, tmp_path
     manifest = json.loads((tmp_path / "cross_term" / "cache" / "cross_term" / "manifest.json").read_text())
     assert (manifest["vocabulary"], manifest["temperature"]) == (286, 2.0)
 
-    more = LanguageStudentRecipe(path=str(tmp_path / "padded"), frozen_head=True)
+    more = LanguageStudentSection(path=str(tmp_path / "padded"), frozen_head=True)
     with pytest.raises(
         KdtrainError, match="the student's head has 300 rows, of which the teacher shares 286;"
     ):
-        opened(stored(replace(recipe, student=more), tmp_path / "more", "cross_term"))
+        opened(stored(recipe.replaced(student=more), tmp_path / "more", "cross_term"))
 
 
 def test_cross_term_states_its_cost_and_its_conditions(
     recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = stored(recipe, tmp_path, "cross_term")
-    found = replace(found, student=replace(found.student, frozen_head=True))
+    found = found.replaced(student=found.student.replaced(frozen_head=True))
     save_recipe(found, tmp_path / "recipe.yaml")
     command = ["cache", str(tmp_path / "recipe.yaml")]
     assert main([*command, "--verify"]) == 0
@@ -121,7 +117,7 @@ def test_cross_term_states_its_cost_and_its_conditions(
             ["--method.temperature", "3"],
             "the temperature of the cross-term (method.temperature) is 2.0",
         ),
-        (["--method.divergence", "jsd"], "stands for forward_kl only, got method.divergence jsd"),
+        (["--method.divergence", "jsd"], "serves forward_kl only, got method.divergence jsd"),
         (
             ["--method.last_temperature", "1"],
             "method.last_temperature changes it; set teacher.signal: hidden",
@@ -210,8 +206,8 @@ def test_what_stays_the_same_is_not_computed_again(
     folder.mkdir()
     for number, source in enumerate(sources):
         (folder / f"file_{number:03d}.py").write_text(source)
-    data = replace(recipe.data, train=str(folder), suffixes=(".py",), max_length=48)
-    found = replace(stored(recipe, tmp_path, "topk", top_k=8), data=data)
+    data = recipe.data.replaced(train=str(folder), suffixes=(".py",), max_length=48)
+    found = stored(recipe, tmp_path, "topk", top_k=8).replaced(data=data)
     total, computed = segments_stored(found, capsys)
     assert total == computed > 40
     before = {path: path.read_bytes() for path in (tmp_path / "cache" / "topk").glob("shard-*")}
@@ -221,8 +217,8 @@ def test_what_stays_the_same_is_not_computed_again(
         (folder / f"a_{name}.py").write_text(f"class {name}:\n    def {name}(self):\n        return 1\n")
     more, computed = segments_stored(found, capsys)
     assert 0 < computed == more - total
-    assert segments_stored(replace(found, data=replace(data, packing=False)), capsys) == (more, 0)
-    longer = replace(found, data=replace(data, max_length=64))
+    assert segments_stored(found.replaced(data=data.replaced(packing=False)), capsys) == (more, 0)
+    longer = found.replaced(data=data.replaced(max_length=64))
     assert segments_stored(longer, capsys)[1] == long_segments(longer, 48) > 0
     assert {path: path.read_bytes() for path in before} == before
     save_recipe(longer, tmp_path / "recipe.yaml")
@@ -264,8 +260,7 @@ def test_reverse_kl_is_refused_where_tokens_that_were_not_kept_have_no_probabili
     """In the recipe: the loss would refuse it only after the whole cache was built."""
     for signal in ("topk", "shards"):
         with pytest.raises(KdtrainError, match=r"reverse_kl is infinite .* set teacher.tail: bucket"):
-            replace(
-                language_distillation,
-                teacher=replace(language_distillation.teacher, signal=signal, tail="renormalize"),
-                method=LanguageMethodRecipe(divergence="reverse_kl"),
+            language_distillation.replaced(
+                teacher=language_distillation.teacher.replaced(signal=signal, tail="renormalize"),
+                method=method_options("kd", temperature=1.0, divergence="reverse_kl"),
             )

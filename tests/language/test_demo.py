@@ -7,7 +7,7 @@ import pytest
 
 from kdtrain.demo.code_lm import LanguageDemoPlan, language_demo
 from kdtrain.errors import KdtrainError
-from kdtrain.tasks.code_lm.recipe import LanguageStudentRecipe
+from kdtrain.recipe import LanguageStudentSection
 
 
 def plan(tree: Path) -> LanguageDemoPlan:
@@ -16,8 +16,8 @@ def plan(tree: Path) -> LanguageDemoPlan:
         train_characters=40_000,
         valid_characters=4_000,
         max_length=64,
-        teacher=LanguageStudentRecipe(hidden_size=32, layers=2, heads=2, intermediate_size=64),
-        student=LanguageStudentRecipe(hidden_size=16, layers=1, heads=1, intermediate_size=32),
+        teacher=LanguageStudentSection(hidden_size=32, layers=2, heads=2, intermediate_size=64),
+        student=LanguageStudentSection(hidden_size=16, layers=1, heads=1, intermediate_size=32),
         batch_size=4,
         teacher_steps=12,
         steps=6,

@@ -1,7 +1,6 @@
 """The doctor's findings and the plan's bytes, against runs that are wrong in one known way and a measured peak."""
 
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,25 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from kdtrain.cli import main
 from kdtrain.doctor.code_lm import LanguageSubject, examine_language
 from kdtrain.doctor.memory_plan import ModelShape, plan_step
+from kdtrain.methods import method_options
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_student import recompute_layers
 from kdtrain.outputs import Batch
-from kdtrain.recipe import recipe_to_dict, save_recipe
-from kdtrain.tasks.code_lm.recipe import (
-    LanguageDataRecipe,
-    LanguageMethodRecipe,
+from kdtrain.recipe import (
+    LanguageDataSection,
     LanguageRecipe,
-    LanguageStudentRecipe,
-    LanguageTeacherRecipe,
-    LanguageTrainingRecipe,
-    load_language_recipe,
+    LanguageStudentSection,
+    LanguageTeacherSection,
+    LanguageTraining,
+    save_recipe,
 )
+from kdtrain.tasks.recipes import load_recipe
 from tests.language.conftest import objective_of
 
 
 def findings(recipe: LanguageRecipe) -> dict[str, str]:
     """Text and level of everything the doctor says."""
-    return {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
+    return {finding.text: finding.level for finding in examine_language(recipe)}
 
 
 def said(found: dict[str, str], words: str) -> str:
@@ -60,30 +59,27 @@ def test_a_sound_run(
 def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Path, tmp_path: Path) -> None:
     """Another tokenizer, a teacher that knows nothing, padding by hand, a cache and its cost, padded heads."""
     recipe = language_distillation
-    lost = replace(recipe, teacher=replace(recipe.teacher, path="/nowhere"))
+    lost = recipe.replaced(teacher=recipe.teacher.replaced(path="/nowhere"))
     assert findings(lost) == {"teacher.path: there is no folder /nowhere": "wrong"}
-    loose = replace(
-        recipe,
-        data=replace(recipe.data, packing=False, max_length=128),
-        student=replace(recipe.student, tokenizer=str(language_teacher)),
-        teacher=replace(recipe.teacher, path=None),  # it reads 64 tokens only
-        method=LanguageMethodRecipe(name="ft"),
+    loose = recipe.replaced(
+        data=recipe.data.replaced(packing=False, max_length=128),
+        student=recipe.student.replaced(tokenizer=str(language_teacher)),
+        teacher=recipe.teacher.replaced(path=None),  # it reads 64 tokens only
+        method=method_options("ft"),
     )
     assert said(findings(loose), "the rest is padding; set data.packing: true") == "suspicious"
-    cached = replace(
-        recipe,
-        method=LanguageMethodRecipe(),
-        teacher=replace(recipe.teacher, signal="hidden", cache=str(tmp_path / "cache")),
+    cached = recipe.replaced(
+        method=method_options("kd", temperature=1.0, ce_weight=0.5),
+        teacher=recipe.teacher.replaced(signal="hidden", cache=str(tmp_path / "cache")),
     )
     assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
-    kept = replace(cached, teacher=replace(cached.teacher, signal="topk", top_k=4))
+    kept = cached.replaced(teacher=cached.teacher.replaced(signal="topk", top_k=4))
     tokens = LanguageSubject(kept).run.rows[1].lengths.sum()
     assert said(findings(kept), f"for {tokens} held-out tokens (hidden: 32 bfloat16)") == "note"
     # Labels alone store nothing, whatever the signal asks for.
-    alone = replace(
-        cached,
-        method=LanguageMethodRecipe(name="ft"),
-        teacher=replace(cached.teacher, signal="cross_term"),
+    alone = cached.replaced(
+        method=method_options("ft"),
+        teacher=cached.teacher.replaced(signal="cross_term"),
     )
     assert set(findings(alone).values()) == {"note"} and "cache" not in str(findings(alone))
     model = AutoModelForCausalLM.from_pretrained(language_teacher)
@@ -92,7 +88,7 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
         table.copy_(table.roll(1, 0))
     model.save_pretrained(tmp_path / "confused")
     PreTrainedTokenizerFast.from_pretrained(language_teacher).save_pretrained(tmp_path / "confused")
-    confused = replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "confused")))
+    confused = recipe.replaced(teacher=recipe.teacher.replaced(path=str(tmp_path / "confused")))
     assert said(findings(confused), "is likelier than the next one") == "suspicious"
 
 
@@ -106,10 +102,9 @@ def test_padded_head_of_the_teacher(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(language_teacher)
     tokenizer.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    recipe = replace(
-        language_distillation,
-        student=replace(language_distillation.student, tokenizer=str(tmp_path / "tokenizer")),
-        teacher=LanguageTeacherRecipe(path=str(tmp_path / "padded")),
+    recipe = language_distillation.replaced(
+        student=language_distillation.student.replaced(tokenizer=str(tmp_path / "tokenizer")),
+        teacher=LanguageTeacherSection(path=str(tmp_path / "padded")),
     )
     found = findings(recipe)
     assert (
@@ -151,7 +146,7 @@ def measured_and_planned(
     student, teacher = (AutoModelForCausalLM.from_config(config) for config in configs)
     if checkpointing:
         recompute_layers(student)
-    objective = objective_of(student, LanguageMethodRecipe(), teacher).train()
+    objective = objective_of(student, method_options("kd", temperature=1.0, ce_weight=0.5), teacher).train()
     ids = torch.randint(configs[0].vocab_size, (rows, sum(lengths)))
     places = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1)
     batch = Batch(ids, ids.roll(-1, 1), torch.arange(rows), position_ids=places)
@@ -165,9 +160,10 @@ def measured_and_planned(
             del loss
     shapes = [ModelShape.of(config) for config in configs]
     recipe = LanguageRecipe(
-        data=LanguageDataRecipe(train="-", max_length=sum(lengths), packing=len(lengths) > 1),
-        teacher=LanguageTeacherRecipe(path="-"),
-        training=LanguageTrainingRecipe(batch_size=rows, checkpointing=checkpointing),
+        method=(method_options("kd", temperature=1.0, ce_weight=0.5),),
+        data=LanguageDataSection(train="-", max_length=sum(lengths), packing=len(lengths) > 1),
+        teacher=LanguageTeacherSection(path="-"),
+        training=LanguageTraining(batch_size=rows, gradient_checkpointing=checkpointing),
     )
     plan = plan_step(shapes[0], shapes[1], recipe, 1, sharded=False, device="cpu")
     return memory.peak + 4 * (shapes[0].parameters + shapes[1].parameters), plan.total
@@ -221,10 +217,11 @@ def test_plan_of_many_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             vocab_size=1000, hidden_size=width, num_hidden_layers=4, intermediate_size=256
         ).save_pretrained(tmp_path / name)
     recipe = LanguageRecipe(
-        data=LanguageDataRecipe(train="-", max_length=512),
-        student=LanguageStudentRecipe(path=str(tmp_path / "student")),
-        teacher=LanguageTeacherRecipe(path=str(tmp_path / "teacher"), precision="bf16"),
-        training=LanguageTrainingRecipe(batch_size=256, precision="bf16"),
+        method=(method_options("kd", temperature=1.0, ce_weight=0.5),),
+        data=LanguageDataSection(train="-", max_length=512),
+        student=LanguageStudentSection(path=str(tmp_path / "student")),
+        teacher=LanguageTeacherSection(path=str(tmp_path / "teacher"), precision="bf16"),
+        training=LanguageTraining(batch_size=256, precision="bf16"),
     )
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
@@ -235,7 +232,7 @@ def test_plan_of_many_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     few, many = (plan_step(shapes[0], shapes[1], recipe, count, sharded=True) for count in (8, 64))
     assert many.optimizer * 8 == few.optimizer and many.sent == few.sent
     assert many.loss < few.eager_loss
-    odd = replace(recipe, training=replace(recipe.training, batch_size=13))
+    odd = recipe.replaced(training=recipe.training.replaced(batch_size=13))
     plan = plan_step(shapes[0], shapes[1], odd, 8, sharded=True)
     assert plan.tokens == 2 * 512, "five of the eight take two rows"
 
@@ -243,8 +240,8 @@ def test_plan_of_many_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_shipped_recipe_and_configurations_are_read() -> None:
     """accelerate takes the files of recipes/accelerate, and the recipe is complete."""
     folder = Path(__file__).parents[2] / "recipes"
-    recipe = load_language_recipe(folder / "code-lm-kd.yaml")
-    assert recipe.training.batch_size % (8 * recipe.training.accumulation) == 0
+    recipe = load_recipe(folder / "code-lm-kd.yaml")
+    assert recipe.training.batch_size % (8 * recipe.training.gradient_accumulation_steps) == 0
     assert load_config_from_file(str(folder / "accelerate" / "ddp.yaml")).distributed_type == "MULTI_GPU"
     config: Any = load_config_from_file(str(folder / "accelerate" / "fsdp2.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2

@@ -1,7 +1,6 @@
 """kdtrain evaluate on language models: the figures of the run, recomputed from its files, and a comparison of two."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 
 from kdtrain.cli import main
 from kdtrain.evaluation.measure import bootstrap_interval
+from kdtrain.methods import method_options
+from kdtrain.recipe import LanguageRecipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 
 
 def test_runs_are_measured_and_compared(
@@ -22,9 +22,9 @@ def test_runs_are_measured_and_compared(
 ) -> None:
     """The saved student gives what the run measured in training, also next to its teacher."""
     teacher, student = language_teacher.parent, tmp_path / "student"
-    training = replace(language_distillation.training, max_steps=6, evaluate_every=6)
-    recipe = replace(
-        language_distillation, training=training, method=LanguageMethodRecipe(), output=str(student)
+    training = language_distillation.training.replaced(max_steps=6, eval_steps=6)
+    recipe = language_distillation.replaced(
+        training=training, method=method_options("kd", temperature=1.0, ce_weight=0.5), output=str(student)
     )
     run(recipe)
     assert main(["evaluate", str(student), "--against", str(teacher)]) == 2
@@ -55,9 +55,9 @@ def test_runs_are_measured_and_compared(
 
 def test_rows_of_one_token_are_measured(language_recipe: LanguageRecipe, tmp_path: Path) -> None:
     """A student that reads one token at a time is asked to continue it, too."""
-    training = replace(language_recipe.training, max_steps=2, evaluate_every=2)
-    data = replace(language_recipe.data, max_length=1)
-    run(replace(language_recipe, data=data, training=training, output=str(tmp_path)))
+    training = language_recipe.training.replaced(max_steps=2, eval_steps=2)
+    data = language_recipe.data.replaced(max_length=1)
+    run(language_recipe.replaced(data=data, training=training, output=str(tmp_path)))
     assert main(["evaluate", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["generated_per_second"] > 0
 

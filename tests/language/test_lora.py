@@ -1,7 +1,6 @@
 """Low-rank adapters: they alone are trained, and the saved student is a plain model with them merged in."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.code_lm import evaluate_language_run
 from kdtrain.hf_trainer import KDConfig, KDTrainer
+from kdtrain.methods import method_options
 from kdtrain.models.heads import check_model
 from kdtrain.models.lora import adapted_layers
-from kdtrain.recipe import save_recipe
+from kdtrain.recipe import LanguageRecipe, LanguageStudentSection, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe, LanguageStudentRecipe
 from tests.language.conftest import opened, tiny
 from tests.language.test_cache import losses, stored
 from tests.language.test_processes import FSDP2, finish, launch
@@ -39,10 +38,9 @@ def recipe(
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(language_teacher).save_pretrained(folder / "base")
-    return replace(
-        language_distillation,
-        student=LanguageStudentRecipe(path=str(folder / "base"), lora_rank=4, lora_dropout=0.1),
-        method=LanguageMethodRecipe(),
+    return language_distillation.replaced(
+        student=LanguageStudentSection(path=str(folder / "base"), lora_rank=4, lora_dropout=0.1),
+        method=method_options("kd", temperature=1.0, ce_weight=0.5),
         output=str(folder / "run"),
     )
 
@@ -50,15 +48,13 @@ def recipe(
 def test_needs(recipe: LanguageRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         KdtrainError,
-        match=r"student.path x brings its own shape, so student.layers 2 would do nothing; leave",
+        match=r"student.path x has its own shape, so student.layers 2 would do nothing; leave",
     ):
-        LanguageStudentRecipe(path="x", layers=2, lora_rank=4)
+        LanguageStudentSection.parse({"path": "x", "layers": 2, "lora_rank": 4})
     with pytest.raises(KdtrainError, match=r"lora_rank is 4, but a new student has nothing to adapt; name a"):
-        replace(recipe.student, path=None)
-    with pytest.raises(
-        KdtrainError, match=r"lora_rank must be 0 or more and student.lora_dropout in \[0, 1\)"
-    ):
-        replace(recipe.student, lora_dropout=1.0)
+        recipe.student.replaced(path=None)
+    with pytest.raises(KdtrainError, match=r"lora_dropout must be below 1, got 1.0"):
+        recipe.student.replaced(lora_dropout=1.0)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         KdtrainError, match=r"student.lora_rank needs peft, which is not installed; pip install"
@@ -97,14 +93,14 @@ def test_only_adapters_are_trained_and_the_student_is_plain(recipe: LanguageReci
 def test_frozen_head_takes_a_cross_term(recipe: LanguageRecipe, tmp_path: Path) -> None:
     """Adapters leave the head alone: the stored cross-term gives the losses of the teacher itself, FSDP2 those of one process."""
     pytest.importorskip("peft")
-    student = replace(recipe.student, lora_dropout=0.0)
-    training = replace(recipe.training, max_steps=3, evaluate_every=3, log_every=1)
-    short = replace(recipe, student=student, training=training)
-    run(replace(short, output=str(tmp_path / "online")))
+    student = recipe.student.replaced(lora_dropout=0.0)
+    training = recipe.training.replaced(max_steps=3, eval_steps=3, logging_steps=1)
+    short = recipe.replaced(student=student, training=training)
+    run(short.replaced(output=str(tmp_path / "online")))
     found = stored(short, tmp_path, "cross_term")
     run(found)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
-    save_recipe(replace(found, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    save_recipe(found.replaced(output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
     finish(launch(tmp_path / "recipe.yaml", FSDP2))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
     one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "two"))
@@ -134,4 +130,4 @@ def test_wrong_layers(recipe: LanguageRecipe) -> None:
         (("lm_head",), r"student.lora_targets \['lm_head'\] adapt the head, which has to stay one matrix"),
     ):
         with pytest.raises(KdtrainError, match=sentence):
-            opened(replace(recipe, student=replace(recipe.student, lora_targets=targets)))
+            opened(recipe.replaced(student=recipe.student.replaced(lora_targets=targets)))

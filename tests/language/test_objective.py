@@ -1,6 +1,5 @@
 """One loss and one gradient, however a batch is cut, padded or packed; what each part of the objective is; the hooks."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_options
 from kdtrain.methods.base import Step
 from kdtrain.objective import Objective
 from kdtrain.outputs import IGNORED, Batch, LogitTerm
+from kdtrain.recipe import MethodOptions
 from kdtrain.tasks.code_lm.documents import Documents
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
 from tests.language.conftest import VOCABULARY, objective_of, tiny
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 3, 14, 6, 2, 11, 5, 8]
 RECIPES = {
-    "ft": LanguageMethodRecipe(name="ft"),
-    "kd": LanguageMethodRecipe(name="kd", temperature=2.0, kd_weight=0.7, ce_weight=0.4),
-    "skew_kl": LanguageMethodRecipe(name="kd", divergence="skew_kl", ce_weight=0.2),
-    "jsd": LanguageMethodRecipe(name="kd", divergence="jsd", beta=0.3, ce_weight=0.0),
-    "kd_features": LanguageMethodRecipe(
-        name="kd_features", layer_map=((1, 2), (2, 2)), feature_weight=0.3, ce_weight=0.4
+    "ft": method_options("ft"),
+    "kd": method_options("kd", temperature=2.0, kd_weight=0.7, ce_weight=0.4),
+    "skew_kl": method_options("kd", temperature=1.0, divergence="skew_kl", ce_weight=0.2),
+    "jsd": method_options("kd", temperature=1.0, divergence={"name": "jsd", "beta": 0.3}, ce_weight=0.0),
+    "kd_features": method_options(
+        "kd_features", temperature=1.0, layer_map=((1, 2), (2, 2)), feature_weight=0.3, ce_weight=0.4
     ),
 }
 
@@ -40,7 +40,7 @@ def rows(*, packing: bool, masked: int = 1) -> PackedRows:
     return pack(Documents(tokens, counts, np.array(LENGTHS)), 16, pad_id=1, packing=packing)
 
 
-def objective(recipe: LanguageMethodRecipe) -> Objective:
+def objective(recipe: MethodOptions | tuple[MethodOptions, ...]) -> Objective:
     """A llama student of width 32 and a tied qwen2 teacher of width 48."""
     return objective_of(
         tiny("llama"), recipe, tiny("qwen2", 1, hidden_size=48, tie_word_embeddings=True)
@@ -96,7 +96,7 @@ def step(
 def test_softcap_and_scale_are_the_models_own(family: str) -> None:
     """A family whose head does more than a product, as student and as teacher, against the models' own logits."""
     teacher = tiny(family, 1)
-    model = objective_of(tiny(family), LanguageMethodRecipe(ce_weight=0.5), teacher)
+    model = objective_of(tiny(family), method_options("kd", temperature=1.0, ce_weight=0.5), teacher)
     data = rows(packing=True)
     batch, divisor = data.batch(torch.arange(len(data)), CPU), data.count(torch.arange(len(data)))
     loss, _ = model(batch, divisor)
@@ -136,7 +136,7 @@ def test_pieces_padding_and_packing_do_not_change_the_step(name: str) -> None:
 def test_loss_is_what_the_recipe_says() -> None:
     """Against the formula written out in float64 on the models' own logits and hidden states."""
     recipe = RECIPES["kd_features"]
-    recipe = replace(recipe, temperature=2.0, kd_weight=0.7)
+    recipe = recipe.replaced(temperature=2.0, kd_weight=0.7)
     model, data = objective(recipe), rows(packing=False)
     batch = data.batch(torch.arange(8), CPU)
     divisor = data.count(torch.arange(8))
@@ -170,7 +170,9 @@ def test_loss_is_what_the_recipe_says() -> None:
 
 
 def test_weights_follow_the_step() -> None:
-    recipe = LanguageMethodRecipe(last_temperature=4.0, last_kd_weight=0.0, ce_weight=0.2, last_ce_weight=1.0)
+    recipe = method_options(
+        "kd", temperature=1.0, last_temperature=4.0, last_kd_weight=0.0, ce_weight=0.2, last_ce_weight=1.0
+    )
     model, data = objective(recipe), rows(packing=False)
     (method,) = model.plan
     assert method.weights(Step(0, 101)) == {"kd": 1.0, "ce": 0.2}
@@ -181,7 +183,7 @@ def test_weights_follow_the_step() -> None:
     assert isinstance(term, LogitTerm) and term.temperature == 1.75
     model.step = Step(10, 11)
     last, _ = model(batch, divisor)
-    plain, _ = objective(LanguageMethodRecipe(name="ft"))(batch, divisor)
+    plain, _ = objective(method_options("ft"))(batch, divisor)
     assert last.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
@@ -193,7 +195,7 @@ def test_teacher_is_no_part_of_the_student() -> None:
 
 
 def test_student_equal_to_its_teacher_has_no_divergence() -> None:
-    same = objective_of(tiny("qwen2"), LanguageMethodRecipe(ce_weight=0.0), tiny("qwen2"))
+    same = objective_of(tiny("qwen2"), method_options("kd", temperature=1.0, ce_weight=0.0), tiny("qwen2"))
     data = rows(packing=True)
     loss, _ = same(data.batch(torch.arange(len(data)), CPU), 10)
     loss.backward()
@@ -205,4 +207,4 @@ def test_wrong_layers_are_refused() -> None:
     with pytest.raises(
         KdtrainError, match=r"method.layer_map holds \[2, 5\], but the teacher has layers 1 to 2"
     ):
-        objective(LanguageMethodRecipe(name="kd_features", layer_map=((2, 5),)))
+        objective(method_options("kd_features", layer_map=((2, 5),)))

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
+from kdtrain.recipe import LanguageDataSection
 from kdtrain.tasks.code_lm.documents import Documents, load_documents, read_rows, tokenize_documents
 from kdtrain.tasks.code_lm.packing import IGNORED, best_fit, pack, padded_batch, shifted_labels
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
 
 CPU = torch.device("cpu")
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -80,9 +80,9 @@ def test_stretches_without_labels_are_left_out_and_none_at_all_is_refused() -> N
         pack(documents([5, 5], masked=5), 10, pad_id=1)
 
 
-def write(path: Path, rows: list[dict]) -> LanguageDataRecipe:
+def write(path: Path, rows: list[dict]) -> LanguageDataSection:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return LanguageDataRecipe(train=str(path))
+    return LanguageDataSection(train=str(path))
 
 
 def counted_text(made: Documents, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -166,7 +166,7 @@ def test_folders_and_held_out_documents(
         (tmp_path / f"{i}.py").write_text(source)
     (tmp_path / "broken.py").write_bytes(b"\xff\xfe")
     (tmp_path / "notes.md").write_text("not code")
-    recipe = LanguageDataRecipe(train=str(tmp_path), held_out=0.3)
+    recipe = LanguageDataSection(train=str(tmp_path), held_out=0.3)
     train, valid = load_documents(recipe, tokenizer)
     assert len(train) + len(valid) == len(sources) and 5 < len(valid) < 35
     again, _ = load_documents(recipe, tokenizer)
@@ -199,4 +199,4 @@ def test_wrong_data_is_told(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"content": "x"}]}\n')
     with pytest.raises(KdtrainError, match=message):
-        load_documents(LanguageDataRecipe(train=train.format(tmp=tmp_path)), tokenizer)
+        load_documents(LanguageDataSection(train=train.format(tmp=tmp_path)), tokenizer)

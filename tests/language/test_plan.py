@@ -11,43 +11,42 @@ from kdkernels import teacher_cross_term
 from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
 from kdkernels._triton.launch import chunk_rows as triton_chunk_rows
 from kdtrain.doctor.memory_plan import ModelShape, chunk_rows, plan_step
+from kdtrain.methods import method_options
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_student import recompute_layers
 from kdtrain.models.lora import add_adapters
 from kdtrain.objective import Objective
 from kdtrain.outputs import Batch
-from kdtrain.tasks.code_lm.outputs import LanguageModels
-from kdtrain.tasks.code_lm.recipe import (
-    LanguageDataRecipe,
-    LanguageMethodRecipe,
+from kdtrain.recipe import (
+    LanguageDataSection,
     LanguageRecipe,
-    LanguageStudentRecipe,
-    LanguageTeacherRecipe,
-    LanguageTrainingRecipe,
+    LanguageStudentSection,
+    LanguageTeacherSection,
+    LanguageTraining,
 )
-from tests.language.conftest import objective_of
+from kdtrain.tasks.code_lm.outputs import LanguageModels
+from tests.language.conftest import FEATURES, objective_of
 from tests.language.test_doctor import PeakMemory
 
 PLAIN = LanguageRecipe(
-    data=LanguageDataRecipe(train="-", max_length=256, packing=False),
-    teacher=LanguageTeacherRecipe(path="-"),
-    training=LanguageTrainingRecipe(batch_size=4),
+    method=(method_options("kd", temperature=1.0, ce_weight=0.5),),
+    data=LanguageDataSection(train="-", max_length=256, packing=False),
+    teacher=LanguageTeacherSection(path="-"),
+    training=LanguageTraining(batch_size=4),
 )
-FEATURES = LanguageMethodRecipe(name="kd_features", features=("hidden", "attention", "values"))
 RECIPES = {
-    "labels alone": replace(PLAIN, method=LanguageMethodRecipe(name="ft"), teacher=LanguageTeacherRecipe()),
-    "labels, measured beside a teacher": replace(PLAIN, method=LanguageMethodRecipe(name="ft")),
+    "labels alone": PLAIN.replaced(method=method_options("ft"), teacher=LanguageTeacherSection()),
+    "labels, measured beside a teacher": PLAIN.replaced(method=method_options("ft")),
     "online": PLAIN,
-    "recomputed": replace(PLAIN, training=replace(PLAIN.training, checkpointing=True)),
-    "features": replace(PLAIN, method=FEATURES),
-    "hidden": replace(PLAIN, teacher=replace(PLAIN.teacher, signal="hidden")),
-    "topk": replace(PLAIN, teacher=replace(PLAIN.teacher, signal="topk")),
-    "cross_term": replace(
-        PLAIN,
-        teacher=replace(PLAIN.teacher, signal="cross_term"),
-        student=LanguageStudentRecipe(frozen_head=True),
+    "recomputed": PLAIN.replaced(training=PLAIN.training.replaced(gradient_checkpointing=True)),
+    "features": PLAIN.replaced(method=FEATURES),
+    "hidden": PLAIN.replaced(teacher=PLAIN.teacher.replaced(signal="hidden")),
+    "topk": PLAIN.replaced(teacher=PLAIN.teacher.replaced(signal="topk")),
+    "cross_term": PLAIN.replaced(
+        teacher=PLAIN.teacher.replaced(signal="cross_term"),
+        student=LanguageStudentSection(frozen_head=True),
     ),
-    "adapters": replace(PLAIN, student=LanguageStudentRecipe(path="-", lora_rank=8)),
+    "adapters": PLAIN.replaced(student=LanguageStudentSection(path="-", lora_rank=8)),
 }
 
 
@@ -101,7 +100,7 @@ def test_plan_is_near_the_measured_peak(name: str, vocabulary: int, width: int, 
     if recipe.student.lora_rank:
         pytest.importorskip("peft")
         add_adapters(student, recipe.student)
-    if recipe.training.checkpointing:
+    if recipe.training.gradient_checkpointing:
         recompute_layers(student)
     known = None if recipe.teacher.path is None else model
     objective = objective_of(student, recipe.method, known, recipe.teacher).train()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import read_metrics
-from kdtrain.recipe import save_recipe
+from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe
 from tests.language.conftest import tiny
 from tests.language.trainer_steps import steps
 from tests.support import commands
@@ -95,12 +93,12 @@ def test_two_processes_equal_one(
     language_distillation: LanguageRecipe, tmp_path: Path, options: dict[str, str]
 ) -> None:
     """Odd batches, accumulation, a tied head, hidden states: the same losses and the same student."""
-    training = replace(
-        language_distillation.training, max_steps=4, evaluate_every=4, log_every=1, accumulation=2
+    training = language_distillation.training.replaced(
+        max_steps=4, eval_steps=4, logging_steps=1, gradient_accumulation_steps=2
     )
-    recipe = replace(language_distillation, training=training)
-    run(replace(recipe, output=str(tmp_path / "one")))
-    save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    recipe = language_distillation.replaced(training=training)
+    run(recipe.replaced(output=str(tmp_path / "one")))
+    save_recipe(recipe.replaced(output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
     finish(launch(tmp_path / "recipe.yaml", options))
     alone, both = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     assert both["training"]["processes"] == 2 and both["student"] == alone["student"]
@@ -120,11 +118,11 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
 
     goes on; started again, it ends with the bytes of a run left alone.
     """
-    training = replace(language_distillation.training, max_steps=9, evaluate_every=3, log_every=1)
-    recipe = replace(language_distillation, training=training)
+    training = language_distillation.training.replaced(max_steps=9, eval_steps=3, logging_steps=1)
+    recipe = language_distillation.replaced(training=training)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
-        save_recipe(replace(recipe, output=str(folder)), tmp_path / f"{folder.name}.yaml")
+        save_recipe(recipe.replaced(output=str(folder)), tmp_path / f"{folder.name}.yaml")
     finish(launch(tmp_path / "whole.yaml", FSDP2))
 
     process = launch(tmp_path / "killed.yaml", FSDP2)
@@ -140,7 +138,7 @@ def test_a_killed_process_is_told_and_the_run_resumes_bit_for_bit(
     assert f"the same command resumes at step {reached} ({killed}/checkpoints/step-" in errors
 
     shutil.copytree(killed, tmp_path / "alone")
-    alone = replace(recipe, output=str(tmp_path / "alone"))
+    alone = recipe.replaced(output=str(tmp_path / "alone"))
     # One process goes on where two stopped: the same up to the order of sums.
     run(alone)
     assert "the checkpoint is of 2 processes, 1 go on" in capsys.readouterr().err
@@ -186,5 +184,5 @@ def test_deepspeed_is_refused(
     with pytest.raises(
         KdtrainError, match=r"FSDP2 and not with DeepSpeed; use recipes/accelerate/fsdp2.yaml"
     ):
-        run(replace(language_recipe, output=str(tmp_path / "run")))
+        run(language_recipe.replaced(output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -1,24 +1,24 @@
 """Relations of tokens inside attention: what is kept are the models' own maps, and packing changes nothing."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_options
 from kdtrain.methods.relations import split_documents
 from kdtrain.models.attention import attention_inputs
 from kdtrain.models.heads import hidden_states
 from kdtrain.models.language_student import recompute_layers
 from kdtrain.outputs import IGNORED
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe
 from tests.language.conftest import FAMILIES, VOCABULARY, objective_of, tiny
 from tests.language.test_objective import CPU, objective, rows
 
-MAPS = LanguageMethodRecipe(
-    name="kd_features", features=("attention", "values"), relation_weight=0.3, layer_map=((1, 2), (2, 2))
+KD = method_options("kd", temperature=1.0)
+STATES = method_options("kd_features", temperature=1.0, layer_map=((1, 2), (2, 2)))
+MAPS = method_options(
+    "relations", relations=("attention", "values"), relation_weight=0.3, layer_map=((1, 2), (2, 2))
 )
 
 
@@ -61,7 +61,7 @@ def test_loss_is_the_divergence_of_the_maps() -> None:
     """Against the models' own maps, document by document; keys of grouped queries count once for each query."""
     teacher = eager("qwen2", 1, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     student = eager("llama", 0, num_key_value_heads=1)
-    recipe = replace(MAPS, features=("attention",))
+    recipe = (KD, MAPS.replaced(relations=("attention",)))
     model = objective_of(student, recipe, teacher).eval()
     packed, alone = rows(packing=True, masked=2), rows(packing=False, masked=2)
     divisor = packed.count(torch.arange(len(packed)))
@@ -82,7 +82,8 @@ def test_loss_is_the_divergence_of_the_maps() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_pieces_packing_and_recomputed_layers_do_not_change_the_step(checkpointing: bool) -> None:
-    recipe = replace(MAPS, features=("hidden", "attention", "queries", "keys", "values"), relation_heads=4)
+    maps = MAPS.replaced(relations=("attention", "queries", "keys", "values"), relation_heads=4)
+    recipe = (STATES, maps)
     results = []
     for data, cuts in (
         (rows(packing=False), [list(range(8))]),
@@ -132,10 +133,10 @@ def test_what_cannot_be_compared_is_told() -> None:
     with pytest.raises(
         KdtrainError, match=r"relation_heads is 5, which does not divide the width 32 of the student's"
     ):
-        objective_of(tiny("llama"), replace(MAPS, relation_heads=5), teacher)
-    objective_of(tiny("llama"), replace(MAPS, relation_heads=4), teacher)
+        objective_of(tiny("llama"), MAPS.replaced(relation_heads=5), teacher)
+    objective_of(tiny("llama"), MAPS.replaced(relation_heads=4), teacher)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2))
     with pytest.raises(KdtrainError, match=r"the student does not show the inputs of its attention"):
         objective_of(bloom, MAPS, teacher)
-    with pytest.raises(KdtrainError, match=r"method.features must name one or more of hidden, attention"):
-        replace(MAPS, features=("values", "values"))
+    with pytest.raises(KdtrainError, match=r"method.relations must name one or more of attention"):
+        MAPS.replaced(relations=("values", "values"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.errors import KdtrainError
+from kdtrain.recipe import LanguageDataSection, LanguageRecipe
 from kdtrain.run import run
 from kdtrain.tasks.code_lm.documents import document_windows, load_documents, load_held_out, read_rows
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe, LanguageRecipe
 from kdtrain.tasks.code_lm.store import stored_rows
 
 
@@ -30,10 +29,10 @@ def test_rows_are_those_of_memory(
     language_recipe: LanguageRecipe, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, packing: bool
 ) -> None:
     """One window gives the same rows in the same order; many windows the same documents without packing."""
-    recipe = replace(language_recipe.data, packing=packing, store=str(tmp_path / "one"))
+    recipe = language_recipe.data.replaced(packing=packing, store=str(tmp_path / "one"))
     known = [pack(part, recipe.max_length, 1, packing=packing) for part in load_documents(recipe, tokenizer)]
     stored = stored_rows(recipe, tokenizer, 1)
-    many = stored_rows(replace(recipe, store=str(tmp_path / "many")), tokenizer, 1, window_tokens=1)
+    many = stored_rows(recipe.replaced(store=str(tmp_path / "many")), tokenizer, 1, window_tokens=1)
     for ours, theirs, others in zip(
         (stored.train, stored.valid), known, (many.train, many.valid), strict=True
     ):
@@ -55,7 +54,7 @@ def test_documents_stream_and_rows_stay_on_disk(
     """No more than a window of tokens is in memory while a store is made, and none of it afterwards."""
     path = tmp_path / "code.jsonl"
     path.write_text("".join(json.dumps({"text": f"x_{i} = {i}\n"}) + "\n" for i in range(4000)))
-    recipe = LanguageDataRecipe(train=str(path), max_length=64, store=str(tmp_path / "rows"))
+    recipe = LanguageDataSection(train=str(path), max_length=64, store=str(tmp_path / "rows"))
     sizes = [
         len(window.tokens)
         for window in document_windows(read_rows(str(path), "data.train", recipe), recipe, tokenizer, 8000)
@@ -72,13 +71,13 @@ def test_documents_stream_and_rows_stay_on_disk(
 def test_a_run_from_disk_is_the_run_from_memory(
     language_recipe: LanguageRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = replace(language_recipe.training, max_steps=4, evaluate_every=2)
-    recipe = replace(language_recipe, training=training, output=str(tmp_path / "memory"))
-    stored = replace(recipe.data, store=str(tmp_path / "rows"))
+    training = language_recipe.training.replaced(max_steps=4, eval_steps=2)
+    recipe = language_recipe.replaced(training=training, output=str(tmp_path / "memory"))
+    stored = recipe.data.replaced(store=str(tmp_path / "rows"))
     run(recipe)
-    run(replace(recipe, data=stored, output=str(tmp_path / "disk")))
+    run(recipe.replaced(data=stored, output=str(tmp_path / "disk")))
     assert f"data.store: tokenizing {recipe.data.train} into {tmp_path}/rows, once" in capsys.readouterr().err
-    run(replace(recipe, data=stored, output=str(tmp_path / "again")))
+    run(recipe.replaced(data=stored, output=str(tmp_path / "again")))
     assert "tokenizing" not in capsys.readouterr().err
     weights = [
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("memory", "disk", "again")
@@ -90,23 +89,23 @@ def test_a_run_from_disk_is_the_run_from_memory(
 def test_stores_of_other_data_are_told(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "code.jsonl"
     path.write_text("".join(json.dumps({"text": f"x = {i}\n"}) + "\n" for i in range(200)))
-    recipe = LanguageDataRecipe(train=str(path), max_length=32, store=str(tmp_path / "rows"))
+    recipe = LanguageDataSection(train=str(path), max_length=32, store=str(tmp_path / "rows"))
     stored_rows(recipe, tokenizer, 1)
     with pytest.raises(KdtrainError, match=r"rows was made otherwise \(data.max_length: 32 there, 64 here\)"):
-        stored_rows(replace(recipe, max_length=64), tokenizer, 1)
+        stored_rows(recipe.replaced(max_length=64), tokenizer, 1)
     os.utime(path, ns=(1, 1))
     with pytest.raises(KdtrainError, match=r"rows was made otherwise \(files.train: "):
         stored_rows(recipe, tokenizer, 1)
-    again = replace(recipe, store=str(tmp_path / "again"))
+    again = recipe.replaced(store=str(tmp_path / "again"))
     stored_rows(again, tokenizer, 1)
     with open(tmp_path / "again" / "train" / "labels.i32", "ab") as file:
         file.truncate(8)
     with pytest.raises(KdtrainError, match=r"labels.i32 is damaged: it has changed since it was written"):
         stored_rows(again, tokenizer, 1)
-    masked = replace(recipe, held_out=1e-9, store=str(tmp_path / "none"))
+    masked = recipe.replaced(held_out=1e-9, store=str(tmp_path / "none"))
     with pytest.raises(KdtrainError, match="leaves no row with a label that counts to measure on"):
         stored_rows(masked, tokenizer, 1)
     assert not (tmp_path / "none").exists(), "nothing half written"
     (tmp_path / "folder").mkdir()
     with pytest.raises(KdtrainError, match="folder is not a store of rows"):
-        stored_rows(replace(recipe, store=str(tmp_path / "folder")), tokenizer, 1)
+        stored_rows(recipe.replaced(store=str(tmp_path / "folder")), tokenizer, 1)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdtrain.cli import main
 from kdtrain.doctor.code_lm import examine_language
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import recipe_to_dict, save_recipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.teacher_cache.external import ExternalStore
 from tests.language.conftest import opened
 from tests.language.test_cache import losses
@@ -60,12 +59,11 @@ def recipe(
     language_distillation: LanguageRecipe, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> LanguageRecipe:
     """A short run from those shards, in rows of 32 tokens; there is no teacher."""
-    return replace(
-        language_distillation,
-        data=replace(language_distillation.data, max_length=32),
-        method=LanguageMethodRecipe(),
-        teacher=replace(language_distillation.teacher, path=str(shards), signal="shards"),
-        training=replace(language_distillation.training, max_steps=3, evaluate_every=3, log_every=1),
+    return language_distillation.replaced(
+        data=language_distillation.data.replaced(max_length=32),
+        method=method_options("kd", temperature=1.0, ce_weight=0.5),
+        teacher=language_distillation.teacher.replaced(path=str(shards), signal="shards"),
+        training=language_distillation.training.replaced(max_steps=3, eval_steps=3, logging_steps=1),
         output=str(tmp_path_factory.mktemp("from_shards") / "run"),
     )
 
@@ -77,9 +75,8 @@ def test_equal_to_the_own_cache(
     run(recipe)
     said = capsys.readouterr().err
     assert "top 24 entries of my teacher, which hold 8" in said and "% of the probability" in said
-    own = replace(
-        recipe,
-        teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
+    own = recipe.replaced(
+        teacher=recipe.teacher.replaced(path=str(language_teacher), signal="topk", top_k=KEPT),
         output=str(tmp_path / "own"),
     )
     run(own)
@@ -94,17 +91,16 @@ def test_a_cache_of_this_program_is_a_folder_of_shards(
     recipe: LanguageRecipe, language_teacher: Path, tmp_path: Path
 ) -> None:
     """One format: what `kdtrain cache` stored, with the tokenizer beside it, trains elsewhere without the teacher."""
-    own = replace(
-        recipe,
-        teacher=replace(recipe.teacher, path=str(language_teacher), signal="topk", top_k=KEPT),
+    own = recipe.replaced(
+        teacher=recipe.teacher.replaced(path=str(language_teacher), signal="topk", top_k=KEPT),
         output=str(tmp_path / "own"),
     )
     run(own)
     folder = tmp_path / "copied"
     shutil.copytree(tmp_path / "own" / "teacher_cache" / "topk", folder)
     AutoTokenizer.from_pretrained(language_teacher).save_pretrained(folder)
-    elsewhere = replace(
-        recipe, teacher=replace(recipe.teacher, path=str(folder)), output=str(tmp_path / "run")
+    elsewhere = recipe.replaced(
+        teacher=recipe.teacher.replaced(path=str(folder)), output=str(tmp_path / "run")
     )
     run(elsewhere)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "own"), rel=1e-5)
@@ -128,7 +124,7 @@ def test_tokens_in_front_of_a_document(
     tokenizer.save_pretrained(tmp_path / "teacher")
     (tmp_path / "shards").mkdir()
     write_shards(tmp_path / "shards", str(tmp_path / "teacher"), sources)
-    parts = opened(replace(recipe, teacher=replace(recipe.teacher, path=str(tmp_path / "shards"))))
+    parts = opened(recipe.replaced(teacher=recipe.teacher.replaced(path=str(tmp_path / "shards"))))
     assert parts.shards is not None and (parts.rows[0].tokens == 0).sum() > 40
 
 
@@ -225,7 +221,7 @@ def test_what_is_wrong_in_arrow_files_is_told(
 
 def test_longer_documents_are_cut_as_rows_are(recipe: LanguageRecipe) -> None:
     """Rows of 16 tokens find the halves of pieces of 32, whose entries knew all of the piece."""
-    parts = opened(replace(recipe, data=replace(recipe.data, max_length=16)))
+    parts = opened(recipe.replaced(data=recipe.data.replaced(max_length=16)))
     assert parts.shards is not None
     index = torch.arange(6)
     batch = parts.shards.batch(index, torch.device("cpu"))
@@ -252,7 +248,7 @@ def test_command_and_doctor(
     assert main(["cache", str(tmp_path / "recipe.yaml"), "--verify"]) == 0
     assert "all values are log-probabilities of different tokens" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
-    levels = {finding.text: finding.level for finding in examine_language(recipe_to_dict(recipe))}
+    levels = {finding.text: finding.level for finding in examine_language(recipe)}
     assert set(levels.values()) == {"note"} and any("top 24 entries of my teacher" in text for text in levels)
 
 
@@ -337,4 +333,4 @@ def test_what_is_wrong_is_told(
         (folder / path.name).write_bytes(path.read_bytes())
     damage(folder)
     with pytest.raises(KdtrainError, match=sentence):
-        opened(replace(recipe, teacher=replace(recipe.teacher, path=str(folder))))
+        opened(recipe.replaced(teacher=recipe.teacher.replaced(path=str(folder))))

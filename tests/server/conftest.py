@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import LanguageRecipe
 from tests.language.conftest import (
     language_distillation,
     language_recipe,
@@ -41,15 +41,14 @@ def start(language_teacher: Path) -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def distillation(language_distillation: LanguageRecipe) -> LanguageRecipe:
     """Ten steps with one segment in a forward pass, as servers answer piece by piece."""
-    return replace(
-        language_distillation,
-        teacher=replace(language_distillation.teacher, batch_tokens=1),
-        method=LanguageMethodRecipe(temperature=2.0),
-        training=replace(language_distillation.training, max_steps=10, evaluate_every=10, log_every=1),
+    return language_distillation.replaced(
+        teacher=language_distillation.teacher.replaced(batch_tokens=1),
+        method=method_options("kd", temperature=2.0, ce_weight=0.5),
+        training=language_distillation.training.replaced(max_steps=10, eval_steps=10, logging_steps=1),
     )
 
 
 def served(recipe: LanguageRecipe, output: Path, url: str | None, **options: Any) -> LanguageRecipe:
     """The recipe with a teacher on servers."""
-    teacher = replace(recipe.teacher, source="server", url=url, **options)
-    return replace(recipe, teacher=teacher, output=str(output))
+    teacher = recipe.teacher.replaced(source="server", url=url, **options)
+    return recipe.replaced(teacher=teacher, output=str(output))

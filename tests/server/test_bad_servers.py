@@ -1,7 +1,6 @@
 """What a server can be wrong in: one error each, before anything is written, with the URL and the flag or field that mends it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdtrain.cli import main
 from kdtrain.doctor.code_lm import examine_language
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import recipe_to_dict, save_recipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.teacher_cache.server.connection import API_KEY
-from tests.language.conftest import tiny
+from tests.language.conftest import opened, tiny
 from tests.server.conftest import Start, served
 
 POOLER = r"--runner pooling --pooler-config '\{\"task\":\"token_embed\",\"use_activation\":false\}'"
@@ -62,7 +61,7 @@ def test_what_a_server_is_wrong_in(
     with pytest.raises(KdtrainError, match=sentence.replace("URL", url)) as caught:
         run(recipe)
     assert not (tmp_path / "run").exists() and "sesame" not in str(caught.value)
-    (finding, *_) = examine_language(recipe_to_dict(recipe))
+    (finding, *_) = examine_language(recipe)
     assert finding.level == "wrong" and finding.text == str(caught.value)
 
 
@@ -84,10 +83,7 @@ def test_another_model_is_told_by_width_tokens_and_log_probabilities(
         run(served(distillation, tmp_path / "run", cut))
     _, pooling = start()
     _, same = start(pooling=False)
-    findings = [
-        one.text
-        for one in examine_language(recipe_to_dict(served(distillation, tmp_path, f"{pooling},{same}")))
-    ]
+    findings = [one.text for one in examine_language(served(distillation, tmp_path, f"{pooling},{same}"))]
     assert any(f"log-probabilities of 24 tokens equal those of {same}" in text for text in findings)
     _, other = start(pooling=False, model=tiny("llama", seed=3, vocab_size=286))
     with pytest.raises(
@@ -127,31 +123,9 @@ def test_fields_that_do_not_belong_together(distillation: LanguageRecipe) -> Non
         ({"source": "server", "signal": "hidden", "targets": "topk"}, r"teacher.targets topk is for teacher.signal online"),
     ):  # fmt: skip
         with pytest.raises(KdtrainError, match=sentence):
-            replace(distillation.teacher, **changes)
+            distillation.teacher.replaced(**changes)
     with pytest.raises(KdtrainError, match=r"inner layers of the teacher, which a server does not answer"):
-        replace(
-            distillation,
-            teacher=replace(distillation.teacher, source="server"),
-            method=LanguageMethodRecipe(name="kd_features"),
-        )
+        unserved = distillation.teacher.replaced(source="server", url="http://127.0.0.1:1")
+        opened(distillation.replaced(teacher=unserved, method=method_options("kd_features")))
     with pytest.raises(KdtrainError, match=r"teacher.url names no server; give the address of one"):
-        run(replace(distillation, teacher=replace(distillation.teacher, source="server"), output="/nowhere"))
-
-
-def test_a_key_is_in_no_file_and_no_message(
-    distillation: LanguageRecipe,
-    start: Start,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    _, url = start(key="open sesame")
-    monkeypatch.setenv(API_KEY, "open sesame")
-    run(served(distillation, tmp_path / "run", url))
-    said = capsys.readouterr()
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) > 8 and not any(b"sesame" in path.read_bytes() for path in files)
-    assert "sesame" not in said.out + said.err
-    with pytest.raises(KdtrainError, match=r"without credentials .*got one for host") as caught:
-        run(served(distillation, tmp_path / "other", "http://user:sesame@host:1"))
-    assert "sesame" not in str(caught.value)
+        run(distillation.replaced(teacher=distillation.teacher.replaced(source="server"), output="/nowhere"))

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import save_recipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.teacher_cache.server.servers import TeacherServers
 from kdtrain.teacher_cache.shard import map_file
 from kdtrain.teacher_cache.store import shard_paths
@@ -131,12 +130,11 @@ def urls(teacher: Path) -> Iterator[tuple[LiveServer, str]]:
 @pytest.fixture
 def recipe(language_recipe: LanguageRecipe, teacher: Path) -> LanguageRecipe:
     """Ten steps of distillation from it."""
-    return replace(
-        language_recipe,
-        student=replace(language_recipe.student, tokenizer=None, hidden_size=16),
-        teacher=replace(language_recipe.teacher, path=str(teacher), batch_tokens=1),
-        method=LanguageMethodRecipe(temperature=2.0),
-        training=replace(language_recipe.training, max_steps=10, evaluate_every=10, log_every=1),
+    return language_recipe.replaced(
+        student=language_recipe.student.replaced(tokenizer=None, hidden_size=16),
+        teacher=language_recipe.teacher.replaced(path=str(teacher), batch_tokens=1),
+        method=method_options("kd", temperature=2.0, ce_weight=0.5),
+        training=language_recipe.training.replaced(max_steps=10, eval_steps=10, logging_steps=1),
     )
 
 
@@ -144,16 +142,15 @@ def test_the_store_and_ten_steps_equal_the_local_teacher(
     recipe: LanguageRecipe, urls: tuple[LiveServer, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pooling, generating = urls
-    run(replace(recipe, output=str(tmp_path / "online")))
+    run(recipe.replaced(output=str(tmp_path / "online")))
     both = f"{pooling.url},{generating}"
     run(served(recipe, tmp_path / "asked", both, dtype="float32"))
     wanted = losses(tmp_path / "online")
     assert losses(tmp_path / "asked") == pytest.approx(wanted, rel=1e-4) and len(wanted) == 21
     run(served(recipe, tmp_path / "asked_topk", generating, targets="topk", top_k=256))
     for stored, url in (("hidden", both), ("topk", generating)):
-        local = replace(
-            recipe,
-            teacher=replace(recipe.teacher, signal=stored, top_k=20),
+        local = recipe.replaced(
+            teacher=recipe.teacher.replaced(signal=stored, top_k=20),
             output=str(tmp_path / stored / "local"),
         )
         remote = served(local, tmp_path / stored / "served", url)
@@ -169,14 +166,13 @@ def test_the_store_and_ten_steps_equal_the_local_teacher(
             torch.frombuffer(bytearray(b"".join(found[key][name] for key in sorted(found))), dtype=dtype)
             for found in (mine, theirs)
         )
-        # Another engine adds in another order, 4e-6 apart: now and then that ends on the other side of a rounding.
-        torch.testing.assert_close(ours, others, rtol=2**-7 if stored == "hidden" else 1e-4, atol=1e-4)
         equal = float((ours == others).double().mean())
-        worst = float((ours.float() - others.float()).abs().max())
+        # Another engine adds in another order: 4e-6 apart, which now and then ends on the other side of a rounding.
+        torch.testing.assert_close(ours, others, rtol=2**-7 if stored == "hidden" else 1e-4, atol=1e-4)
         assert equal > 0.99 or stored == "topk"
         with capsys.disabled():
             print(
-                f"\n{stored}: {equal:.2%} of {len(ours)} stored values equal the local teacher's to the bit, the others up to {worst:.1g} apart"
+                f"\n{stored}: {equal:.2%} of {len(ours)} stored values equal the local teacher's to the bit"
             )
 
 
@@ -185,7 +181,7 @@ def test_bytes_on_the_wire(
 ) -> None:
     words = AutoTokenizer.from_pretrained(teacher)
     text = "".join(json.loads(line)["text"] for line in Path(recipe.data.train).read_text().splitlines())
-    ids = 4 * words(text)["input_ids"]
+    ids = words(text)["input_ids"]
     pieces = [ids[first : first + 256] for first in range(0, 4096, 256)]
     pooling, generating = urls
     rows = []

@@ -2,12 +2,18 @@
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import (
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    StudentSection,
+    TeacherSection,
+)
 from kdtrain.run import run
 
 CLASSES = ("KeyError", "ValueError", "OSError")
@@ -49,34 +55,37 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe(toy: Path) -> Recipe:
+def recipe(toy: Path) -> ClassificationRecipe:
     """A fine-tuning run of about a second; tests replace its parts."""
-    return Recipe(
-        data=DataRecipe(path=str(toy)),
-        student=StudentRecipe(
+    return ClassificationRecipe(
+        data=DataSection(path=str(toy)),
+        student=StudentSection(
             vocab_size=320, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48
         ),
-        method=MethodRecipe(name="ft"),
-        training=TrainingRecipe(epochs=2, batch_size=16, learning_rate=3e-3, log_every=2),
+        method=(method_options("ft"),),
+        training=ClassificationTraining(
+            num_train_epochs=2, batch_size=16, learning_rate=3e-3, logging_steps=2
+        ),
     )
 
 
 @pytest.fixture(scope="session")
-def teacher(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(recipe: ClassificationRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher folder: 3 layers, its own tokenizer, trained on the toy task until it knows it."""
     folder = tmp_path_factory.mktemp("teacher")
-    student = replace(recipe.student, vocab_size=380, layers=3, hidden_size=48, max_length=64, dropout=0.0)
-    training = replace(recipe.training, epochs=14)
-    run(replace(recipe, student=student, training=training, output=str(folder)))
+    student = recipe.student.replaced(vocab_size=380, layers=3, hidden_size=48, max_length=64, dropout=0.0)
+    training = recipe.training.replaced(num_train_epochs=14)
+    run(recipe.replaced(student=student, training=training, output=str(folder)))
     return folder / "student"
 
 
 @pytest.fixture(scope="session")
-def distillation(recipe: Recipe, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def distillation(
+    recipe: ClassificationRecipe, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ClassificationRecipe:
     """Distillation with features from that teacher, its outputs shared by all tests."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    return replace(
-        recipe,
-        teacher=TeacherRecipe(path=str(teacher), cache=cache, layers=(1, 2, 3), dtype="float32"),
-        method=MethodRecipe(name="kd_features"),
+    return recipe.replaced(
+        teacher=TeacherSection(path=str(teacher), cache=cache, layers=(1, 2, 3), dtype="float32"),
+        method=method_options("kd_features"),
     )

@@ -12,7 +12,7 @@ from kdtrain.cli import main
 from kdtrain.data.benchmarks import convert_bigclonebench, convert_cubert, convert_devign
 from kdtrain.data.handlers import CLASSES
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import DataRecipe
+from kdtrain.recipe import DataSection
 from kdtrain.tasks.classification.splits import load_classification
 
 FUNCTIONS = [{"idx": str(i), "func": f"int f{i}(int x)\n{{\n    return x + {i};\n}}"} for i in range(6)]
@@ -46,13 +46,13 @@ def clones(tmp_path: Path) -> Path:
 def test_devign(devign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "devign", str(devign), "--output", str(tmp_path / "out")]) == 0
     assert "{'train': 5, 'valid': 2, 'test': 3}" in capsys.readouterr().out
-    data = load_classification(DataRecipe(path=str(tmp_path / "out")))
+    data = load_classification(DataSection(path=str(tmp_path / "out")))
     assert (data.classes, data.metric, data.pairs) == (("safe", "vulnerable"), "accuracy", False)
     assert data.train.texts[1] == "int f1(int x) { return x + 1; }"
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0]
     kept = convert_devign(devign, tmp_path / "kept", keep_whitespace=True)
     assert kept["labels"]["test"] == {"safe": 2, "vulnerable": 1}
-    assert "\n" in load_classification(DataRecipe(path=str(tmp_path / "kept"))).train.texts[0]
+    assert "\n" in load_classification(DataSection(path=str(tmp_path / "kept"))).train.texts[0]
 
 
 def test_devign_as_codexglue_hands_it_out(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_devign_as_codexglue_hands_it_out(tmp_path: Path) -> None:
     for split, numbers in (("train", "0\n2\n4\n"), ("valid", "1\n"), ("test", "5\n3\n")):
         (tmp_path / f"{split}.txt").write_text(numbers)
     convert_devign(tmp_path, tmp_path / "out")
-    data = load_classification(DataRecipe(path=str(tmp_path / "out")))
+    data = load_classification(DataSection(path=str(tmp_path / "out")))
     assert data.train.labels.tolist() == [0, 0, 0] and data.test.labels.tolist() == [1, 1]
     (tmp_path / "test.txt").write_text("6\n")
     with pytest.raises(KdtrainError, match=r"test.txt:1 must be an entry number below 6, got '6'"):
@@ -74,7 +74,7 @@ def test_devign_as_codexglue_hands_it_out(tmp_path: Path) -> None:
 def test_clones_are_pairs_out_of_a_table(clones: Path, tmp_path: Path) -> None:
     about = convert_bigclonebench(clones, tmp_path / "out")
     assert about["rows"] == {"train": 2, "valid": 2, "test": 2} and about["metric"] == "f1"
-    data = load_classification(DataRecipe(path=str(tmp_path / "out")))
+    data = load_classification(DataSection(path=str(tmp_path / "out")))
     assert data.pairs and data.classes == ("different", "clone")
     assert data.train.seconds is not None
     assert (data.train.texts[1], data.train.seconds[1]) == (
@@ -109,7 +109,7 @@ def test_cubert(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(rows)
     about = convert_cubert(tmp_path, tmp_path / "out")
     assert about["rows"] == {"train": 2, "valid": 2, "test": 1}
-    data = load_classification(DataRecipe(path=str(tmp_path / "out")))
+    data = load_classification(DataSection(path=str(tmp_path / "out")))
     assert data.focus == "__HOLE__" and data.classes == CLASSES and "\n" in data.train.texts[0]
     (tmp_path / "test.jsonl").write_text(jsonl([{"function": code, "label": "MyError"}]))
     with pytest.raises(
@@ -168,14 +168,14 @@ def test_an_id_that_the_table_of_a_folder_lacks(clones: Path, tmp_path: Path) ->
     with pytest.raises(
         KdtrainError, match=r"valid.jsonl:1 names the id '77' in column 'id2', which the code table lacks"
     ):
-        load_classification(DataRecipe(path=str(tmp_path / "out")))
+        load_classification(DataSection(path=str(tmp_path / "out")))
 
 
 def test_pairs_in_plain_files_and_a_limit(tmp_path: Path) -> None:
     rows = [{"a": f"x = {i}", "b": f"y = {i}", "same": i % 2} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))
     path = str(tmp_path / "rows.jsonl")
-    recipe = DataRecipe(
+    recipe = DataSection(
         train=path, valid=path, text="a", second="b", label="same", classes=("no", "yes"), limit=7
     )
     data = load_classification(recipe)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kdtrain.data.tokens import tokenize
 from kdtrain.errors import KdtrainError
 from kdtrain.models.teachers import Teacher, load_teacher
-from kdtrain.recipe import DataRecipe, TeacherRecipe
+from kdtrain.recipe import DataSection, TeacherSection
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
 from kdtrain.tasks.classification.teacher_outputs import (
     TeacherRows,
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data(toy: Path) -> ClassificationData:
-    return load_classification(DataRecipe(path=str(toy)))
+    return load_classification(DataSection(path=str(toy)))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_teacher_that_cannot_be_used(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(
         KdtrainError, match=r"teacher.max_length is 65, but the teacher .* reads at most 64 tokens"
     ):
-        load_teacher(str(teacher), CLASSES, TeacherRecipe(max_length=65))
+        load_teacher(str(teacher), CLASSES, TeacherSection(max_length=65))
     with pytest.raises(KdtrainError, match=r"teacher layer 4 was asked for, but .* has 3 layers"):
         spec_of(load_teacher(str(teacher), CLASSES), layers=(4,))
     encoder = AutoModelForSequenceClassification.from_pretrained(teacher).roberta

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kdtrain.errors import KdtrainError
 from kdtrain.files import _host
 from kdtrain.models.teachers import Teacher, load_teacher
-from kdtrain.recipe import DataRecipe, Recipe
+from kdtrain.recipe import ClassificationRecipe, DataSection
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
 from kdtrain.teacher_cache.store import Store, shard_paths
 from tests.support.commands import Program
@@ -25,7 +25,7 @@ from tests.train.test_cache import build, check, spec_of
 
 @pytest.fixture(scope="module")
 def data(toy: Path) -> ClassificationData:
-    return load_classification(DataRecipe(path=str(toy)))
+    return load_classification(DataSection(path=str(toy)))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_whole_cache(tmp_path: Path, model: Teacher, data: C
             build(place, model, spec, data)
 
 
-def test_killed_build_goes_on(tmp_path: Path, distillation: Recipe, teacher: Path) -> None:
+def test_killed_build_goes_on(tmp_path: Path, distillation: ClassificationRecipe, teacher: Path) -> None:
     """kill -9 between two shards: the shards stay, the next build computes the rest only."""
     rows = "".join(json.dumps({"code": f"x{i} = d[{i}]", "label": i % 3}) + "\n" for i in range(6000))
     (tmp_path / "rows.jsonl").write_text(rows)

@@ -1,29 +1,29 @@
 """The command: what a user sees, above all when something is wrong."""
 
-import dataclasses
 import json
 import subprocess
 import sys
-import typing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdtrain.cli import main
-from kdtrain.commands.train import READERS
-from kdtrain.recipe import Recipe, save_recipe
+from kdtrain.recipe import ClassificationRecipe, Section, save_recipe
+from kdtrain.tasks.recipes import RECIPES
 
 
 @pytest.fixture
-def saved(recipe: Recipe, tmp_path: Path) -> Path:
+def saved(recipe: ClassificationRecipe, tmp_path: Path) -> Path:
     """The tiny recipe as a file."""
-    save_recipe(replace(recipe, output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
+    save_recipe(recipe.replaced(output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
     return tmp_path / "recipe.yaml"
 
 
 def test_train_evaluate_and_compare(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(saved), "--training.max_steps", "4", "--training.accumulation=2"]) == 0
+    assert (
+        main(["train", str(saved), "--training.max_steps", "4", "--training.gradient_accumulation_steps=2"])
+        == 0
+    )
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text())["training"]["steps"] == 4
     assert main(["evaluate", str(run), "--against", str(run)]) == 0
@@ -46,7 +46,7 @@ def test_train_evaluate_and_compare(saved: Path, tmp_path: Path, capsys: pytest.
         (["--teacher.path", "./nowhere"], "teacher.path: there is no folder ./nowhere"),
         (["--teacher.path", "runs/none/student"], "teacher.path: there is no folder runs/none/student"),
         (["--student.tokenizer", "./nowhere"], "student.tokenizer: there is no folder ./nowhere"),
-        (["--training.epochs", "0"], "training.epochs must be greater than 0, got 0"),
+        (["--training.num_train_epochs", "0"], "training.num_train_epochs must be greater than 0, got 0"),
     ],
 )
 def test_user_errors_are_one_line_and_code_2(
@@ -66,7 +66,7 @@ def test_wrong_data_is_told_before_anything_is_written(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"code": "x", "label": 0}\n{"code": "y", "label": 9}\n')
     (tmp_path / "recipe.yaml").write_text(
-        f"data: {{train: {rows}, valid: {rows}, classes: [a, b]}}\noutput: {tmp_path}/run\n"
+        f"task: classification\nmethod: {{name: ft}}\ndata: {{train: {rows}, valid: {rows}, classes: [a, b]}}\noutput: {tmp_path}/run\n"
     )
     assert main(["train", str(saved)]) == 2
     assert "rows.jsonl:2 has label 9; the 2 classes are numbered 0 to 1" in capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_unknown_words_of_other_commands_are_refused(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["train", "STUDY"], "is a study of many runs; start it with kdtrain study"),
+        (["train", "STUDY"], "this is a study of many runs; start it with kdtrain study"),
         (["cache", "STUDY"], "which stores its teachers' outputs itself; start it with kdtrain study"),
         (
             ["demo", "--task", "code-lm", "--seeds", "2"],
@@ -107,7 +107,7 @@ def test_words_that_do_not_go_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     study = tmp_path / "study.yaml"
-    study.write_text("tasks: {}\n")
+    study.write_text("task: study\n")
     assert main([str(study) if word == "STUDY" else word for word in words]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -117,15 +117,15 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for task, (kind, _) in READERS.items():
+    for task, kind in RECIPES.items():
         own = printed.partition(f"task {task}, ")[2].partition("fields of a recipe of task")[0]
-        for section in dataclasses.fields(kind):
-            inner = typing.get_type_hints(kind)[section.name]
-            if not dataclasses.is_dataclass(inner):
-                assert f"--{section.name} (" in own, (task, section.name)
+        for section, field in kind.model_fields.items():
+            inner = field.annotation
+            if not (isinstance(inner, type) and issubclass(inner, Section)):
+                assert f"--{section} (" in own, (task, section)
                 continue
-            for field in dataclasses.fields(inner):
-                assert f"--{section.name}.{field.name} (" in own, (task, section.name, field.name)
+            for name in inner.model_fields:
+                assert f"--{section}.{name} (" in own, (task, section, name)
 
 
 def test_help_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:

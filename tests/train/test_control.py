@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdtrain.engine.checkpoint import steps_of
 from kdtrain.evaluation.metrics import keep_lines, read_metrics
-from kdtrain.recipe import Recipe, save_recipe
+from kdtrain.recipe import ClassificationRecipe, save_recipe
 from kdtrain.run import run
 from tests.support.commands import Program, torchrun
 
@@ -29,16 +28,16 @@ def wait_for(what: Callable[[], object], seconds: float = 150.0) -> None:
         time.sleep(0.005)
 
 
-def long(recipe: Recipe, folder: Path, **changes: object) -> Recipe:
+def long(recipe: ClassificationRecipe, folder: Path, **changes: object) -> ClassificationRecipe:
     """Sixty steps with one evaluation, at the end."""
-    training = replace(recipe.training, epochs=4, max_steps=60, evaluate_every=60, log_every=1, **changes)
-    return replace(recipe, training=training, output=str(folder))
+    training = recipe.training.replaced(max_steps=60, eval_steps=60, logging_steps=1, **changes)
+    return recipe.replaced(training=training, output=str(folder))
 
 
 @pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_a_checkpoint_before_any_evaluation(
-    recipe: Recipe, tmp_path: Path, number: signal.Signals
+    recipe: ClassificationRecipe, tmp_path: Path, number: signal.Signals
 ) -> None:
     stopped, whole = long(recipe, tmp_path / "stopped"), long(recipe, tmp_path / "whole")
     save_recipe(stopped, tmp_path / "recipe.yaml")
@@ -95,7 +94,9 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 @pytest.mark.xdist_group("programs")
-def test_a_signal_to_one_process_stops_all_of_them_at_one_step(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_of_them_at_one_step(
+    recipe: ClassificationRecipe, tmp_path: Path
+) -> None:
     save_recipe(long(recipe, tmp_path / "run"), tmp_path / "recipe.yaml")
     process = torchrun(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
     wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 3)
@@ -112,7 +113,9 @@ def test_a_signal_to_one_process_stops_all_of_them_at_one_step(recipe: Recipe, t
 
 
 @pytest.mark.xdist_group("programs")
-def test_a_stuck_process_is_named_within_the_time_of_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_stuck_process_is_named_within_the_time_of_the_recipe(
+    recipe: ClassificationRecipe, tmp_path: Path
+) -> None:
     save_recipe(long(recipe, tmp_path / "run", ddp_timeout=6), tmp_path / "recipe.yaml")
     process = torchrun(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
     wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 3)
@@ -208,9 +211,9 @@ def test_lines_that_a_crash_cut_short(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
-def test_the_summary_does_not_need_the_log(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_summary_does_not_need_the_log(recipe: ClassificationRecipe, tmp_path: Path) -> None:
     """The last line of metrics.jsonl is lost in a crash after the last checkpoint."""
-    short = replace(recipe, training=replace(recipe.training, max_steps=4), output=str(tmp_path / "run"))
+    short = recipe.replaced(training=recipe.training.replaced(max_steps=4), output=str(tmp_path / "run"))
     first = run(short)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     (tmp_path / "run" / "checksums.json").unlink()

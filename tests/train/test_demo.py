@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from kdtrain.demo.classification import DemoPlan, demo
 from kdtrain.demo.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
 from kdtrain.evaluation.linear_baseline import around, linear_baselines
 
-TINY = replace(SHAPE, vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48)
+TINY = SHAPE.replaced(vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=48)
 KINDS = {
     "KeyError": "table[key{n}]",
     "IndexError": "rows[{n}]",
@@ -40,8 +39,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small teacher made from the tree."""
     folder = tmp_path_factory.mktemp("made")
-    pretraining = replace(PRETRAINING, max_steps=40, evaluate_every=20)
-    plan = TeacherPlan(TINY, pretraining, replace(FINE_TUNING, evaluate_every=None))
+    pretraining = PRETRAINING.replaced(max_steps=40, eval_steps=20)
+    plan = TeacherPlan(TINY, pretraining, FINE_TUNING.replaced(eval_steps=None))
     make_teacher(folder / "work", folder / "teacher", plan=plan, trees=[tree])
     return folder
 
@@ -63,10 +62,10 @@ def test_the_demo_tells_the_whole_story_and_a_second_call_only_reports(
 ) -> None:
     base = DemoPlan()
     plan = DemoPlan(
-        student=replace(base.student, vocab_size=400, hidden_size=16, heads=2, intermediate_size=32),
+        student=base.student.replaced(vocab_size=400, hidden_size=16, heads=2, intermediate_size=32),
         teacher_layers=(2,),
-        methods={**base.methods, "kd_features": replace(base.methods["kd_features"], layer_map=((2, 2),))},
-        training=replace(base.training, max_steps=20, evaluate_every=10),
+        methods={**base.methods, "kd_features": base.methods["kd_features"].replaced(layer_map=((2, 2),))},
+        training=base.training.replaced(max_steps=20, eval_steps=10),
         teacher=made / "teacher",
         trees=(tree,),
     )

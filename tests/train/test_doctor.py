@@ -18,7 +18,8 @@ from kdtrain.doctor import teacher_checks as of_teacher
 from kdtrain.doctor.classification import CHECKS, examine_recipe
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, save_recipe
+from kdtrain.methods import method_options
+from kdtrain.recipe import ClassificationRecipe, DataSection, TeacherSection, save_recipe
 from kdtrain.tasks.base import SharedInputs
 
 
@@ -26,7 +27,7 @@ def told(findings: list[Finding], level: str, words: str) -> bool:
     return any(finding.level == level and words in finding.text for finding in findings)
 
 
-def two_classes(recipe: Recipe, folder: Path) -> Recipe:
+def two_classes(recipe: ClassificationRecipe, folder: Path) -> ClassificationRecipe:
     """The toy task as one of two classes in plain files."""
     assert recipe.data.path is not None
     for name in ("train", "valid", "test"):
@@ -34,14 +35,14 @@ def two_classes(recipe: Recipe, folder: Path) -> Recipe:
         rows = [{**row, "label": min(1, row["label"])} for row in map(json.loads, lines)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, valid, test = (str(folder / f"{name}.jsonl") for name in ("train", "valid", "test"))
-    data = DataRecipe(train=train, valid=valid, test=test, classes=("KeyError", "other"), focus="__HOLE__")
-    return replace(recipe, data=data)
+    data = DataSection(train=train, valid=valid, test=test, classes=("KeyError", "other"), focus="__HOLE__")
+    return recipe.replaced(data=data)
 
 
 def test_a_good_run_has_nothing_wrong(
-    distillation: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distillation: ClassificationRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_recipe(replace(distillation, output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
+    save_recipe(distillation.replaced(output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--student.layers", "3"]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
@@ -54,25 +55,25 @@ def test_a_good_run_has_nothing_wrong(
     assert not (tmp_path / "run").exists()
 
 
-def test_dist_of_two_classes_and_few_rows(recipe: Recipe, tmp_path: Path) -> None:
-    small = replace(two_classes(recipe, tmp_path), method=MethodRecipe(name="dist"))
-    small = replace(small, training=replace(small.training, batch_size=4))
+def test_dist_of_two_classes_and_few_rows(recipe: ClassificationRecipe, tmp_path: Path) -> None:
+    small = two_classes(recipe, tmp_path).replaced(method=method_options("dist"))
+    small = small.replaced(training=small.training.replaced(batch_size=4))
     subject = Subject(small)
     assert told(
         list(of_method.correlation_has_a_gradient(subject)), "suspicious", "set method.inter_weight to 0"
     )
     assert told(list(of_method.batch_is_large_enough(subject)), "suspicious", "training.batch_size is 4")
-    said = Subject(replace(small, method=MethodRecipe(name="dist", inter_weight=0.0)))
+    said = Subject(small.replaced(method=method_options("dist", inter_weight=0.0)))
     assert not list(of_method.correlation_has_a_gradient(said))
 
 
-def test_a_clip_that_never_clips(recipe: Recipe) -> None:
-    loose = replace(recipe, training=replace(recipe.training, clip_norm=float("inf")))
+def test_a_clip_that_never_clips(recipe: ClassificationRecipe) -> None:
+    loose = recipe.replaced(training=recipe.training.replaced(max_grad_norm=float("inf")))
     assert told(list(of_method.gradient_is_clipped(Subject(loose))), "suspicious", "never clipped")
     assert not list(of_method.gradient_is_clipped(Subject(recipe)))
 
 
-def test_a_teacher_whose_dropout_stays_on(distillation: Recipe) -> None:
+def test_a_teacher_whose_dropout_stays_on(distillation: ClassificationRecipe) -> None:
     subject = Subject(distillation)
     assert subject.teacher is not None
     assert not list(of_teacher.teacher_answers_alike(subject))
@@ -92,7 +93,9 @@ class Noisy(nn.Module):
         return nn.functional.dropout(self.block(*inputs, **options), 0.5, training=True)
 
 
-def test_a_model_that_reads_padding(distillation: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reads_padding(
+    distillation: ClassificationRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = Subject(distillation)
     assert subject.teacher is not None
     assert not list(of_method.loss_ignores_padding(subject))
@@ -104,7 +107,9 @@ def test_a_model_that_reads_padding(distillation: Recipe, monkeypatch: pytest.Mo
     assert told(list(of_teacher.teacher_answers_alike(subject)), "wrong", "depends on padding")
 
 
-def test_a_teacher_of_the_other_order(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_the_other_order(
+    distillation: ClassificationRecipe, teacher: Path, tmp_path: Path
+) -> None:
     """Two classes the wrong way round are told with the cure; a teacher of another task is told as such."""
     turned = two_classes(distillation, tmp_path)
     subject = Subject(turned, Opened(Subject(turned), teacher))
@@ -135,7 +140,7 @@ class Opened(SharedInputs):
 
 
 def test_rows_of_the_test_in_training_and_classes_that_are_missing(
-    recipe: Recipe, toy: Path, tmp_path: Path
+    recipe: ClassificationRecipe, toy: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
@@ -147,7 +152,7 @@ def test_rows_of_the_test_in_training_and_classes_that_are_missing(
     (folder / "train.jsonl").write_text(
         "\n".join([*keep, *(line.replace("\\n", "\\n\\n") for line in moved)])
     )
-    subject = Subject(replace(recipe, data=DataRecipe(path=str(folder))))
+    subject = Subject(recipe.replaced(data=DataSection(path=str(folder))))
     assert told(
         list(of_data.test_rows_are_new(subject)),
         "suspicious",
@@ -158,14 +163,14 @@ def test_rows_of_the_test_in_training_and_classes_that_are_missing(
     )
 
 
-def test_a_focus_marker_that_no_row_has(recipe: Recipe) -> None:
+def test_a_focus_marker_that_no_row_has(recipe: ClassificationRecipe) -> None:
     assert not list(of_data.focus_is_there(Subject(recipe)))
-    other = replace(recipe, data=replace(recipe.data, focus="__HOEL__"))
+    other = recipe.replaced(data=recipe.data.replaced(focus="__HOEL__"))
     assert told(list(of_data.focus_is_there(Subject(other))), "suspicious", "holds the focus marker __HOEL__")
 
 
-def test_rows_that_are_cut(distillation: Recipe) -> None:
-    short = replace(distillation, student=replace(distillation.student, max_length=16))
+def test_rows_that_are_cut(distillation: ClassificationRecipe) -> None:
+    short = distillation.replaced(student=distillation.student.replaced(max_length=16))
     findings = list(of_data.rows_are_cut(Subject(short)))
     assert told(
         findings,
@@ -174,58 +179,58 @@ def test_rows_that_are_cut(distillation: Recipe) -> None:
     )
 
 
-def test_weights_layers_and_metric(distillation: Recipe) -> None:
-    silent = replace(distillation, method=replace(distillation.method, kd_weight=1e-5, temperature=1.0))
+def test_weights_layers_and_metric(distillation: ClassificationRecipe) -> None:
+    silent = distillation.replaced(method=distillation.method[0].replaced(kd_weight=1e-5, temperature=1.0))
     assert told(
         list(of_method.soft_labels_weigh_something(Subject(silent))),
         "suspicious",
         "the teacher hardly counts",
     )
-    nothing = replace(distillation, method=replace(distillation.method, kd_weight=0.0, ce_weight=0.0))
+    nothing = distillation.replaced(method=distillation.method[0].replaced(kd_weight=0.0, ce_weight=0.0))
     assert told(
         list(of_method.soft_labels_weigh_something(Subject(nothing))), "suspicious", "nothing teaches"
     )
     assert told(
         list(of_method.layers_meet(Subject(distillation))), "suspicious", "no multiple of the student's 2"
     )
-    wrong_metric = replace(distillation, training=replace(distillation.training, best_metric="f1"))
+    wrong_metric = distillation.replaced(training=distillation.training.replaced(metric_for_best_model="f1"))
     assert told(list(of_data.best_is_what_counts(Subject(wrong_metric))), "wrong", "f1 is for two classes")
 
 
-def test_tokens_that_do_not_meet(distillation: Recipe) -> None:
+def test_tokens_that_do_not_meet(distillation: ClassificationRecipe) -> None:
     """A student that cuts a text into far more tokens than its teacher does."""
-    alike = replace(distillation.teacher, max_length=distillation.student.max_length)
-    ckd = replace(distillation, method=MethodRecipe(name="ckd"), teacher=alike)
+    alike = distillation.teacher.replaced(max_length=distillation.student.max_length)
+    ckd = distillation.replaced(method=method_options("ckd"), teacher=alike)
     assert not list(of_method.tokens_meet(Subject(ckd)))
     subject = Subject(ckd)
     rows = subject.student_rows(1 << 20)
     subject.__dict__["student_rows"] = lambda limit: replace(rows, lengths=2 * rows.lengths)
     assert told(list(of_method.tokens_meet(subject)), "suspicious", "times the teacher's tokens")
-    shorter = replace(ckd, student=replace(ckd.student, max_length=24))
+    shorter = ckd.replaced(student=ckd.student.replaced(max_length=24))
     assert told(
         list(of_method.tokens_meet(Subject(shorter))),
         "suspicious",
         "set teacher.max_length to student.max_length",
     )
-    shifted = replace(ckd, student=replace(ckd.student, insert=("</s>",)))
+    shifted = ckd.replaced(student=ckd.student.replaced(insert=("</s>",)))
     assert told(list(of_method.tokens_meet(Subject(shifted))), "suspicious", "set student.insert to []")
 
 
 def test_a_cache_larger_than_the_disk(
-    distillation: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distillation: ClassificationRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = replace(
-        distillation, teacher=replace(distillation.teacher, cache=str(tmp_path / "new" / "cache"))
+    fresh = distillation.replaced(
+        teacher=distillation.teacher.replaced(cache=str(tmp_path / "new" / "cache"))
     )
     assert told(list(of_teacher.cache_fits(Subject(fresh))), "note", "the teacher's outputs take about")
     monkeypatch.setattr(of_teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     assert told(list(of_teacher.cache_fits(Subject(fresh))), "wrong", "1.0 kB are free there: give another")
 
 
-def test_what_cannot_even_start(recipe: Recipe) -> None:
-    found = examine_recipe(replace(recipe, method=MethodRecipe(name="kd")))
+def test_what_cannot_even_start(recipe: ClassificationRecipe) -> None:
+    found = examine_recipe(recipe.replaced(method=method_options("kd")))
     assert [finding.level for finding in found] == ["wrong"] and "needs a teacher" in found[0].text
-    found = examine_recipe(replace(recipe, teacher=TeacherRecipe(path="./nowhere")))
+    found = examine_recipe(recipe.replaced(teacher=TeacherSection(path="./nowhere")))
     assert "there is no folder ./nowhere" in found[0].text
 
 
@@ -244,11 +249,11 @@ def test_a_study_and_unknown_tasks(
     path.write_text(
         f"tasks: {{toy: {{data: {{path: {toy}}}, teacher: {{path: {teacher}}}}}}}\n"
         "students: {small: {vocab_size: 320, hidden_size: 16, layers: 3, heads: 2, intermediate_size: 32, max_length: 40}}\n"
-        "methods: {ft: {name: ft}, loose: {name: ft, training: {clip_norm: .inf}}}\n"
+        "methods: {ft: {name: ft}, loose: {name: ft, training: {max_grad_norm: .inf}}}\n"
     )
     assert main(["doctor", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "suspicious  (toy, small, loose) training.clip_norm is inf" in printed
+    assert "suspicious  (toy, small, loose) training.max_grad_norm is inf" in printed
     path.write_text("task: vision\n")
     assert main(["doctor", str(path)]) == 2
     assert "kdtrain doctor knows the tasks" in capsys.readouterr().err

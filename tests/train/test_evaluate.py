@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.classification import compare_runs, evaluate_run
 from kdtrain.evaluation.measure import bootstrap_interval, paired_difference
-from kdtrain.recipe import Recipe
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from kdtrain.tasks.classification.metrics import classification_metrics
@@ -56,10 +55,14 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
     assert high - low < 0.7 * (whole[1] - whole[0])
 
 
-def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_path: Path) -> None:
+def test_run_is_measured_again_with_the_same_result(
+    distillation: ClassificationRecipe, tmp_path: Path
+) -> None:
     folder, other = tmp_path / "one", tmp_path / "two"
-    summary = run(replace(distillation, output=str(folder), method=replace(distillation.method, name="kd")))
-    run(replace(distillation, output=str(other), seed=1))
+    summary = run(
+        distillation.replaced(output=str(folder), method=distillation.method[0].replaced(name="kd"))
+    )
+    run(distillation.replaced(output=str(other), seed=1))
     found = evaluate_run(folder)
     for name in ("accuracy", "top3", "macro_f1", "agreement", "accuracy_interval"):
         assert found[name] == summary.metrics[name], name
@@ -73,12 +76,12 @@ def test_run_is_measured_again_with_the_same_result(distillation: Recipe, tmp_pa
 
 
 def test_moved_cache_costs_the_measured_rows(
-    distillation: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distillation: ClassificationRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The teacher is asked about the rows of the split, and for their logits alone."""
     cache = tmp_path / "cache"
-    teacher = replace(distillation.teacher, cache=str(cache))
-    run(replace(distillation, teacher=teacher, output=str(tmp_path / "run")))
+    teacher = distillation.teacher.replaced(cache=str(cache))
+    run(distillation.replaced(teacher=teacher, output=str(tmp_path / "run")))
     wanted = evaluate_run(tmp_path / "run")["agreement"]
     cache.rename(tmp_path / "moved")
     capsys.readouterr()
@@ -87,21 +90,21 @@ def test_moved_cache_costs_the_measured_rows(
 
 
 def test_other_texts_with_the_same_labels_make_no_pairs(
-    recipe: Recipe, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: ClassificationRecipe, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Texts in another order under the same labels are refused where both runs say which they measured."""
     data, one, two = (tmp_path / name for name in ("data", "one", "two"))
     shutil.copytree(toy, data)
-    short = replace(
-        recipe, data=replace(recipe.data, path=str(data)), training=replace(recipe.training, max_steps=1)
+    short = recipe.replaced(
+        data=recipe.data.replaced(path=str(data)), training=recipe.training.replaced(max_steps=1)
     )
-    run(replace(short, output=str(one)))
+    run(short.replaced(output=str(one)))
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     moved = [
         {**line, "code": other["code"]} for line, other in zip(lines, lines[1:] + lines[:1], strict=True)
     ]
     (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
-    run(replace(short, output=str(two)))
+    run(short.replaced(output=str(two)))
     with pytest.raises(
         KdtrainError, match="different test rows, which make no pairs; compare runs of one data"
     ):
@@ -121,10 +124,12 @@ def test_other_texts_with_the_same_labels_make_no_pairs(
     assert "has changed" not in capsys.readouterr().err
 
 
-def test_teacher_stands_in_the_summary(distillation: Recipe, teacher: Path, tmp_path: Path) -> None:
+def test_teacher_stands_in_the_summary(
+    distillation: ClassificationRecipe, teacher: Path, tmp_path: Path
+) -> None:
     """A fine-tuned student with a teacher beside it: agreement is known, training never saw the teacher."""
-    method = replace(distillation.method, name="ft")
-    summary = run(replace(distillation, output=str(tmp_path / "run"), method=method))
+    method = distillation.method[0].replaced(name="ft")
+    summary = run(distillation.replaced(output=str(tmp_path / "run"), method=method))
     assert summary.teacher is not None
     alone = Summary.load(teacher.parent)
     assert summary.teacher["test"]["accuracy"] == alone.metrics["accuracy"]

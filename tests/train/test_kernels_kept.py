@@ -10,9 +10,9 @@ import torch
 PROGRAM = """
 import sys, torch
 from kdtrain.engine.accelerator import start_accelerator
-from kdtrain.recipe import TrainingRecipe
+from kdtrain.recipe import TrainingSection
 
-training = TrainingRecipe(precision=sys.argv[1])
+training = TrainingSection(precision=sys.argv[1])
 start_accelerator(training)
 for _ in range(2):
     for rows in range(1, 41):

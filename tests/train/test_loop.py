@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,9 @@ from transformers import (
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.files import writing
+from kdtrain.methods import method_options
 from kdtrain.models.loading import positions_of
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, save_recipe
+from kdtrain.recipe import ClassificationRecipe, DataSection, StudentSection, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from tests.support.commands import Program, torchrun
@@ -68,14 +68,16 @@ def test_saved_student_gives_the_saved_predictions(teacher: Path) -> None:
     assert float(accuracy) == Summary.load(teacher.parent).metrics["accuracy"]
 
 
-def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) -> None:
+def test_killed_run_resumes_bit_for_bit(distillation: ClassificationRecipe, tmp_path: Path) -> None:
     """A process killed with -9 after a checkpoint, started again, ends with the same bytes as one left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    training = replace(distillation.training, epochs=3, accumulation=2, evaluate_every=3, log_every=2)
-    recipe = replace(distillation, training=training)
-    run(replace(recipe, output=str(whole)))
+    training = distillation.training.replaced(
+        num_train_epochs=3, gradient_accumulation_steps=2, eval_steps=3, logging_steps=2
+    )
+    recipe = distillation.replaced(training=training)
+    run(recipe.replaced(output=str(whole)))
 
-    save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
+    save_recipe(recipe.replaced(output=str(killed)), tmp_path / "recipe.yaml")
     command = ["kdtrain", "train", str(tmp_path / "recipe.yaml")]
     process = Program(command)
     deadline = time.monotonic() + 120
@@ -95,11 +97,11 @@ def test_killed_run_resumes_bit_for_bit(distillation: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.xdist_group("programs")
-def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Path) -> None:
+def test_a_run_told_to_stop_names_the_way_on(distillation: ClassificationRecipe, tmp_path: Path) -> None:
     """SIGTERM, as a scheduler sends it: one sentence, the code of a stopped program, and the checkpoint stays."""
-    training = replace(distillation.training, epochs=3, evaluate_every=3, log_every=2)
+    training = distillation.training.replaced(num_train_epochs=3, eval_steps=3, logging_steps=2)
     save_recipe(
-        replace(distillation, training=training, output=str(tmp_path / "run")), tmp_path / "recipe.yaml"
+        distillation.replaced(training=training, output=str(tmp_path / "run")), tmp_path / "recipe.yaml"
     )
     process = Program(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
     deadline = time.monotonic() + 120
@@ -117,7 +119,7 @@ def test_a_run_told_to_stop_names_the_way_on(distillation: Recipe, tmp_path: Pat
     assert 0 < int(told[1]) == int(told[2])
 
 
-def test_labels_alone_need_labels(recipe: Recipe, tmp_path: Path) -> None:
+def test_labels_alone_need_labels(recipe: ClassificationRecipe, tmp_path: Path) -> None:
     row = json.dumps({"code": "return 1", "label": -100}) + "\n"
     (tmp_path / "train.jsonl").write_text(row * 3)
     (tmp_path / "valid.jsonl").write_text(row.replace("-100", "0"))
@@ -126,35 +128,34 @@ def test_labels_alone_need_labels(recipe: Recipe, tmp_path: Path) -> None:
         KdtrainError, match="method ft learns from labels, and none of the 3 training rows has one; add"
     ):
         run(
-            replace(
-                recipe,
-                data=DataRecipe(train=train, valid=valid, classes=("a", "b")),
+            recipe.replaced(
+                data=DataSection(train=train, valid=valid, classes=("a", "b")),
                 output=str(tmp_path / "run"),
             )
         )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
-def test_fp16_is_refused_on_a_cpu(recipe: Recipe, tmp_path: Path) -> None:
-    training = replace(recipe.training, precision="fp16")
+def test_fp16_is_refused_on_a_cpu(recipe: ClassificationRecipe, tmp_path: Path) -> None:
+    training = recipe.training.replaced(precision="fp16")
     with pytest.raises(KdtrainError, match=r"training\.precision fp16 needs a GPU"):
-        run(replace(recipe, training=training, output=str(tmp_path / "run")))
+        run(recipe.replaced(training=training, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
-def test_a_run_of_one_step_learns(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_of_one_step_learns(recipe: ClassificationRecipe, tmp_path: Path) -> None:
     """A warmup begins at a rate of 0; it may not be the whole run."""
     found = []
     for warmup in (0.0, 0.9):
-        training = replace(recipe.training, max_steps=1, warmup=warmup)
+        training = recipe.training.replaced(max_steps=1, warmup_ratio=warmup)
         found.append(
-            run(replace(recipe, training=training, output=str(tmp_path / str(warmup)))).valid["loss"]
+            run(recipe.replaced(training=training, output=str(tmp_path / str(warmup)))).valid["loss"]
         )
     assert found[0] == found[1]
 
 
 def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
-    recipe: Recipe, tmp_path: Path
+    recipe: ClassificationRecipe, tmp_path: Path
 ) -> None:
     with (
         writing(tmp_path / "run", "the run", "output"),
@@ -162,20 +163,20 @@ def test_a_second_run_of_one_folder_is_refused_while_the_first_is_at_work(
             KdtrainError, match=rf"another run \(process {os.getpid()}\) is writing the run .*output$"
         ),
     ):
-        run(replace(recipe, output=str(tmp_path / "run")))
+        run(recipe.replaced(output=str(tmp_path / "run")))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"], "nothing was begun"
 
 
 def test_finished_run_is_recognised_and_another_is_refused(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: ClassificationRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = replace(recipe, output=str(tmp_path / "run"), training=replace(recipe.training, max_steps=2))
+    recipe = recipe.replaced(output=str(tmp_path / "run"), training=recipe.training.replaced(max_steps=2))
     first = run(recipe)
     written = (tmp_path / "run" / "summary.json").stat().st_mtime_ns
     assert run(recipe) == first
     assert "already done" in capsys.readouterr().err
     assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns == written
-    other = replace(recipe, training=replace(recipe.training, learning_rate=1e-4))
+    other = recipe.replaced(training=recipe.training.replaced(learning_rate=1e-4))
     with pytest.raises(
         KdtrainError, match=r"holds another run \(training.learning_rate: 0.003 there, 0.0001 here\)"
     ):
@@ -189,21 +190,23 @@ def test_finished_run_is_recognised_and_another_is_refused(
         run(recipe)
 
 
-def test_diverged_run_is_told(recipe: Recipe, tmp_path: Path) -> None:
-    training = replace(recipe.training, learning_rate=1e38, warmup=0.0)
+def test_diverged_run_is_told(recipe: ClassificationRecipe, tmp_path: Path) -> None:
+    training = recipe.training.replaced(learning_rate=1e38, warmup_ratio=0.0)
     with pytest.raises(KdtrainError, match=r"the loss is (nan|inf) at step 2; lower training.learning_rate"):
-        run(replace(recipe, training=training, output=str(tmp_path / "run")))
-    unlogged = replace(training, max_steps=3, log_every=100)
+        run(recipe.replaced(training=training, output=str(tmp_path / "run")))
+    unlogged = training.replaced(max_steps=3, logging_steps=100)
     with pytest.raises(KdtrainError, match=r"the loss is nan at step 3; lower training.learning_rate"):
-        run(replace(recipe, training=unlogged, output=str(tmp_path / "unlogged")))
+        run(recipe.replaced(training=unlogged, output=str(tmp_path / "unlogged")))
     assert not (tmp_path / "unlogged" / "student").exists()
 
 
-def test_best_weights_are_restored(recipe: Recipe, tmp_path: Path) -> None:
+def test_best_weights_are_restored(recipe: ClassificationRecipe, tmp_path: Path) -> None:
     """A rate that ruins the model after its first steps: the student of the best step is what is saved."""
-    training = replace(recipe.training, epochs=3, evaluate_every=6, learning_rate=3e-3, best_metric="loss")
-    training = replace(training, warmup=0.0, schedule="constant_with_warmup", max_steps=18)
-    summary = run(replace(recipe, training=training, output=str(tmp_path / "run")))
+    training = recipe.training.replaced(
+        num_train_epochs=3, eval_steps=6, learning_rate=3e-3, metric_for_best_model="loss"
+    )
+    training = training.replaced(warmup_ratio=0.0, lr_scheduler_type="constant_with_warmup", max_steps=18)
+    summary = run(recipe.replaced(training=training, output=str(tmp_path / "run")))
     values = {
         line["step"]: line["valid/loss"] for line in read_metrics(tmp_path / "run") if "valid/loss" in line
     }
@@ -211,10 +214,10 @@ def test_best_weights_are_restored(recipe: Recipe, tmp_path: Path) -> None:
     assert summary.valid["loss"] == pytest.approx(min(values.values()), rel=1e-5)
 
 
-def test_bf16_and_bigru_train(distillation: Recipe, tmp_path: Path) -> None:
-    student = replace(distillation.student, architecture="bigru")
-    training = replace(distillation.training, precision="bf16", epochs=6)
-    summary = run(replace(distillation, student=student, training=training, output=str(tmp_path / "run")))
+def test_bf16_and_bigru_train(distillation: ClassificationRecipe, tmp_path: Path) -> None:
+    student = distillation.student.replaced(architecture="bigru")
+    training = distillation.training.replaced(precision="bf16", num_train_epochs=6)
+    summary = run(distillation.replaced(student=student, training=training, output=str(tmp_path / "run")))
     losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
     assert summary.student["architecture"] == "kdtrain_bigru"
@@ -222,7 +225,9 @@ def test_bf16_and_bigru_train(distillation: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pad", [0, 5, None])
-def test_a_tokenizer_with_another_padding_token(recipe: Recipe, tmp_path: Path, pad: int | None) -> None:
+def test_a_tokenizer_with_another_padding_token(
+    recipe: ClassificationRecipe, tmp_path: Path, pad: int | None
+) -> None:
     """RoBERTa counts positions from the padding token's id, wherever that stands."""
     special = ["<s>", "</s>", "<unk>", "<mask>", "<cls>"]
     if pad is not None:
@@ -238,9 +243,9 @@ def test_a_tokenizer_with_another_padding_token(recipe: Recipe, tmp_path: Path, 
     PreTrainedTokenizerFast(
         tokenizer_object=rules, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **padding
     ).save_pretrained(tmp_path / "tokenizer")
-    student = replace(recipe.student, tokenizer=str(tmp_path / "tokenizer"), max_length=24)
-    training = replace(recipe.training, max_steps=1)
-    recipe = replace(recipe, student=student, training=training, output=str(tmp_path / "run"))
+    student = recipe.student.replaced(tokenizer=str(tmp_path / "tokenizer"), max_length=24)
+    training = recipe.training.replaced(max_steps=1)
+    recipe = recipe.replaced(student=student, training=training, output=str(tmp_path / "run"))
     if pad is None:
         with pytest.raises(KdtrainError, match=r"has no padding token, from which RoBERTa counts positions"):
             run(recipe)
@@ -250,11 +255,11 @@ def test_a_tokenizer_with_another_padding_token(recipe: Recipe, tmp_path: Path, 
     assert (config.pad_token_id, positions_of(config)) == (pad, 24)
 
 
-def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path) -> None:
+def test_starts_from_a_saved_model(recipe: ClassificationRecipe, teacher: Path, tmp_path: Path) -> None:
     """A finished classifier keeps what it knows; a masked language model gives its encoder and gets a new head."""
-    training = replace(recipe.training, max_steps=1, learning_rate=1e-6)
-    student = StudentRecipe(path=str(teacher), max_length=64)
-    summary = run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
+    training = recipe.training.replaced(max_steps=1, learning_rate=1e-6)
+    student = StudentSection(path=str(teacher), max_length=64)
+    summary = run(recipe.replaced(student=student, training=training, output=str(tmp_path / "run")))
     assert summary.metrics["accuracy"] == Summary.load(teacher.parent).metrics["accuracy"]
 
     classifier = AutoModelForSequenceClassification.from_pretrained(teacher)
@@ -262,13 +267,13 @@ def test_starts_from_a_saved_model(recipe: Recipe, teacher: Path, tmp_path: Path
     language_model.roberta.load_state_dict(classifier.roberta.state_dict())
     language_model.save_pretrained(tmp_path / "mlm")
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "mlm")
-    student = replace(student, path=str(tmp_path / "mlm"))
-    run(replace(recipe, student=student, training=training, output=str(tmp_path / "from_mlm")))
+    student = student.replaced(path=str(tmp_path / "mlm"))
+    run(recipe.replaced(student=student, training=training, output=str(tmp_path / "from_mlm")))
     started = AutoModelForSequenceClassification.from_pretrained(tmp_path / "from_mlm" / "student")
     for name, tensor in classifier.roberta.state_dict().items():
         torch.testing.assert_close(started.roberta.state_dict()[name], tensor, rtol=0, atol=1e-5)
     with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
-        run(replace(recipe, student=replace(student, max_length=65), output=str(tmp_path / "long")))
+        run(recipe.replaced(student=student.replaced(max_length=65), output=str(tmp_path / "long")))
 
 
 def mean_gradient(folder: Path) -> torch.Tensor:
@@ -281,20 +286,22 @@ def mean_gradient(folder: Path) -> torch.Tensor:
 # Features bring weights of their own; dist compares each row with every other one of the batch.
 @pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize(("method", "steps"), [("kd_features", 6), ("dist", 2)])
-def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: str, steps: int) -> None:
+def test_two_processes_equal_one(
+    distillation: ClassificationRecipe, tmp_path: Path, method: str, steps: int
+) -> None:
     """torchrun with two gloo processes has the losses and gradients of one process, up to the order of sums.
 
     Weights are not compared: the first steps of AdamW move each by the sign of its gradient, and that of a gradient of
     nearly 0 is a matter of rounding.
     """
-    distillation = replace(distillation, method=MethodRecipe(name=method))
-    student = replace(distillation.student, dropout=0.0)
-    training = replace(
-        distillation.training, batch_size=13, max_steps=steps, log_every=1, evaluate_every=steps
+    distillation = distillation.replaced(method=method_options(method))
+    student = distillation.student.replaced(dropout=0.0)
+    training = distillation.training.replaced(
+        batch_size=13, max_steps=steps, logging_steps=1, eval_steps=steps
     )
-    recipe = replace(distillation, student=student, training=training)
-    run(replace(recipe, output=str(tmp_path / "one")))
-    save_recipe(replace(recipe, output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
+    recipe = distillation.replaced(student=student, training=training)
+    run(recipe.replaced(output=str(tmp_path / "one")))
+    save_recipe(recipe.replaced(output=str(tmp_path / "two")), tmp_path / "recipe.yaml")
     process = torchrun(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
@@ -307,9 +314,9 @@ def test_two_processes_equal_one(distillation: Recipe, tmp_path: Path, method: s
 
 
 @pytest.mark.xdist_group("programs")
-def test_parts_of_a_classifier_are_refused(distillation: Recipe, tmp_path: Path) -> None:
+def test_parts_of_a_classifier_are_refused(distillation: ClassificationRecipe, tmp_path: Path) -> None:
     """Its processes evaluate rows of their own, and parts of a model need all of them at every layer."""
-    save_recipe(replace(distillation, output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
+    save_recipe(distillation.replaced(output=str(tmp_path / "run")), tmp_path / "recipe.yaml")
     process = torchrun(
         ["kdtrain", "train", str(tmp_path / "recipe.yaml")],
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},

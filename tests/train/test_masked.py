@@ -42,13 +42,11 @@ from kdtrain.models.students import roberta_config
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.objective import Objective
 from kdtrain.outputs import IGNORED
-from kdtrain.recipe import save_recipe
-from kdtrain.recipe.sections import StudentRecipe
+from kdtrain.recipe import MaskedDataSection, MaskedRecipe, StudentSection, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
 from kdtrain.tasks.masked_lm.corpus import Corpus, load_corpus
 from kdtrain.tasks.masked_lm.outputs import MaskedModels
-from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe, MaskedRecipe, masked_recipe_from_dict
 from kdtrain.tasks.masked_lm.rows import (
     MaskedBatch,
     MaskedRows,
@@ -56,12 +54,13 @@ from kdtrain.tasks.masked_lm.rows import (
     masked_name_rows,
     text_rows,
 )
+from kdtrain.tasks.recipes import recipe_from_dict
 from tests.support.commands import Program
 
 CODE = (
     "def f(a):\n    try:\n        g(a)\n    except KeyError:\n        raise TypeError(a)\n    raise OSError\n"
 )
-SHAPE = StudentRecipe(vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=32)
+SHAPE = StudentSection(vocab_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, max_length=32)
 CPU = torch.device("cpu")
 
 
@@ -77,13 +76,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(corpus: Path) -> MaskedRecipe:
-    return masked_recipe_from_dict(
+    return MaskedRecipe.parse(
         {
             "task": "masked_lm",
             "data": {"train": [str(corpus)], "held_out": 0.1},
             "student": {"vocab_size": 400, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64,
                         "max_length": 64, "dropout": 0.3},
-            "training": {"max_steps": 60, "epochs": 60, "batch_size": 16, "learning_rate": 3e-3, "evaluate_every": 12},
+            "training": {"max_steps": 60, "batch_size": 16, "learning_rate": 3e-3, "eval_steps": 12},
         }
     )  # fmt: skip
 
@@ -163,7 +162,7 @@ def test_pieces_and_padding_do_not_change_the_step(kind: str) -> None:
     if kind == "text":
         rows = MaskedRows.of(text_rows([CODE] * 3, tokenizer, 20), None, tokenizer, None)
     torch.manual_seed(0)
-    model = RobertaForMaskedLM(roberta_config(replace(SHAPE, max_length=64, dropout=0.5), tokenizer))
+    model = RobertaForMaskedLM(roberta_config(SHAPE.replaced(max_length=64, dropout=0.5), tokenizer))
     objective = objective_of(model).train()
     whole = torch.arange(min(5, len(rows)))
     found = []
@@ -196,7 +195,7 @@ def small_models(tokenizer: Any) -> list[Any]:
     special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
     distil: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1}
     return [
-        RobertaForMaskedLM(roberta_config(replace(SHAPE, dropout=0.0), tokenizer)),
+        RobertaForMaskedLM(roberta_config(SHAPE.replaced(dropout=0.0), tokenizer)),
         ModernBertForMaskedLM(ModernBertConfig(**small, **special)),
         BertForMaskedLM(BertConfig(**small)),
         EuroBertForMaskedLM(EuroBertConfig(**small, num_key_value_heads=2)),
@@ -277,11 +276,11 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
     recipe: MaskedRecipe, toy: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    summary = run(replace(recipe, output=str(whole)))
+    summary = run(recipe.replaced(output=str(whole)))
     assert summary.valid["loss"] < 0.65 * math.log(400), "it learned nothing"
-    assert run(replace(recipe, output=str(whole))) == summary
+    assert run(recipe.replaced(output=str(whole))) == summary
 
-    save_recipe(replace(recipe, output=str(killed)), tmp_path / "recipe.yaml")
+    save_recipe(recipe.replaced(output=str(killed)), tmp_path / "recipe.yaml")
     command = ["kdtrain", "train", str(tmp_path / "recipe.yaml")]
     process = Program(command)
     deadline = time.monotonic() + 120
@@ -323,21 +322,21 @@ def test_it_goes_on_from_a_model_that_is_there(recipe: MaskedRecipe, tmp_path: P
     config = ModernBertConfig(vocab_size=len(tokenizer), sep_token_id=2, max_position_embeddings=64, **small)
     ModernBertForMaskedLM(config).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
-    student = StudentRecipe(path=str(tmp_path / "start"), max_length=64)
-    training = replace(recipe.training, max_steps=3)
-    run(replace(recipe, student=student, training=training, output=str(tmp_path / "run")))
+    student = StudentSection(path=str(tmp_path / "start"), max_length=64)
+    training = recipe.training.replaced(max_steps=3)
+    run(recipe.replaced(student=student, training=training, output=str(tmp_path / "run")))
     summary = Summary.load(tmp_path / "run")
     assert summary.student["architecture"] == "modernbert"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == len(tokenizer)
-    longer = replace(student, max_length=65)
+    longer = student.replaced(max_length=65)
     with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
-        run(replace(recipe, student=longer, training=training, output=str(tmp_path / "long")))
+        run(recipe.replaced(student=longer, training=training, output=str(tmp_path / "long")))
 
 
 def test_wrong_code_and_recipes(recipe: MaskedRecipe, corpus: Path, tmp_path: Path) -> None:
     for content, sentence in (
         ({"data": {}}, "data.train is missing: name folders"),
-        ({"data": {"train": ["x"], "held_out": 1.5}}, "data.held_out is a share"),
+        ({"data": {"train": ["x"], "held_out": 1.5}}, "data.held_out must be below 1, got 1.5"),
         (
             {"data": {"train": ["x"]}, "student": {"architecture": "bigru"}},
             "encoders of architecture roberta",
@@ -345,18 +344,18 @@ def test_wrong_code_and_recipes(recipe: MaskedRecipe, corpus: Path, tmp_path: Pa
         ({"data": {"trian": []}}, "unknown recipe key data.trian; did you mean data.train"),
     ):
         with pytest.raises(KdtrainError, match=sentence):
-            masked_recipe_from_dict({"task": "masked_lm", **content})
+            recipe_from_dict({"task": "masked_lm", **content})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"func": "int x;"}) + "\n")
     with pytest.raises(
         KdtrainError, match=r"row 1 of data.train has no text in column 'code' \(columns: func\)"
     ):
-        load_corpus(MaskedDataRecipe(train=(str(tmp_path / "rows.jsonl"),)))
+        load_corpus(MaskedDataSection(train=(str(tmp_path / "rows.jsonl"),)))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.py").write_text("x = 1\n")
     with pytest.raises(KdtrainError, match="leaves 1 documents to train on and 0 to measure on"):
-        load_corpus(MaskedDataRecipe(train=(str(tmp_path / "one"),), held_out=1e-9))
+        load_corpus(MaskedDataSection(train=(str(tmp_path / "one"),), held_out=1e-9))
     with pytest.raises(
-        KdtrainError, match="kdtrain train knows the tasks classification, masked_lm, code_lm"
+        KdtrainError, match="task must be one of classification, code_lm, masked_lm, study, got"
     ):
         (tmp_path / "vision.yaml").write_text("task: vision\n")
         from kdtrain.commands.train import main as train_main

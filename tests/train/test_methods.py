@@ -1,5 +1,7 @@
 """The study's methods against their formulas written out in float64, and their named values."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,9 @@ from kdtrain.models.loading import Shape, parameter_count
 from kdtrain.models.students import build_student
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.outputs import IGNORED, Batch, LogitOutputs, Shared, TeacherOutputs
-from kdtrain.recipe import StudentRecipe, recipe_from_dict
-from kdtrain.recipe.presets import DEFAULTS, STUDENTS, STUDY
+from kdtrain.recipe import StudentSection
+from kdtrain.recipe.presets import STUDENTS, STUDY
+from kdtrain.tasks.recipes import recipe_from_dict
 from tests.train.test_objective import model_of, rows
 
 SHAPE = Shape(layers=2, width=8)
@@ -144,15 +147,21 @@ def test_ckd_of_a_bigru_has_no_embeddings_to_compare() -> None:
 
 
 def test_the_studys_values_and_what_a_recipe_says_wins() -> None:
-    content = {"data": {"path": "x"}, "method": {"name": "ckd", "preset": "study", "window": 5}}
+    content = {
+        "task": "classification",
+        "data": {"path": "x"},
+        "method": {"name": "ckd", "preset": "study", "window": 5},
+    }
+    content["teacher"] = {"path": "t"}
     recipe = recipe_from_dict(content)
-    assert (recipe.method.temperature, recipe.method.feature_weight, recipe.method.layer_weight) == (
+    method: Any = recipe.methods[0]
+    assert (method.temperature, method.feature_weight, method.layer_weight) == (
         3.0,
         10.0,
         10.0,
     )
-    assert (recipe.method.kd_weight, recipe.method.ce_weight, recipe.method.window) == (1.0, 0.0, 5)
-    assert (recipe.training.batch_size, recipe.training.learning_rate, recipe.training.epochs) == (
+    assert (method.kd_weight, method.ce_weight, method.window) == (1.0, 0.0, 5)
+    assert (recipe.training.batch_size, recipe.training.learning_rate, recipe.training.num_train_epochs) == (
         16,
         3e-5,
         5,
@@ -162,7 +171,8 @@ def test_the_studys_values_and_what_a_recipe_says_wins() -> None:
         method = STUDY[name]["method"]
         assert method["temperature"] ** 2 * method[weight] == pytest.approx(1.0)
     given = recipe_from_dict({**content, "method": {"name": "pkd"}})
-    assert given.method.feature_weight == DEFAULTS["pkd"]["feature_weight"]
+    pkd: Any = given.methods[0]
+    assert pkd.feature_weight == 100.0
 
 
 @pytest.mark.parametrize(
@@ -170,18 +180,23 @@ def test_the_studys_values_and_what_a_recipe_says_wins() -> None:
     [
         ({"student": {"preset": "roberta-8M"}}, "student.preset must be one of roberta-124M"),
         ({"method": {"name": "kd", "preset": "paper"}}, "method.preset must be study, got 'paper'"),
-        ({"method": {"name": "kd_features", "preset": "study"}}, "knows the methods ft, kd, dist, pkd, ckd"),
+        (
+            {"method": {"name": "kd_features", "preset": "study"}},
+            "has values for the methods ft, kd, dist, pkd, ckd",
+        ),
     ],
 )
 def test_presets_that_do_not_exist(section: dict[str, dict[str, str]], sentence: str) -> None:
     with pytest.raises(KdtrainError, match=sentence):
-        recipe_from_dict({"data": {"path": "x"}, **section})
+        recipe_from_dict(
+            {"task": "classification", "data": {"path": "x"}, "method": {"name": "ft"}, **section}
+        )
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
 def test_named_students_have_their_size(name: str) -> None:
     """Within a tenth, and a BiGRU within 3 % of what the study's shapes count to."""
-    recipe = recipe_from_dict({"data": {"path": "x"}, "student": {"preset": name}}).student
+    recipe = StudentSection.parse({"preset": name})
     tokenizer = train_tokenizer(["def f(x): return x"], vocab_size=300, max_length=512)
     with torch.device("meta"):
         model = build_student(recipe, tokenizer, ("a", "b"))
@@ -192,7 +207,3 @@ def test_named_students_have_their_size(name: str) -> None:
     published = {"bigru-124M": 122.6e6, "bigru-30M": 30.5e6, "bigru-7M": 7.1e6, "bigru-1.5M": 1.5e6}
     if name in published:
         assert size == pytest.approx(published[name], rel=0.03)
-
-
-def test_a_student_without_preset_is_as_before() -> None:
-    assert recipe_from_dict({"data": {"path": "x"}}).student == StudentRecipe()

@@ -17,8 +17,15 @@ from transformers import (
 )
 
 from kdtrain.evaluation.classification import evaluate_run
+from kdtrain.methods import method_options
 from kdtrain.models.teachers import load_teacher
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
+from kdtrain.recipe import (
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    StudentSection,
+    TeacherSection,
+)
 from kdtrain.run import run
 from kdtrain.tasks.classification.pairs import tokenize_split
 from tests.train.test_teachers import CLASSES, TEXTS, ask, rows_of
@@ -84,11 +91,13 @@ def test_a_published_encoder_is_fine_tuned_and_teaches(tmp_path: Path, family: s
     model.save_pretrained(tmp_path / "encoder")
     rows = [json.dumps({"code": TEXTS[i % 3] * (1 + i % 2), "label": int(i % 3 == 2)}) for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    data = DataRecipe(train=str(tmp_path / "rows.jsonl"), valid=str(tmp_path / "rows.jsonl"), classes=CLASSES)
-    training = TrainingRecipe(max_steps=3, batch_size=8, epochs=1, log_every=1)
-    tuned = Recipe(
+    data = DataSection(
+        train=str(tmp_path / "rows.jsonl"), valid=str(tmp_path / "rows.jsonl"), classes=CLASSES
+    )
+    training = ClassificationTraining(max_steps=3, batch_size=8, logging_steps=1)
+    tuned = ClassificationRecipe(
         data=data,
-        student=StudentRecipe(path=str(tmp_path / "encoder"), max_length=40),
+        student=StudentSection(path=str(tmp_path / "encoder"), max_length=40),
         training=training,
         output=str(tmp_path / "tuned"),
     )
@@ -104,14 +113,14 @@ def test_a_published_encoder_is_fine_tuned_and_teaches(tmp_path: Path, family: s
         assert teacher.insert == (6, 2) and ids[0, :3].tolist() == [0, 6, 2] and ids[0, -1] == 2
     else:
         assert teacher.insert == () and ids[0, 0] == words.cls_token_id and ids[0, -1] == words.sep_token_id
-    student = StudentRecipe(
+    student = StudentSection(
         vocab_size=300, hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=40
     )
-    recipe = Recipe(
+    recipe = ClassificationRecipe(
         data=data,
         student=student,
-        teacher=TeacherRecipe(path=str(tmp_path / "tuned" / "student")),
-        method=MethodRecipe(name="ckd", window=3),
+        teacher=TeacherSection(path=str(tmp_path / "tuned" / "student")),
+        method=(method_options("ckd", window=3),),
         training=training,
         output=str(tmp_path / "student"),
     )

@@ -12,7 +12,7 @@ import torch
 from kdtrain.data.benchmarks import convert_bigclonebench, convert_devign
 from kdtrain.data.tokens import token_budget_batches
 from kdtrain.models.teachers import load_teacher
-from kdtrain.recipe import DataRecipe, TeacherRecipe
+from kdtrain.recipe import DataSection, TeacherSection
 from kdtrain.tasks.classification.metrics import classification_metrics
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.splits import ClassificationData, load_classification
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def measured(data: ClassificationData, checkpoint: str, order: tuple[int, ...]) -> dict[str, float]:
     """The metrics of a checkpoint over every n-th test row."""
-    given = TeacherRecipe(max_length=400, class_order=order)
+    given = TeacherSection(max_length=400, class_order=order)
     teacher = load_teacher(str(SHARED / "checkpoints" / checkpoint), data.classes, given, pairs=data.pairs)
     assert teacher.tokenizer("int", add_special_tokens=True)["input_ids"][0] == 0
     split = data.test.select(torch.linspace(0, len(data.test) - 1, ROWS).long().tolist())
@@ -45,7 +45,7 @@ def test_defect_detection(tmp_path: Path) -> None:
         "valid": 2732,
         "test": 2732,
     }
-    data = load_classification(DataRecipe(path=str(tmp_path)))
+    data = load_classification(DataSection(path=str(tmp_path)))
     metrics = measured(data, "compressor3mb-codebert-defect", (1, 0))
     assert metrics["accuracy"] == pytest.approx(0.594, abs=0.09)  # two standard errors of 120 rows
     assert metrics["accuracy"] > 1 - metrics["accuracy"]
@@ -54,7 +54,7 @@ def test_defect_detection(tmp_path: Path) -> None:
 def test_clone_detection(tmp_path: Path) -> None:
     about = convert_bigclonebench(SHARED / "bigclonebench", tmp_path)
     assert about["rows"] == {"train": 90102, "valid": 4000, "test": 4000}
-    data = load_classification(DataRecipe(path=str(tmp_path)))
+    data = load_classification(DataSection(path=str(tmp_path)))
     metrics = measured(data, "compressor3mb-codebert-clone", ())
     assert metrics["accuracy"] == pytest.approx(0.954, abs=0.04)
     assert metrics["f1"] > 0.9

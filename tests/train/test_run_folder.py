@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kdtrain.checksums import check_sealed, seal, seal_again
 from kdtrain.engine.checkpoint import latest_checkpoint, steps_of
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import Recipe, StudentRecipe
+from kdtrain.recipe import ClassificationRecipe, StudentSection
 from kdtrain.run import run
 
 
@@ -41,16 +40,16 @@ DAMAGES = (flip, truncate, empty, remove)
 
 
 @pytest.fixture(scope="module")
-def short(recipe: Recipe) -> Recipe:
+def short(recipe: ClassificationRecipe) -> ClassificationRecipe:
     """Six steps, evaluated after every second one."""
-    training = replace(recipe.training, max_steps=6, evaluate_every=2, log_every=2)
-    return replace(recipe, training=training)
+    training = recipe.training.replaced(max_steps=6, eval_steps=2, logging_steps=2)
+    return recipe.replaced(training=training)
 
 
 @pytest.fixture(scope="module")
-def whole(short: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(short: ClassificationRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(replace(short, output=str(folder)))
+    run(short.replaced(output=str(folder)))
     return folder
 
 
@@ -86,7 +85,7 @@ def test_two_checkpoints_are_kept_and_sealed(whole: Path) -> None:
     ["model.safetensors", "optimizer.safetensors", "tensors.safetensors", "state.json", "checksums.json"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    short: Recipe,
+    short: ClassificationRecipe,
     whole: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -96,7 +95,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     folder = stopped(whole, tmp_path / "run")
     path = folder / "checkpoints" / "step-0000006" / name
     damage(path)
-    run(replace(short, output=str(folder)))
+    run(short.replaced(output=str(folder)))
     said = capsys.readouterr().err
     # Checksums that changed accuse another file of the folder, or have one bit of a name flipped.
     named = str(path.parent if (name, damage) == ("checksums.json", flip) else path)
@@ -105,7 +104,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert steps_of(folder / "checkpoints") == [4, 6]
 
 
-def test_no_checkpoint_that_is_whole_is_a_sentence(short: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_no_checkpoint_that_is_whole_is_a_sentence(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
     folder = stopped(whole, tmp_path / "run")
     for step in (4, 6):
         flip(folder / "checkpoints" / f"step-{step:07d}" / "model.safetensors")
@@ -113,17 +114,19 @@ def test_no_checkpoint_that_is_whole_is_a_sentence(short: Recipe, whole: Path, t
         KdtrainError,
         match=r"no checkpoint in \S+ is whole \(\S+step-0000004/model.safetensors is damaged.*; delete",
     ):
-        run(replace(short, output=str(folder)))
+        run(short.replaced(output=str(folder)))
 
 
-def test_folders_of_other_names_are_no_checkpoints(short: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_folders_of_other_names_are_no_checkpoints(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
     """They are neither loaded nor deleted, and numbers are compared as numbers."""
     folder = stopped(whole, tmp_path / "run")
     checkpoints = folder / "checkpoints"
     shutil.copytree(checkpoints / "step-0000006", checkpoints / "step-0000006.bak")
     (checkpoints / "best-of-all").mkdir()
     (checkpoints / "step-9").write_text("a note")
-    run(replace(short, output=str(folder)))
+    run(short.replaced(output=str(folder)))
     assert student(folder) == student(whole)
     assert {"step-0000006.bak", "best-of-all", "step-9"} <= {path.name for path in checkpoints.iterdir()}
     for step in (9_999_000, 10_000_000):
@@ -131,9 +134,11 @@ def test_folders_of_other_names_are_no_checkpoints(short: Recipe, whole: Path, t
     assert latest_checkpoint(tmp_path / "many") == tmp_path / "many" / "step-10000000"
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(short: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
     folder = stopped(whole, tmp_path / "run")
-    other = replace(short, seed=5, output=str(folder))
+    other = short.replaced(seed=5, output=str(folder))
     (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("seed: 0", "seed: 5"))
     with pytest.raises(KdtrainError, match=r"step-0000006 was written by a run with another recipe"):
         run(other)
@@ -159,7 +164,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(short: Recipe, whole: Path, t
     ],
 )
 def test_already_done_is_said_of_whole_files_only(
-    short: Recipe, whole: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+    short: ClassificationRecipe, whole: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -167,9 +172,9 @@ def test_already_done_is_said_of_whole_files_only(
     with pytest.raises(
         KdtrainError, match=rf"{name} is (damaged: it has changed|missing).*; delete (\S+checksums.json), and"
     ):
-        run(replace(short, output=str(folder)))
+        run(short.replaced(output=str(folder)))
     (folder / "checksums.json").unlink()  # the way out that the sentence names
-    run(replace(short, output=str(folder)))
+    run(short.replaced(output=str(folder)))
     assert student(folder) == student(whole)
 
 
@@ -195,7 +200,7 @@ def test_checksums_that_are_no_checksums(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["student", "predictions", "summary.json", "projection.safetensors"])
-def test_files_that_no_run_wrote_stay(short: Recipe, tmp_path: Path, name: str) -> None:
+def test_files_that_no_run_wrote_stay(short: ClassificationRecipe, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     if "." in name:
@@ -204,18 +209,20 @@ def test_files_that_no_run_wrote_stay(short: Recipe, tmp_path: Path, name: str) 
         (folder / name).mkdir()
         (folder / name / "notes.txt").write_text("mine")
     with pytest.raises(KdtrainError, match=rf"{folder} holds {name}, but no recipe.yaml"):
-        run(replace(short, output=str(folder)))
+        run(short.replaced(output=str(folder)))
     assert sorted(path.name for path in folder.rglob("*") if path.name != ".lock") == sorted(
         {name, *(["notes.txt"] * ("." not in name))}
     )
 
 
-def test_start_weights_and_tokenizer_are_part_of_a_run(short: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_start_weights_and_tokenizer_are_part_of_a_run(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
     start = tmp_path / "start"
     shutil.copytree(whole / "student", start)
-    student = StudentRecipe(path=str(start), max_length=short.student.max_length)
-    training = replace(short.training, max_steps=2)
-    given = replace(short, student=student, training=training, output=str(tmp_path / "run"))
+    student = StudentSection(path=str(start), max_length=short.student.max_length)
+    training = short.training.replaced(max_steps=2)
+    given = short.replaced(student=student, training=training, output=str(tmp_path / "run"))
     run(given)
     weights = load_file(start / "model.safetensors")
     weights["roberta.encoder.layer.0.output.dense.weight"] += 1e-3
@@ -235,17 +242,19 @@ def test_start_weights_and_tokenizer_are_part_of_a_run(short: Recipe, whole: Pat
         run(given)
 
 
-def test_a_damaged_tokenizer_of_the_run_is_named(short: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_of_the_run_is_named(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
     folder = stopped(whole, tmp_path / "run")
     flip(folder / "checkpoints" / "tokenizer" / "tokenizer.json")
     with pytest.raises(
         KdtrainError,
         match=r"tokenizer/tokenizer.json is damaged.*; delete \S+tokenizer, and the same command trains",
     ):
-        run(replace(short, output=str(folder)))
+        run(short.replaced(output=str(folder)))
 
 
-def _start(recipe: Recipe, gate: Any, told: Any) -> None:
+def _start(recipe: ClassificationRecipe, gate: Any, told: Any) -> None:
     torch.set_num_threads(1)
     gate.wait()
     try:
@@ -255,12 +264,12 @@ def _start(recipe: Recipe, gate: Any, told: Any) -> None:
         told.put((recipe.seed, str(error)))
 
 
-def test_two_recipes_started_at_once_never_mix(short: Recipe, tmp_path: Path) -> None:
+def test_two_recipes_started_at_once_never_mix(short: ClassificationRecipe, tmp_path: Path) -> None:
     """One of two different runs gets the new folder, whole; the other one is refused."""
     context = multiprocessing.get_context("fork")
     for attempt in range(3):
         folder, gate, told = tmp_path / str(attempt), context.Barrier(2), context.Queue()
-        recipes = [replace(short, seed=seed, output=str(folder)) for seed in (1, 2)]
+        recipes = [short.replaced(seed=seed, output=str(folder)) for seed in (1, 2)]
         started = [context.Process(target=_start, args=(recipe, gate, told)) for recipe in recipes]
         for process in started:
             process.start()

@@ -29,8 +29,7 @@ from kdtrain.models.loading import load_tokenizer
 from kdtrain.models.students import build_student
 from kdtrain.models.teachers import load_teacher
 from kdtrain.models.tokenizers import train_tokenizer
-from kdtrain.recipe import StudentRecipe
-from kdtrain.tasks.masked_lm.recipe import masked_recipe_from_dict
+from kdtrain.recipe import MaskedRecipe, StudentSection
 from kdtrain.tasks.masked_lm.task import build_masked_student
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,14 +44,14 @@ Weights = dict[str, torch.Tensor]
 
 
 def masked_student(path: str) -> Any:
-    recipe = masked_recipe_from_dict(
+    recipe = MaskedRecipe.parse(
         {"task": "masked_lm", "data": {"train": ["."]}, "student": {"path": path, "max_length": 64}}
     )
     return build_masked_student(recipe, WORDS)
 
 
 def student(path: str, *, pairs: bool = False) -> Any:
-    return build_student(StudentRecipe(path=path, max_length=64), WORDS, CLASSES, pairs=pairs)
+    return build_student(StudentSection(path=path, max_length=64), WORDS, CLASSES, pairs=pairs)
 
 
 ROLES: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {

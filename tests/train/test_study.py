@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
-from kdtrain.recipe import Recipe
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.run import run
 from kdtrain.study.plan import Cell, study_from_dict, unfold
 from kdtrain.study.statistics import deviation, metric_of_sums, paired_test, row_counts
@@ -56,7 +55,7 @@ def test_cells_are_recipes(toy: Path, teacher: Path, tmp_path: Path) -> None:
         "toy-small-roberta-ckd-0",
     ]
     ckd = cells[2].recipe
-    assert (ckd.method.name, ckd.training.max_steps, ckd.training.batch_size) == ("ckd", 5, 16)
+    assert (ckd.method_name, ckd.training.max_steps, ckd.training.batch_size) == ("ckd", 5, 16)
     assert (ckd.student.max_length, ckd.student.hidden_size, ckd.seed) == (40, 16, 0)
     assert cells[0].recipe.training.max_steps == 4
 
@@ -68,7 +67,7 @@ def test_cells_are_recipes(toy: Path, teacher: Path, tmp_path: Path) -> None:
         ({"tasks": {}}, "a study needs at least one of its tasks"),
         ({"students": {1: {}}}, "names of students must be text, got 1: put it into quotes"),
         ({"seeds": [1, 1]}, r"seeds must be different numbers, at least one, got \[1, 1\]"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be greater than 0, got 0"),
         ({"worker": 2}, "unknown recipe key worker; did you mean workers"),
         ({"task": "language"}, "kdtrain study reads recipes of task study, got task: language"),
         ({"tasks": {"a": {"date": {}}}}, "tasks.a has the unknown key date"),
@@ -84,8 +83,8 @@ def test_wrong_studies(
 ) -> None:
     with pytest.raises(KdtrainError, match=sentence):
         unfold(study_from_dict({**content(toy, teacher, tmp_path), **change}))
-    with pytest.raises(KdtrainError, match="students and methods; methods is missing"):
-        study_from_dict({"tasks": {}, "students": {}})
+    with pytest.raises(KdtrainError, match="methods is missing: by name: fields of the method section"):
+        study_from_dict({"task": "study", "tasks": {"a": {}}, "students": {"s": {}}})
 
 
 def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: Path) -> None:
@@ -129,11 +128,11 @@ def test_a_killed_study_goes_on_and_reports(toy: Path, teacher: Path, tmp_path: 
     AutoModelForSequenceClassification.from_pretrained(output / "runs" / "toy-small-bigru-ckd-1" / "student")
 
 
-def test_a_run_of_another_teacher_is_not_finished(distillation: Recipe, tmp_path: Path) -> None:
+def test_a_run_of_another_teacher_is_not_finished(distillation: ClassificationRecipe, tmp_path: Path) -> None:
     """The teacher was trained again, and its stored outputs were made anew as the cache's sentence advises."""
-    teacher = replace(distillation.teacher, cache=str(tmp_path / "cache"))
-    training = replace(distillation.training, max_steps=1)
-    recipe = replace(distillation, teacher=teacher, training=training, output=str(tmp_path / "run"))
+    teacher = distillation.teacher.replaced(cache=str(tmp_path / "cache"))
+    training = distillation.training.replaced(max_steps=1)
+    recipe = distillation.replaced(teacher=teacher, training=training, output=str(tmp_path / "run"))
     fingerprint = run(recipe).data["fingerprint"]
     cell = Cell("toy", "small", "kd", recipe)
     assert is_finished(cell, fingerprint)
@@ -183,7 +182,7 @@ def test_runs_that_fail_do_not_stop_the_others(
     study = content(toy, teacher, tmp_path / "study")
     study["methods"] = {
         "ft": {"name": "ft"},
-        "bad": {"name": "ft", "training": {"learning_rate": 1e38, "warmup": 0, "log_every": 1}},
+        "bad": {"name": "ft", "training": {"learning_rate": 1e38, "warmup_ratio": 0, "logging_steps": 1}},
     }
     study["students"].pop("small-bigru")
     study.update(seeds=[0], workers=1)

@@ -1,7 +1,6 @@
 """Teachers of every shape: other tokenizers and modes, one-logit heads, other orders of classes, heads over pairs."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,18 @@ from transformers import (
 )
 
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_options
 from kdtrain.models.pair_config import PairConfig
 from kdtrain.models.students import build_student
 from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.models.tokenizers import train_tokenizer
-from kdtrain.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, TrainingRecipe
+from kdtrain.recipe import (
+    ClassificationRecipe,
+    ClassificationTraining,
+    DataSection,
+    StudentSection,
+    TeacherSection,
+)
 from kdtrain.run import run
 from kdtrain.tasks.classification.pairs import tokenize_split
 from kdtrain.tasks.classification.rows import TextRows
@@ -88,13 +94,13 @@ def test_one_logit_is_the_log_odds_of_the_second_class(tmp_path: Path) -> None:
 def test_the_order_of_classes_is_the_tasks(tmp_path: Path) -> None:
     folder = roberta(2, tmp_path, tokenizer())
     plain = load_teacher(str(folder), CLASSES)
-    turned = load_teacher(str(folder), CLASSES, TeacherRecipe(class_order=(1, 0)))
+    turned = load_teacher(str(folder), CLASSES, TeacherSection(class_order=(1, 0)))
     assert torch.equal(ask(plain, rows_of(TEXTS)).flip(1), ask(turned, rows_of(TEXTS)))
     assert plain.outputs_hash() != turned.outputs_hash()
     with pytest.raises(
         KdtrainError, match=r"class_order must name each of the outputs 0 to 1 once, got \[1, 1\]"
     ):
-        load_teacher(str(folder), CLASSES, TeacherRecipe(class_order=(1, 1)))
+        load_teacher(str(folder), CLASSES, TeacherSection(class_order=(1, 1)))
 
 
 def test_unixcoders_mode_stands_behind_the_first_token(tmp_path: Path) -> None:
@@ -111,11 +117,11 @@ def test_unixcoders_mode_stands_behind_the_first_token(tmp_path: Path) -> None:
     with torch.inference_mode():
         every = teacher.model(input_ids=input_ids, output_hidden_states=True).hidden_states[1][0]
     torch.testing.assert_close(outputs.states[:10, 0], every[[0, *range(3, 12)]])
-    assert load_teacher(str(tmp_path), CLASSES, TeacherRecipe(insert=())).insert == ()
+    assert load_teacher(str(tmp_path), CLASSES, TeacherSection(insert=())).insert == ()
     with pytest.raises(
         KdtrainError, match=r"teacher.insert names '<decoder>', which the tokenizer of .* lacks"
     ):
-        load_teacher(str(tmp_path), CLASSES, TeacherRecipe(insert=("<decoder>",)))
+        load_teacher(str(tmp_path), CLASSES, TeacherSection(insert=("<decoder>",)))
 
 
 def test_modernbert(tmp_path: Path) -> None:
@@ -219,15 +225,15 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
         lines.append(json.dumps({"code": f"{a} // {i}", "other": f"{b} // {i}", "label": int(a == b)}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     path = str(tmp_path / "rows.jsonl")
-    recipe = Recipe(
-        data=DataRecipe(train=path, valid=path, second="other", classes=("different", "clone")),
-        student=StudentRecipe(
+    recipe = ClassificationRecipe(
+        data=DataSection(train=path, valid=path, second="other", classes=("different", "clone")),
+        student=StudentSection(
             architecture=architecture,  # type: ignore[arg-type]
             vocab_size=300, hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=40, dropout=0.0,
         ),
-        teacher=TeacherRecipe(path=str(clone_checkpoint(tmp_path / "teacher", "roberta."))),
-        method=MethodRecipe(name=method),
-        training=TrainingRecipe(max_steps=3, epochs=2, batch_size=16, accumulation=2, log_every=1, best_metric="f1"),
+        teacher=TeacherSection(path=str(clone_checkpoint(tmp_path / "teacher", "roberta."))),
+        method=(method_options(method),),
+        training=ClassificationTraining(max_steps=3, num_train_epochs=2, batch_size=16, gradient_accumulation_steps=2, logging_steps=1, metric_for_best_model="f1"),
         output=str(tmp_path / "run"),
     )  # fmt: skip
     summary = run(recipe)
@@ -247,14 +253,14 @@ def test_a_student_of_pairs_trains_saves_and_loads(tmp_path: Path, architecture:
         KdtrainError, match="classifies pairs of texts, and the rows of this task are single texts"
     ):
         load_teacher(str(tmp_path / "run" / "student"), ("different", "clone"))
-    single = replace(recipe, data=DataRecipe(train=path, valid=path, classes=("different", "clone")))
-    plain = replace(single, method=MethodRecipe(name="ft"), teacher=TeacherRecipe())
-    student = StudentRecipe(path=str(tmp_path / "run" / "student"), max_length=recipe.student.max_length)
+    single = recipe.replaced(data=DataSection(train=path, valid=path, classes=("different", "clone")))
+    plain = single.replaced(method=(method_options("ft"),), teacher=TeacherSection())
+    student = StudentSection(path=str(tmp_path / "run" / "student"), max_length=recipe.student.max_length)
     with pytest.raises(
         KdtrainError,
         match=r"student.path: .* classifies pairs of texts, and the rows of this task are single",
     ):
-        run(replace(plain, student=student, output=str(tmp_path / "other")))
+        run(plain.replaced(student=student, output=str(tmp_path / "other")))
 
 
 def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
@@ -265,7 +271,7 @@ def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
     ids = torch.randint(5, len(words), (3, 2, 9), generator=torch.Generator().manual_seed(0))
 
     def start(path: Path, tokenizer: Any = words) -> PreTrainedModel:
-        given = StudentRecipe(path=str(path), max_length=40)
+        given = StudentSection(path=str(path), max_length=40)
         return build_student(given, tokenizer, names, pairs=True).eval()
 
     theirs = load_teacher(str(checkpoint), names, pairs=True).model
@@ -290,7 +296,7 @@ def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
 
     torch.manual_seed(5)
     bigru = build_student(
-        StudentRecipe(architecture="bigru", hidden_size=8, layers=1, max_length=40), words, names
+        StudentSection(architecture="bigru", hidden_size=8, layers=1, max_length=40), words, names
     )
     bigru.save_pretrained(tmp_path / "bigru")
     grown: Any = start(tmp_path / "bigru")
@@ -302,4 +308,4 @@ def test_a_student_of_pairs_starts_from_what_is_there(tmp_path: Path) -> None:
     ):
         start(tmp_path / "saved", more)
     with pytest.raises(KdtrainError, match=r"student.max_length is 65, but .* reads at most 64 tokens"):
-        build_student(StudentRecipe(path=str(checkpoint), max_length=65), words, names, pairs=True)
+        build_student(StudentSection(path=str(checkpoint), max_length=65), words, names, pairs=True)

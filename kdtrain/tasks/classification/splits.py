@@ -9,7 +9,7 @@ import torch
 
 from kdtrain.errors import KdtrainError
 from kdtrain.outputs import IGNORED
-from kdtrain.recipe import DataRecipe
+from kdtrain.recipe import DataSection
 from kdtrain.tasks.classification.rows import Columns, TextRows, read_file, read_jsonl, read_rows
 
 METRICS = ("accuracy", "f1", "top3", "macro_f1")
@@ -45,7 +45,7 @@ class ClassificationData:
         return digest.hexdigest()[:32]
 
 
-def load_classification(recipe: DataRecipe) -> ClassificationData:
+def load_classification(recipe: DataSection) -> ClassificationData:
     """Read the data set that a recipe names.
 
     Raises:
@@ -80,7 +80,7 @@ def load_classification(recipe: DataRecipe) -> ClassificationData:
     return data
 
 
-def _load_folder(folder: Path, recipe: DataRecipe) -> ClassificationData:
+def _load_folder(folder: Path, recipe: DataSection) -> ClassificationData:
     try:
         about = json.loads((folder / "dataset.json").read_text())
     except FileNotFoundError:

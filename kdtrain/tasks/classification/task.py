@@ -1,7 +1,6 @@
 """Task classification: rows of one or two texts with a class, learned from labels and a stored teacher."""
 
 import copy
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from kdtrain.engine.processes import main_process_first
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.rows import measured_rows
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.methods import build_methods, method_class
+from kdtrain.methods import build_methods
 from kdtrain.methods.base import Method
 from kdtrain.models.loading import (
     Shape,
@@ -34,8 +33,7 @@ from kdtrain.models.teachers import Teacher, load_teacher
 from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.objective import Objective, teacher_layers
 from kdtrain.outputs import IGNORED
-from kdtrain.recipe import MethodRecipe, Recipe
-from kdtrain.recipe.base import MethodOptions
+from kdtrain.recipe import ClassificationRecipe
 from kdtrain.tasks.base import Prepared, Task, TrainingData
 from kdtrain.tasks.classification.labelled import LabelledRows
 from kdtrain.tasks.classification.metrics import classification_metrics, latency_ms, report, save_predictions
@@ -48,7 +46,7 @@ from kdtrain.teacher_cache.build import Prepare
 from kdtrain.teacher_cache.store import Store, StoreSpec
 
 
-class Classification(Task[Recipe]):
+class Classification(Task[ClassificationRecipe]):
     """One classification run."""
 
     name: ClassVar[str] = "classification"
@@ -84,7 +82,7 @@ class Classification(Task[Recipe]):
             student = Shape(given.layers, given.hidden_size * (2 if recurrent else 1), not recurrent)
         teachers = {} if self.teacher is None else {"teacher": shape_of(self.teacher.model.config)}
         torch.manual_seed(self.recipe.seed)
-        return build_methods([method_options(self.recipe.method)], self.name, student, teachers)
+        return build_methods(self.recipe.methods, self.name, student, teachers)
 
     @property
     def learns_from_teacher(self) -> bool:
@@ -94,9 +92,9 @@ class Classification(Task[Recipe]):
     def identity(self) -> dict[str, str | None]:
         """Hashes of data, teacher, and what the recipe names of the student."""
         data, teacher, section = self.data, self.teacher, self.recipe.student
-        if self.recipe.training.best_metric == "f1" and len(data.classes) != 2:
+        if self.recipe.training.metric_for_best_model == "f1" and len(data.classes) != 2:
             raise KdtrainError(
-                f"training.best_metric f1 is for two classes, and {data.name} has {len(data.classes)}; macro_f1 is for any"
+                f"training.metric_for_best_model f1 is for two classes, and {data.name} has {len(data.classes)}; macro_f1 is for any"
             )
         _ = self.methods
         named = section.path is not None or section.tokenizer is not None
@@ -161,7 +159,7 @@ class Classification(Task[Recipe]):
         data = self.data
         if not self.learns_from_teacher and bool((data.train.labels == IGNORED).all()):
             raise KdtrainError(
-                f"method {self.recipe.method.name} learns from labels, and none of the {len(data.train)} training rows has one; add labels, or "
+                f"method {self.recipe.method_name} learns from labels, and none of the {len(data.train)} training rows has one; add labels, or "
                 "take a method with a teacher"
             )
         return (
@@ -316,10 +314,3 @@ class Classification(Task[Recipe]):
             "parameters": parameter_count(self.teacher.model),
             "test": report(test.teacher_logits, test.labels, None),
         }
-
-
-def method_options(section: MethodRecipe) -> MethodOptions:
-    """The options of the method that a recipe names, out of the fields that all methods share."""
-    options = method_class(section.name).Options
-    fields = asdict(section)
-    return options.parse({name: fields[name] for name in options.model_fields if name in fields}, "method.")

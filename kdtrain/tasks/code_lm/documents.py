@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from kdtrain.console import say
 from kdtrain.data.tokens import special_affixes
 from kdtrain.errors import KdtrainError
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
+from kdtrain.recipe import LanguageDataSection
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TOKENIZE_DOCUMENTS = 512
@@ -52,7 +52,7 @@ class Documents:
 
 
 def load_documents(
-    recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+    recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, Documents]:
     """Training and held-out documents, tokenized; each ends in the tokenizer's end-of-text token.
 
@@ -73,7 +73,7 @@ def load_documents(
     return train.select(~held_out), train.select(held_out)
 
 
-def load_held_out(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_held_out(recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """The held-out documents alone; where they are held out from the training ones, those are read but not kept."""
     if recipe.valid is not None:
         return tokenize_documents(read_rows(recipe.valid, "data.valid", recipe), recipe, tokenizer)
@@ -81,7 +81,7 @@ def load_held_out(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
     return joined([window.select(is_held_out(window, recipe)) for window in windows])
 
 
-def is_held_out(documents: Documents, recipe: LanguageDataRecipe) -> np.ndarray:
+def is_held_out(documents: Documents, recipe: LanguageDataSection) -> np.ndarray:
     """(documents,) bool: whether a document is measured on and not trained on, by a hash of its tokens."""
     ends = documents.lengths.cumsum()
     hashes = [
@@ -97,7 +97,7 @@ def joined(parts: list[Documents]) -> Documents:
     return Documents(*(np.concatenate(column) for column in columns))
 
 
-def read_rows(path: str, field: str, recipe: LanguageDataRecipe) -> Iterator[dict[str, Any]]:
+def read_rows(path: str, field: str, recipe: LanguageDataSection) -> Iterator[dict[str, Any]]:
     """The rows behind a recipe's path, one dictionary each; nothing is downloaded for a local path."""
     place = Path(path).expanduser()
     if place.is_dir() and not (place / "dataset_info.json").exists():
@@ -161,7 +161,7 @@ def _source_files(folder: Path, field: str, suffixes: tuple[str, ...]) -> Iterat
 
 
 def tokenize_documents(
-    rows: Iterator[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+    rows: Iterator[dict[str, Any]], recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Documents:
     """Tokenize rows of one kind."""
     return joined(list(document_windows(rows, recipe, tokenizer)))
@@ -169,7 +169,7 @@ def tokenize_documents(
 
 def document_windows(
     rows: Iterator[dict[str, Any]],
-    recipe: LanguageDataRecipe,
+    recipe: LanguageDataSection,
     tokenizer: PreTrainedTokenizerBase,
     window_tokens: int = WINDOW_TOKENS,
 ) -> Iterator[Documents]:
@@ -207,7 +207,7 @@ def _documents(found: list[tuple[np.ndarray, np.ndarray]]) -> Documents:
 
 
 def _tokenize(
-    rows: list[dict[str, Any]], recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase
+    rows: list[dict[str, Any]], recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     columns = rows[0]
     start, _ = special_affixes(tokenizer)

@@ -21,7 +21,7 @@ from kdtrain.models.head_file import empty_model, read_head
 from kdtrain.models.language_student import SAMPLE_CODE
 from kdtrain.models.language_teacher import DTYPES, LanguageTeacher
 from kdtrain.models.loading import load_tokenizer
-from kdtrain.tasks.code_lm.recipe import LanguageTeacherRecipe
+from kdtrain.recipe import LanguageTeacherSection
 from kdtrain.tasks.code_lm.targets import Target
 from kdtrain.tasks.code_lm.work import LanguageWork
 from kdtrain.teacher_cache.server.ahead import Ahead, Piece
@@ -42,13 +42,13 @@ Answer = tuple[Tensor, ...]
 class ServedTeacher(LanguageTeacher):
     """A teacher on servers, as far as it is here: tokenizer, configuration, head."""
 
-    section: LanguageTeacherRecipe
+    section: LanguageTeacherSection
     max_length: int
     """tokens of a row (data.max_length)"""
     runs_here: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, section: LanguageTeacherRecipe, max_length: int, *, head: bool) -> "ServedTeacher":
+    def load(cls, section: LanguageTeacherSection, max_length: int, *, head: bool) -> "ServedTeacher":
         """Read configuration and tokenizer, and the head where states are asked for; no server is asked.
 
         Raises:
@@ -72,13 +72,7 @@ class ServedTeacher(LanguageTeacher):
 
     def place(self, accelerator: Accelerator) -> None:
         """Move the head to this process's device."""
-        self.move_head(accelerator.device)
-
-    def move_head(self, device: torch.device) -> None:
-        """Move the head to a device."""
-        layer = self.model.get_output_embeddings()
-        assert layer is not None
-        layer.to(device)
+        self.model.get_output_embeddings().to(accelerator.device)
 
     def release(self) -> None:
         """There are no layers to give up."""
@@ -180,7 +174,7 @@ class ServedWork(LanguageWork):
         self.servers = teacher.servers
         self.ahead = teacher.asking(target)
         if target.frozen is not None:
-            teacher.move_head(device)
+            teacher.model.get_output_embeddings().to(device)
 
     def expect(self, batches: Sequence[Tensor]) -> None:
         """Ask for these batches, in this order, ahead of `compute`."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from kdtrain.checksums import check_sealed, seal
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, human_bytes, write_json
-from kdtrain.recipe import differences
+from kdtrain.recipe import LanguageDataSection, differences
 from kdtrain.tasks.code_lm.documents import WINDOW_TOKENS, Documents, document_windows, is_held_out, read_rows
 from kdtrain.tasks.code_lm.packing import IGNORED, PackedRows, pack, shifted_labels
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -45,7 +44,7 @@ class StoredRows:
 
 
 def stored_rows(
-    recipe: LanguageDataRecipe,
+    recipe: LanguageDataSection,
     tokenizer: PreTrainedTokenizerBase,
     pad_id: int,
     *,
@@ -82,12 +81,12 @@ def stored_rows(
     return StoredRows(train, valid, found["fingerprint"])
 
 
-def description(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def description(recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What decides the content of a store, as plain JSON: fields, tokenizer, and sizes and times of local files."""
     rules = getattr(tokenizer, "backend_tokenizer", None)
     said = [tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template]
     content = json.dumps([rules.to_str() if rules is not None else None, *said], sort_keys=True, default=str)
-    fields = {name: value for name, value in asdict(recipe).items() if name != "store"}
+    fields = {name: value for name, value in recipe.plain().items() if name != "store"}
     return json.loads(
         json.dumps(
             {
@@ -103,7 +102,7 @@ def description(recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def state_of_files(path: str | None, recipe: LanguageDataRecipe) -> str | None:
+def state_of_files(path: str | None, recipe: LanguageDataSection) -> str | None:
     """A hash of names, sizes and times of what lies at a local path; None for what is not local."""
     place = Path(path or "").expanduser()
     if path is None or not place.exists():
@@ -121,7 +120,7 @@ def state_of_files(path: str | None, recipe: LanguageDataRecipe) -> str | None:
 def write_store(
     folder: Path,
     wanted: dict[str, Any],
-    recipe: LanguageDataRecipe,
+    recipe: LanguageDataSection,
     tokenizer: PreTrainedTokenizerBase,
     pad_id: int,
     window_tokens: int,
@@ -154,7 +153,7 @@ def write_store(
 
 
 def split_windows(
-    recipe: LanguageDataRecipe, tokenizer: PreTrainedTokenizerBase, window_tokens: int
+    recipe: LanguageDataSection, tokenizer: PreTrainedTokenizerBase, window_tokens: int
 ) -> Iterator[tuple[str, Documents]]:
     """Windows of documents, each for one split."""
     rows = read_rows(recipe.train, "data.train", recipe)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kdtrain.errors import KdtrainError
 from kdtrain.models.heads import head_of
 from kdtrain.models.language_teacher import LanguageTeacher
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe, LanguageTeacherRecipe
+from kdtrain.recipe import LanguageRecipe, LanguageTeacherSection
 from kdtrain.teacher_cache.store import Element, StoreSpec
 
 Kind = Literal["hidden", "topk", "cross_term"]
@@ -48,7 +48,7 @@ class FrozenHead:
             )
         dtype = DTYPES[recipe.training.precision]
         bias = None if head.bias is None else head.bias.detach().to(dtype)
-        return cls(head.weight.detach().to(dtype), bias, recipe.method.temperature)
+        return cls(head.weight.detach().to(dtype), bias, recipe.temperature)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -74,7 +74,7 @@ class Target:
         cls,
         kind: Kind,
         teacher: LanguageTeacher,
-        recipe: LanguageTeacherRecipe,
+        recipe: LanguageTeacherSection,
         *,
         shared: int | None = None,
         frozen: FrozenHead | None = None,

@@ -13,7 +13,7 @@ from kdtrain.console import say
 from kdtrain.engine.checkpoint import Position
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, folder_bytes, write_tensors
-from kdtrain.methods import METHODS, build_methods
+from kdtrain.methods import build_methods
 from kdtrain.methods.base import Method
 from kdtrain.micro_batches import evaluating
 from kdtrain.models.heads import check_model
@@ -30,13 +30,12 @@ from kdtrain.models.lora import adapted_layers, merged_student
 from kdtrain.models.vocabulary import VocabularyMatch, check_ids, match_vocabularies
 from kdtrain.objective import Objective
 from kdtrain.outputs import IGNORED, Batch, Layers
-from kdtrain.recipe.base import MethodOptions
+from kdtrain.recipe import LanguageRecipe
 from kdtrain.tasks.base import Prepared, Task, TrainingData
 from kdtrain.tasks.code_lm.documents import Documents, load_documents
 from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.outputs import LanguageModels
 from kdtrain.tasks.code_lm.packing import PackedRows, pack
-from kdtrain.tasks.code_lm.recipe import LanguageMethodRecipe, LanguageRecipe
 from kdtrain.tasks.code_lm.served import ServedTeacher
 from kdtrain.tasks.code_lm.store import stored_rows
 from kdtrain.tasks.code_lm.targets import Kind, Target
@@ -98,8 +97,8 @@ class CodeLM(Task[LanguageRecipe]):
         student, teacher = self.student, self.teacher
         if teacher is None:
             return None
-        ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher.model))
-        return match_vocabularies(self.tokenizer, teacher.tokenizer, ours, theirs, SAMPLE_CODE)
+        sizes = (model.config.get_text_config().vocab_size for model in (student, teacher.model))
+        return match_vocabularies(self.tokenizer, teacher.tokenizer, *sizes, SAMPLE_CODE)
 
     @cached_property
     def student(self) -> PreTrainedModel:
@@ -118,7 +117,7 @@ class CodeLM(Task[LanguageRecipe]):
         vocab_map = None if self.match is None else self.match.vocab_map
         if isinstance(teacher, ServedTeacher) and section.asked == "topk":
             teacher = None  # of which there is no head
-        return LanguageModels(teacher, vocab_map, section.tail, self.recipe.method.temperature)
+        return LanguageModels(teacher, vocab_map, section.tail, self.recipe.temperature)
 
     @cached_property
     def objective(self) -> Objective:
@@ -130,7 +129,7 @@ class CodeLM(Task[LanguageRecipe]):
         elif self.recipe.teacher.path is None:
             shapes = {}
         return checked_objective(
-            student, language_methods(self.recipe.method, shape_of(student), shapes), models
+            student, build_methods(self.recipe.methods, self.name, shape_of(student), shapes), models
         )
 
     @cached_property
@@ -160,6 +159,17 @@ class CodeLM(Task[LanguageRecipe]):
         if self.teacher is None or not self.learns_from_teacher or signal in ("online", "shards"):
             return None
         return signal
+
+    def check_signal(self) -> None:
+        """Refuse methods that the recipe cannot serve, or that read what the teacher does not give."""
+        layers = self.objective.teacher_layers.values()
+        section = self.recipe.teacher
+        if not any(one.all_states or one.attention for one in layers) or section.runs_here:
+            return
+        reason = f"which teacher.signal {section.signal} does not store; set teacher.signal: online"
+        if section.source == "server":
+            reason = "which a server does not answer; set teacher.source: local"
+        raise KdtrainError(f"method {self.recipe.method_name} reads inner layers of the teacher, {reason}")
 
     def target(self, kind: Kind) -> Target:
         """What this run stores of its teacher.
@@ -192,6 +202,7 @@ class CodeLM(Task[LanguageRecipe]):
 
     def identity(self) -> dict[str, str | None]:
         """Hashes of data and teacher, once everything was checked against each other."""
+        self.check_signal()
         _, _, fingerprint = self.rows
         check_ids(
             [rows.tokens for rows in self.rows[:2]],
@@ -329,44 +340,6 @@ def shape_of(model: PreTrainedModel) -> Shape:
     """Layers and width of a language model."""
     config = model.config.get_text_config()
     return Shape(int(config.num_hidden_layers), int(config.hidden_size))
-
-
-def language_methods(
-    section: LanguageMethodRecipe, student: Shape, teachers: dict[str, Shape]
-) -> list[Method]:
-    """The methods of a recipe: a feature of `kd_features` that is a relation is a method of its own."""
-    divergence: dict[str, Any] = {"name": section.divergence}
-    if section.divergence == "jsd":
-        divergence["beta"] = section.beta
-    elif section.divergence.startswith("skew"):
-        divergence["alpha"] = section.alpha
-    logits = {
-        "divergence": divergence,
-        "temperature": section.temperature,
-        "kd_weight": section.kd_weight,
-        "ce_weight": section.ce_weight,
-        "last_temperature": section.last_temperature,
-        "last_kd_weight": section.last_kd_weight,
-        "last_ce_weight": section.last_ce_weight,
-    }
-    chosen: list[dict[str, Any]] = [{"name": "kd", **logits}]
-    if section.name == "ft":
-        chosen = [{"name": "ft"}]
-    elif section.name == "kd_features" and "teacher" in teachers:
-        layer_map = section.layer_map or ((student.layers, teachers["teacher"].layers),)
-        if "hidden" in section.features:
-            weight = section.feature_weight
-            chosen = [{"name": "kd_features", **logits, "feature_weight": weight, "layer_map": layer_map}]
-        kinds = [kind for kind in section.features if kind != "hidden"]
-        if kinds:
-            relations: dict[str, Any] = {"name": "relations", "relations": kinds, "layer_map": layer_map}
-            relations |= {
-                "relation_weight": section.relation_weight,
-                "relation_heads": section.relation_heads,
-            }
-            chosen.append(relations)
-    options: list[MethodOptions] = [METHODS[one["name"]].Options.parse(one, "method.") for one in chosen]
-    return build_methods(options, CodeLM.name, student, teachers)
 
 
 def checked_objective(student: PreTrainedModel, methods: list[Method], models: LanguageModels) -> Objective:

@@ -18,8 +18,8 @@ from kdtrain.data.tokens import TokenRows, length_grouped_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.outputs import Batch
+from kdtrain.recipe import LanguageRecipe
 from kdtrain.tasks.code_lm.packing import PackedRows
-from kdtrain.tasks.code_lm.recipe import LanguageRecipe
 from kdtrain.tasks.code_lm.served import AskedRows, ServedTeacher, ServedWork
 from kdtrain.tasks.code_lm.targets import Target
 from kdtrain.tasks.code_lm.work import LanguageWork, segments_of
@@ -177,12 +177,12 @@ class ServedRows(TeacherRows):
             if (step - 1) // steps != epoch:
                 epoch = (step - 1) // steps
                 plan = length_grouped_batches(rows.lengths, options.batch_size, recipe.seed, epoch)
-            parts = plan[(step - 1) % steps].tensor_split(options.accumulation * count)
+            parts = plan[(step - 1) % steps].tensor_split(options.gradient_accumulation_steps * count)
             own = torch.cat(parts[accelerator.process_index :: count])
             return [number for row in own.tolist() for number in range(int(first[row]), int(first[row + 1]))]
 
         work = ServedWork(teacher, target, segments, accelerator.device)
-        total = options.max_steps or options.epochs * steps
+        total = options.max_steps or math.ceil(options.num_train_epochs * steps)
         asked = AskedRows(work, segments_at, total, keep=keep)
         keys = token_keys(segments.tokens, segments.starts.numpy(), segments.lengths.numpy())
         return cls(rows, None, segments, first, keys, asked)

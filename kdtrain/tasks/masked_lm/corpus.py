@@ -13,9 +13,8 @@ from kdtrain.data.exceptions import collect_functions, source_files, without_dup
 from kdtrain.data.handlers import HOLE, Function
 from kdtrain.data.sources import split_of
 from kdtrain.errors import KdtrainError
+from kdtrain.recipe import LanguageDataSection, MaskedDataSection
 from kdtrain.tasks.code_lm.documents import read_rows
-from kdtrain.tasks.code_lm.recipe import LanguageDataRecipe
-from kdtrain.tasks.masked_lm.recipe import MaskedDataRecipe
 from kdtrain.tasks.masked_lm.rows import MaskedRows, masked_name_rows, text_rows
 
 TOKENIZER_CHARACTERS = 200_000_000
@@ -74,7 +73,7 @@ class Corpus:
         return MaskedRows.of(rows, names, tokenizer, self.marker, seed)
 
 
-def load_corpus(recipe: MaskedDataRecipe) -> Corpus:
+def load_corpus(recipe: MaskedDataSection) -> Corpus:
     """Read the code that a recipe names.
 
     Raises:
@@ -90,9 +89,9 @@ def load_corpus(recipe: MaskedDataRecipe) -> Corpus:
     return corpus
 
 
-def _documents(recipe: MaskedDataRecipe) -> Corpus:
+def _documents(recipe: MaskedDataSection) -> Corpus:
     """Equal documents are on one side: a hash of the content decides."""
-    given = LanguageDataRecipe(
+    given = LanguageDataSection(
         train=recipe.train[0], suffixes=recipe.suffixes, split=recipe.split, text=recipe.text
     )
     rows = itertools.chain.from_iterable(read_rows(path, "data.train", given) for path in recipe.train)
@@ -113,7 +112,7 @@ def _texts(rows: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
         yield text
 
 
-def _functions(recipe: MaskedDataRecipe) -> Corpus:
+def _functions(recipe: MaskedDataSection) -> Corpus:
     """The training side of the exception task, and its validation side to measure on; the test side is never read.
 
     Of near duplicates the one on the test side stays, so none of its copies is learned from.

@@ -33,10 +33,10 @@ from kdtrain.models.masked_heads import check_masked_head
 from kdtrain.models.students import check_positions, roberta_config
 from kdtrain.models.tokenizers import stored_tokenizer, train_tokenizer
 from kdtrain.objective import Objective
+from kdtrain.recipe import MaskedRecipe
 from kdtrain.tasks.base import Prepared, Task, TrainingData
 from kdtrain.tasks.masked_lm.corpus import Corpus, load_corpus
 from kdtrain.tasks.masked_lm.outputs import MaskedModels, masked_metrics
-from kdtrain.tasks.masked_lm.recipe import MaskedRecipe
 from kdtrain.tasks.masked_lm.rows import MaskedRows
 
 
