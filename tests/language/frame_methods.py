@@ -120,24 +120,44 @@ def objective_of(name: str) -> Objective:
     return Objective(student, [method], models)
 
 
-def steps(
-    folder: Path, name: str, data: PackedRows, *, accumulation: int = 1, save_steps: int | None = None
-) -> dict[str, Tensor]:
-    """Three optimizer steps in `folder`, in as many processes as there are; the state of the objective."""
+def recipe_of(
+    *,
+    max_steps: int,
+    batch_size: int,
+    eval_steps: int,
+    accumulation: int = 1,
+    save_steps: int | None = None,
+) -> LanguageRecipe:
+    """A recipe of which the loop reads the training section alone."""
     training = LanguageTraining(
-        max_steps=3,
-        batch_size=5,
+        max_steps=max_steps,
+        batch_size=batch_size,
         learning_rate=1e-2,
-        eval_steps=3,
+        eval_steps=eval_steps,
         logging_steps=1,
         gradient_accumulation_steps=accumulation,
         save_steps=save_steps,
     )
-    recipe = LanguageRecipe(
+    return LanguageRecipe(
         data=LanguageDataSection(train="-"), method=(method_options("ft"),), training=training
     )
-    accelerator = start_accelerator(training, sharded=True)
-    objective = objective_of(name)
+
+
+def steps(
+    folder: Path, name: str, data: PackedRows, *, accumulation: int = 1, save_steps: int | None = None
+) -> dict[str, Tensor]:
+    """Three optimizer steps in `folder`, in as many processes as there are; the state of the objective."""
+    recipe = recipe_of(
+        max_steps=3, batch_size=5, eval_steps=3, accumulation=accumulation, save_steps=save_steps
+    )
+    return train_in(folder, objective_of(name), data, recipe)
+
+
+def train_in(
+    folder: Path, objective: Objective, data: PackedRows, recipe: LanguageRecipe
+) -> dict[str, Tensor]:
+    """Train a language model in `folder`, measured on the rows that it learns; the state of the objective."""
+    accelerator = start_accelerator(recipe.training, sharded=True)
     assert isinstance(objective.models, LanguageModels) and objective.models.teacher is not None
     objective.models.teacher.place(accelerator)
 
