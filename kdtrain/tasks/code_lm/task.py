@@ -164,12 +164,15 @@ class CodeLM(Task[LanguageRecipe]):
         """Refuse methods that the recipe cannot serve, or that read what the teacher does not give."""
         layers = self.objective.teacher_layers.values()
         section = self.recipe.teacher
-        if not any(one.all_states or one.attention for one in layers) or section.runs_here:
+        inner = any(one.all_states or one.attention for one in layers)
+        live = any(method.needs().live for method in self.objective.plan)
+        if section.runs_here or not (inner or live):
             return
         reason = f"which teacher.signal {section.signal} does not store; set teacher.signal: online"
         if section.source == "server":
             reason = "which a server does not answer; set teacher.source: local"
-        raise KdtrainError(f"method {self.recipe.method_name} reads inner layers of the teacher, {reason}")
+        what = "inner layers of the teacher" if inner else "the teacher on rows that are made in training"
+        raise KdtrainError(f"method {self.recipe.method_name} reads {what}, {reason}")
 
     def target(self, kind: Kind) -> Target:
         """What this run stores of its teacher.
