@@ -17,6 +17,7 @@ from kdtrain.models.heads import head_of, hidden_states
 from kdtrain.models.loading import load_tokenizer, parameter_count
 from kdtrain.outputs import Batch
 from kdtrain.recipe import LanguageRecipe, LanguageStudentSection
+from kdtrain.tasks.base import TrainingData
 from kdtrain.tasks.code_lm.documents import load_held_out
 from kdtrain.tasks.code_lm.metrics import language_metrics
 from kdtrain.tasks.code_lm.packing import PackedRows
@@ -51,8 +52,13 @@ def evaluate_language_run(folder: Path) -> dict[str, Any]:
     student.to(accelerator.device).eval()
     if run.models.teacher is not None:
         run.models.teacher.place(accelerator)
+    data: TrainingData = rows
+    if (
+        models.teacher is not None and not models.teacher.runs_here
+    ):  # the run has stored what the servers answered
+        data = run.computed(rows, "hidden", accelerator)
     sums = measured_rows(
-        lambda batch: models.measure(student, batch), rows, accelerator, tokens=run.evaluation_tokens
+        lambda batch: models.measure(student, batch), data, accelerator, tokens=run.evaluation_tokens
     )
     write_tensors(folder / PREDICTIONS, {"sums": sums, "tokens": rows.tokens, "labels": rows.labels})
     seal_again(folder, PREDICTIONS, MEASURE_ANOTHER)

@@ -129,3 +129,22 @@ def test_fields_that_do_not_belong_together(distillation: LanguageRecipe) -> Non
         opened(distillation.replaced(teacher=unserved, method=method_options("kd_features")))
     with pytest.raises(KdtrainError, match=r"teacher.url names no server; give the address of one"):
         run(distillation.replaced(teacher=distillation.teacher.replaced(source="server"), output="/nowhere"))
+
+
+def test_a_key_is_in_no_file_and_no_message(
+    distillation: LanguageRecipe,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, url = start(key="open sesame")
+    monkeypatch.setenv(API_KEY, "open sesame")
+    run(served(distillation, tmp_path / "run", url))
+    said = capsys.readouterr()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 8 and not any(b"sesame" in path.read_bytes() for path in files)
+    assert "sesame" not in said.out + said.err
+    with pytest.raises(KdtrainError, match=r"without credentials .*got one for host") as caught:
+        run(served(distillation, tmp_path / "other", "http://user:sesame@host:1"))
+    assert "sesame" not in str(caught.value)

@@ -136,6 +136,14 @@ def test_several_servers_share_the_requests(
     assert sum(counts) == 40 and min(counts) > 5
 
 
+def test_answers_that_arrive_in_another_order(
+    served: Served, model: LlamaForCausalLM, connect: Connect
+) -> None:
+    _, url = served(fault=lambda number, path: "slow" if number == 2 else None)
+    for ids, found in zip(PIECES, connect([url]).hidden(PIECES, dtype="float32"), strict=True):
+        assert torch.equal(found, own_hidden(model, ids))
+
+
 def test_requests_stay_within_a_bound_of_the_reader(
     served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

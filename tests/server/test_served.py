@@ -1,6 +1,8 @@
 """A teacher on a server: the same store and the same training as the teacher itself, over real HTTP."""
 
 import json
+import re
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -11,16 +13,20 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.cli import main
 from kdtrain.errors import KdtrainError
+from kdtrain.evaluation.code_lm import evaluate_language_run
 from kdtrain.evaluation.metrics import read_metrics
 from kdtrain.models.head_file import empty_model, read_head
 from kdtrain.models.heads import head_of
 from kdtrain.recipe import LanguageRecipe, save_recipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
+from kdtrain.tasks.code_lm.served import ServedTeacher, ServedWork
 from kdtrain.tasks.code_lm.task import CodeLM
+from kdtrain.tasks.code_lm.work import segments_of
 from kdtrain.teacher_cache.shard import map_file
 from kdtrain.teacher_cache.store import shard_paths
 from tests.server.conftest import Start, served
+from tests.support.commands import torchrun
 
 CPU = torch.device("cpu")
 
@@ -75,6 +81,8 @@ def test_the_store_of_a_server_is_that_of_the_teacher(
         assert found == wanted and len(found) == steps + 1
         summary = Summary.load(tmp_path / signal / "served")
         assert ("divergence" in summary.valid) == (signal == "hidden")
+        measured = evaluate_language_run(tmp_path / signal / "served")
+        assert {name: measured[name] for name in summary.valid} == pytest.approx(summary.valid, rel=1e-4)
 
 
 def test_ten_steps_ask_ahead_and_equal_the_local_teacher(
@@ -126,3 +134,80 @@ def test_only_the_head_is_read(language_teacher: Path, tmp_path: Path) -> None:
         KdtrainError, match=r"teacher.path: no head could be loaded from .*no safetensors file"
     ):
         read_head(empty_model(str(tmp_path), "teacher.path", torch.float32), str(tmp_path), "teacher.path")
+
+
+def test_a_server_that_dies_leaves_what_was_written(
+    distillation: LanguageRecipe,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One error with the address; the same command asks for the rest only."""
+    monkeypatch.setattr("kdtrain.teacher_cache.server.connection.PATIENCE", 0.5)
+    monkeypatch.setattr("kdtrain.teacher_cache.build.SHARD_ROWS", 4)
+    monkeypatch.setattr("kdtrain.tasks.code_lm.served.AHEAD_BYTES", 64 * 50)
+    teacher, url = start(fault=lambda number, path: "500" if number > 25 else None)
+    recipe = served(distillation, tmp_path / "run", url, signal="hidden")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    command = ["cache", str(tmp_path / "recipe.yaml")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"kdtrain: {url} did not answer for 0 s: /pooling answered 500 .*the same command continues", said
+    )
+    folder = tmp_path / "run" / "teacher_cache" / "hidden"
+    kept = contents(folder)
+    assert 8 < len(kept) < 25 and not list(folder.glob(".*.tmp"))
+    teacher.fault = lambda number, path: None
+    teacher.requests.clear()
+    assert main(command) == 0
+    whole = contents(folder)
+    assert {key: whole[key] for key in kept} == kept
+    # Three to look at the server and two to ask again of what was stored; for the held-out rows three to look.
+    assert teacher.requests.count("/pooling") == len(whole) - len(kept) + 3 + 2 + 3 + 3
+
+
+def test_traffic_is_bounded_and_told(
+    distillation: LanguageRecipe, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow reader: no more is asked than fits in the bound; the remark of the bar has tokens/s and bytes/s."""
+    teacher, url = start()
+    with closing(CodeLM(served(distillation, tmp_path, url, signal="hidden"))) as task:
+        task.identity()
+        target = task.target("hidden")
+        assert isinstance(task.teacher, ServedTeacher)
+        segments, _ = segments_of(task.rows[0])
+        monkeypatch.setattr("kdtrain.tasks.code_lm.served.AHEAD_BYTES", 64 * 200)
+        with closing(ServedWork(task.teacher, target, segments, CPU)) as work:
+            batches = [torch.tensor([row]) for row in range(len(segments))]
+            work.expect(batches)
+            time.sleep(1.0)
+            asked = teacher.requests.count("/pooling")
+            assert int(segments.lengths[:asked].sum()) <= 200 < int(segments.lengths[: asked + 1].sum())
+            for rows in batches:
+                work.compute(rows, ["hidden"])
+            assert re.fullmatch(r"\d+ tokens/s, \d+\.\d\d MB/s", work.note())
+        assert teacher.requests.count("/pooling") == len(segments)
+
+
+@pytest.mark.xdist_group("programs")
+def test_two_processes_ask_each_for_their_own(
+    distillation: LanguageRecipe, start: Start, tmp_path: Path
+) -> None:
+    """Training with accumulation on two processes: the losses of one, and every segment asked once a read."""
+    teacher, url = start()
+    training = distillation.training.replaced(gradient_accumulation_steps=2)
+    recipe = served(distillation, tmp_path / "two", url, dtype="float32").replaced(training=training)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    program = torchrun(["kdtrain", "train", str(tmp_path / "recipe.yaml")])
+    _, errors = program.communicate()
+    assert program.returncode == 0, errors[-3000:]
+    asked = teacher.requests.count("/pooling")
+    run(recipe.replaced(output=str(tmp_path / "one"), training=distillation.training))
+    found, wanted = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert found == pytest.approx(wanted, rel=1e-4) and len(found) == 21
+    alone = teacher.requests.count("/pooling") - asked
+    assert asked == alone + 2 * 3, (
+        "the second process looks at the server, too: for training and held-out rows"
+    )

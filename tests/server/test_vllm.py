@@ -166,13 +166,14 @@ def test_the_store_and_ten_steps_equal_the_local_teacher(
             torch.frombuffer(bytearray(b"".join(found[key][name] for key in sorted(found))), dtype=dtype)
             for found in (mine, theirs)
         )
-        equal = float((ours == others).double().mean())
-        # Another engine adds in another order: 4e-6 apart, which now and then ends on the other side of a rounding.
+        # Another engine adds in another order, 4e-6 apart: now and then that ends on the other side of a rounding.
         torch.testing.assert_close(ours, others, rtol=2**-7 if stored == "hidden" else 1e-4, atol=1e-4)
+        equal = float((ours == others).double().mean())
+        worst = float((ours.float() - others.float()).abs().max())
         assert equal > 0.99 or stored == "topk"
         with capsys.disabled():
             print(
-                f"\n{stored}: {equal:.2%} of {len(ours)} stored values equal the local teacher's to the bit"
+                f"\n{stored}: {equal:.2%} of {len(ours)} stored values equal the local teacher's to the bit, the others up to {worst:.1g} apart"
             )
 
 
@@ -181,7 +182,7 @@ def test_bytes_on_the_wire(
 ) -> None:
     words = AutoTokenizer.from_pretrained(teacher)
     text = "".join(json.loads(line)["text"] for line in Path(recipe.data.train).read_text().splitlines())
-    ids = words(text)["input_ids"]
+    ids = 4 * words(text)["input_ids"]
     pieces = [ids[first : first + 256] for first in range(0, 4096, 256)]
     pooling, generating = urls
     rows = []

@@ -58,7 +58,9 @@ class ServedTeacher:
 def serving(teacher: ServedTeacher, port: int = 0) -> Iterator[str]:
     """Serve on loopback; the address of the server."""
     handler = type("Handler", (_Handler,), {"teacher": teacher})
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    # Many clients connect at once; with the default of 5 a loaded machine resets some of them.
+    listener = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})
+    server = listener(("127.0.0.1", port), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

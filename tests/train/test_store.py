@@ -230,7 +230,7 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path: Path, accelerator: Ac
     ):
         Broken.value = value
         with pytest.raises(KdtrainError, match=sentence):
-            build(store, text_keys(TEXTS), lambda _: Broken(TEXTS), accelerator, batch_tokens=100)  # type: ignore[arg-type,return-value]
+            build(store, text_keys(TEXTS), lambda _: Broken(TEXTS), accelerator, batch_tokens=100)
     assert not shard_paths(tmp_path)
 
 

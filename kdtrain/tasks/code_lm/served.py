@@ -72,7 +72,13 @@ class ServedTeacher(LanguageTeacher):
 
     def place(self, accelerator: Accelerator) -> None:
         """Move the head to this process's device."""
-        self.model.get_output_embeddings().to(accelerator.device)
+        self.move_head(accelerator.device)
+
+    def move_head(self, device: torch.device) -> None:
+        """Move the head to a device."""
+        layer = self.model.get_output_embeddings()
+        assert layer is not None
+        layer.to(device)
 
     def release(self) -> None:
         """There are no layers to give up."""
@@ -174,7 +180,7 @@ class ServedWork(LanguageWork):
         self.servers = teacher.servers
         self.ahead = teacher.asking(target)
         if target.frozen is not None:
-            teacher.model.get_output_embeddings().to(device)
+            teacher.move_head(device)
 
     def expect(self, batches: Sequence[Tensor]) -> None:
         """Ask for these batches, in this order, ahead of `compute`."""

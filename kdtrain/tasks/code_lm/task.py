@@ -97,8 +97,8 @@ class CodeLM(Task[LanguageRecipe]):
         student, teacher = self.student, self.teacher
         if teacher is None:
             return None
-        sizes = (model.config.get_text_config().vocab_size for model in (student, teacher.model))
-        return match_vocabularies(self.tokenizer, teacher.tokenizer, *sizes, SAMPLE_CODE)
+        ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher.model))
+        return match_vocabularies(self.tokenizer, teacher.tokenizer, ours, theirs, SAMPLE_CODE)
 
     @cached_property
     def student(self) -> PreTrainedModel:

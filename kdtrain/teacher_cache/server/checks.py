@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.errors import KdtrainError
+from kdtrain.teacher_cache.server.answers import covered_probability
 from kdtrain.teacher_cache.server.connection import POOLING
 from kdtrain.teacher_cache.server.servers import TeacherServers
 
@@ -116,6 +117,7 @@ def check_top_k(servers: TeacherServers, probe: Sequence[int], longest: Sequence
             f"{servers.urls[0]} generates no text, so it answers no log-probabilities; start it without --runner pooling (kdtrain "
             "serve-command prints the command), or set teacher.signal: hidden"
         )
+    logprobs = torch.empty(0, k)
     for url in servers.generating:
         one = servers.only(url)
         whole, _ = one.likeliest(probe, k)
@@ -125,8 +127,9 @@ def check_top_k(servers: TeacherServers, probe: Sequence[int], longest: Sequence
                 f"{url} answers other log-probabilities for what it generates than for a prompt; start it with --logprobs-mode raw_logprobs "
                 "and --generation-config vllm"
             )
-        one.likeliest(longest, k)
+        logprobs, _ = one.likeliest(longest, k)
+    covered = covered_probability(logprobs)
     return [
-        f"{', '.join(servers.generating)}: the {k} most likely tokens of {servers.model.name} ({servers.model.root}), up to "
-        f"{servers.model.max_length - 1} tokens"
+        f"{', '.join(servers.generating)}: the {k} most likely tokens of {servers.model.name} ({servers.model.root}), which hold {covered:.1%} of "
+        f"the probability of a sample, up to {servers.model.max_length - 1} tokens"
     ]
