@@ -14,12 +14,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from kdtrain.console import progress, say
-from kdtrain.data.tokens import length_grouped_batches
+from kdtrain.data.tokens import epoch_batches
 from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
 from kdtrain.engine.failures import tells_failures
 from kdtrain.engine.full_state import joined, load_state, whole_state
 from kdtrain.engine.gradients import give, gradient_sync, taken
 from kdtrain.engine.interrupts import StopSignals, stopped
+from kdtrain.engine.layers import set_up_layers
 from kdtrain.engine.means import RunningMeans
 from kdtrain.engine.random import own_part, random_state, set_random_state
 from kdtrain.engine.run_folder import recipe_hash
@@ -65,6 +66,7 @@ def train(
     splits = options.gradient_accumulation_steps * accelerator.num_processes
 
     plain = model.to(device)
+    set_up_layers(plain.student, options)
     optimizer: Any = torch.optim.AdamW(parameter_groups(plain, options), lr=options.learning_rate, fused=True)
     scheduler = get_scheduler(
         options.lr_scheduler_type,
@@ -94,6 +96,7 @@ def train(
     if resumed is not None:
         position, tensors = resumed
         running = RunningMeans(device, own_part(tensors, accelerator))
+        set_rates(optimizer, scheduler)
     if main:
         keep_lines(metrics_path, position.step)
         if position.step:
@@ -127,8 +130,10 @@ def train(
                     state = whole_state(plain)
                     if main:
                         save_best(checkpoints, step.number, state)
+                shown = prefixed("valid", metrics)
+                accelerator.log(shown, step=step.number)
                 if main:
-                    append_line(metrics_path, json.dumps({"step": step.number, **prefixed("valid", metrics)}))
+                    append_line(metrics_path, json.dumps({"step": step.number, **shown}))
                     say(f"{folder.name}: step {step.number}/{total_steps} {describe(metrics)}")
                 plain.after_evaluate(step, metrics)
                 last = last or position.waited == options.early_stopping_patience
@@ -150,6 +155,7 @@ def train(
                         accelerator.scaler,
                         tensors,
                         run,
+                        options.save_total_limit,
                     )
                 del state, optimizer_state
                 accelerator.wait_for_everyone()
@@ -164,7 +170,13 @@ def train(
             started = time.perf_counter()
             if step.number // steps_per_epoch != epoch:
                 epoch = step.number // steps_per_epoch
-                plan = length_grouped_batches(data.lengths, options.batch_size, recipe.seed, epoch)
+                plan = epoch_batches(
+                    data.lengths,
+                    options.batch_size,
+                    recipe.seed,
+                    epoch,
+                    group_by_length=options.group_by_length,
+                )
             rows = plan[step.number % steps_per_epoch]
             batch = plain.prepare_step(wrapped, step, rows, data, accelerator, splits)
             draws = random_state(device) if len(groups) > 1 else None
@@ -215,6 +227,7 @@ def train(
                 }
                 if isinstance(data, WaitingData):
                     line["teacher_wait_share"] = round(data.waited() / seconds, 4)
+                accelerator.log(line, step=position.step)
                 if main:
                     append_line(metrics_path, json.dumps(line))
                 bar.note(f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s")
@@ -224,6 +237,14 @@ def train(
     accelerator.wait_for_everyone()
     load_state(plain, read_best(checkpoints, position.best_step))
     return position
+
+
+def set_rates(optimizer: Any, scheduler: Any) -> None:
+    """The learning rates of the next step by the schedule of this run, which may be longer than the one that was saved."""
+    for group, base, factor in zip(
+        optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(scheduler.last_epoch)
 
 
 def check_finite(loss: float, step: int, options: TrainingSection) -> None:

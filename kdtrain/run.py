@@ -14,6 +14,7 @@ from kdtrain.engine.checkpoint import Position
 from kdtrain.engine.full_state import whole_state
 from kdtrain.engine.processes import main_process_first
 from kdtrain.engine.run_folder import claimed
+from kdtrain.engine.trackers import tracked
 from kdtrain.evaluation.measure import peak_memory
 from kdtrain.evaluation.rows import measured_rows
 from kdtrain.loop import train
@@ -40,7 +41,7 @@ def run(recipe: RunRecipe, shared: SharedInputs | None = None) -> Summary:
     """
     folder = Path(recipe.output)
     with closing(task_of(recipe)(recipe, shared)) as task:
-        accelerator = start_accelerator(recipe.training, sharded=task.sharded)
+        accelerator = start_accelerator(recipe.training, sharded=task.sharded, folder=folder)
         with main_process_first(accelerator):
             identity = task.identity()
         with claimed(folder, recipe, identity, accelerator) as finished:
@@ -67,7 +68,8 @@ def train_and_save(task: Task[Any], folder: Path, accelerator: Accelerator) -> N
         values = measured_rows(measure, prepared.valid, accelerator, tokens=task.evaluation_tokens)
         return task.metrics(values, prepared.valid)
 
-    position = train(recipe, objective, prepared.train, evaluate, folder, accelerator)
+    with tracked(recipe, folder.name, accelerator):
+        position = train(recipe, objective, prepared.train, evaluate, folder, accelerator)
 
     metrics = task.final(prepared, position, folder, accelerator)
     state = whole_state(objective)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from kdtrain.console import say
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
-from kdtrain.recipe.schema import describe
 from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
 
 if TYPE_CHECKING:
@@ -16,12 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; any field can be overridden."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n\n".join(
-        f"fields of a recipe of task {task}, with their defaults:\n{describe(kind)}"
-        for task, kind in (("classification", ClassificationRecipe), ("code_lm", LanguageRecipe))
-    )
-    parser.add_argument("recipe", help="YAML file; any field can follow, as in --teacher.layers '[2, 4]'")
+    parser.add_argument("recipe", help="YAML file; any field can be set, as in --teacher.layers '[2, 4]'")
     parser.add_argument("--verify", action="store_true", help="check all checksums and recompute random rows")
     parser.add_argument(
         "--rows", type=int, default=64, help="how many rows --verify recomputes (default: 64)"

@@ -2,18 +2,12 @@
 
 import argparse
 
-from kdtrain.recipe.schema import describe
-from kdtrain.study.plan import StudyRecipe, load_study, unfold
+from kdtrain.study.plan import load_study, unfold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; everything behind it overrides fields."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        f"fields of a study, with their defaults:\n{describe(StudyRecipe)}\n\n"
-        "The sections inside are those of a recipe of task classification: kdtrain train --help"
-    )
-    parser.add_argument("recipe", help="YAML file; any field can follow, as in --seeds '[0]' or --workers 1")
+    parser.add_argument("recipe", help="YAML file; any field can be set, as in --seeds '[0]' or --workers 1")
 
 
 def main(arguments: argparse.Namespace) -> int:

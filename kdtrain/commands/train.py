@@ -2,17 +2,11 @@
 
 import argparse
 
-from kdtrain.recipe.schema import describe
-from kdtrain.tasks.recipes import RECIPES, load_recipe
+from kdtrain.tasks.recipes import load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One recipe; any field can be overridden."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n\n".join(
-        f"fields of a recipe of task {task}, with their defaults:\n{describe(kind)}"
-        for task, kind in RECIPES.items()
-    )
     parser.add_argument("recipe", help="YAML file; any field can be set, as in --training.learning_rate 3e-4")
 
 

@@ -128,11 +128,18 @@ def inserted_ids(
     return tuple(number for number in ids if number is not None)
 
 
-def length_grouped_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Cut one epoch into batches of rows of similar length; a pure function of its arguments.
+def epoch_batches(
+    lengths: Tensor, batch_size: int, seed: int, epoch: int, *, group_by_length: bool = True
+) -> list[Tensor]:
+    """Divide one epoch into batches; a pure function of its arguments.
 
-    All rows are shuffled, sorted by length within every 50 batches, cut, and the batches shuffled again.
-    Only the last cut may be smaller than `batch_size`.
+    Args:
+        lengths: (rows,) tokens of every row.
+        group_by_length: all rows are shuffled, sorted by length within every 50 batches, divided, and the batches shuffled
+            again; otherwise the shuffled rows are divided as they come.
+
+    Returns:
+        Row numbers of every batch; only one batch may be smaller than `batch_size`.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
@@ -141,7 +148,7 @@ def length_grouped_batches(lengths: Tensor, batch_size: int, seed: int, epoch: i
     groups = [order[first : first + size] for first in range(0, len(order), size)]
     batches = []
     for group in groups:
-        ordered = group[np.argsort(-lengths_array[group], kind="stable")]
+        ordered = group[np.argsort(-lengths_array[group], kind="stable")] if group_by_length else group
         batches += [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
     return [torch.from_numpy(batches[i]) for i in generator.permutation(len(batches))]
 

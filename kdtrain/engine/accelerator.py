@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from kdtrain.engine.trackers import FOLDER, check_trackers
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingSection
 
@@ -21,16 +23,20 @@ KERNELS_KEPT = 16
 in the heap between larger blocks, which then fit nowhere. Its own 1,024 cost 1 to 4 MB a step; a run of 3.4 million parameters held 8 GB."""
 
 
-def start_accelerator(training: TrainingSection, *, sharded: bool = False) -> Accelerator:
+def start_accelerator(
+    training: TrainingSection, *, sharded: bool = False, folder: Path | None = None
+) -> Accelerator:
     """Accelerate for this run; each run of a process may have its own precision.
 
     Args:
         training: the training section of the recipe.
         sharded: whether FSDP2 may shard the student.
+        folder: of the run, for its trackers; None starts none.
 
     Raises:
         KdtrainError: a precision that does not work here, sharding that the task does not support, or DeepSpeed.
     """
+    check_trackers(training)
     # Accelerate keeps one global state a process and refuses a second precision unless it is cleared.
     AcceleratorState._reset_state(reset_partial_state=False)
     precision = training.precision
@@ -49,6 +55,8 @@ def start_accelerator(training: TrainingSection, *, sharded: bool = False) -> Ac
     try:
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(training.report_to) if folder and training.report_to else None,
+            project_dir=None if folder is None or not training.report_to else str(folder / FOLDER),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.ddp_timeout))],
         )
     except ValueError as error:

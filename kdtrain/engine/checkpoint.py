@@ -22,8 +22,6 @@ from kdtrain.engine.full_state import load_optimizer_state, load_state
 from kdtrain.errors import KdtrainError
 from kdtrain.files import atomic_folder, write_json, write_tensors
 
-KEPT = 2
-"""How many checkpoints are kept."""
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
 NAME = re.compile(r"(step|best)-(\d{7,})")
@@ -58,6 +56,7 @@ def save_checkpoint(
     scaler: Any,
     tensors: dict[str, Tensor],
     run: str,
+    keep: int = 2,
 ) -> None:
     """Write `step-N` with the state of everything, then remove what it supersedes.
 
@@ -65,6 +64,7 @@ def save_checkpoint(
         run: which run this is, see `run_folder.recipe_hash`.
         model, optimizer: their states as `sharding.whole_state` gives them.
         tensors: whatever else must come back bit by bit (random state, running sums).
+        keep: how many checkpoints stay.
     """
     with atomic_folder(folder / f"step-{position.step:07d}") as path:
         write_tensors(path / WEIGHTS, model)
@@ -84,13 +84,13 @@ def save_checkpoint(
             },
         )
         seal(path)
-    steps = [step for step in steps_of(folder) if step <= position.step][-KEPT:]
-    keep = {name_of("step", step) for step in steps}
+    steps = [step for step in steps_of(folder) if step <= position.step][-keep:]
+    kept = {name_of("step", step) for step in steps}
     for step in steps:
         with suppress(OSError, ValueError, KeyError):  # the one before may be damaged by now
-            keep.add(name_of("best", _best_step(folder / name_of("step", step))))
+            kept.add(name_of("best", _best_step(folder / name_of("step", step))))
     for old in folder.iterdir():
-        if NAME.fullmatch(old.name) and old.is_dir() and old.name not in keep:
+        if NAME.fullmatch(old.name) and old.is_dir() and old.name not in kept:
             shutil.rmtree(old)
 
 

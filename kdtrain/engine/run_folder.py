@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from kdtrain.checksums import FILE as CHECKSUMS
 from kdtrain.checksums import check_sealed, sealed_names
 from kdtrain.engine.checkpoint import steps_of
 from kdtrain.errors import KdtrainError
 from kdtrain.files import write_json, writing
-from kdtrain.recipe import RunRecipe, differences, read_yaml, save_recipe
+from kdtrain.recipe import RunRecipe, differences, read_yaml, save_recipe, with_defaults
 from kdtrain.summary import FILE, OUTPUTS
 
 RECIPE = "recipe.yaml"
@@ -23,9 +25,15 @@ FREE = (
     "training.gradient_accumulation_steps:",
     "training.gradient_checkpointing:",
     "training.ddp_timeout:",
+    "training.report_to:",
+    "training.save_steps:",
+    "training.save_total_limit:",
     "teacher.url:",
 )
 """Fields that change memory, or the machine that answers, and not the result: an unfinished run goes on with others."""
+
+LENGTH = ("training.max_steps:", "training.num_train_epochs:")
+"""Fields that may grow: the run then resumes from its last checkpoint and goes further."""
 
 
 @contextmanager
@@ -61,21 +69,48 @@ def claim(folder: Path, recipe: RunRecipe, identity: dict[str, str | None]) -> b
         write_json(folder / IDENTITY, identity)
         save_recipe(recipe, folder / RECIPE)
         return False
-    old, new = read_yaml(folder / RECIPE), recipe.plain()
+    old, new = with_defaults(read_yaml(folder / RECIPE), recipe), recipe.plain()
     found = differences({**old, "output": None}, {**new, "output": None})
     found = [difference for difference in found if not difference.startswith(FREE)]
     known = read_identity(folder)
     found += [
         f"the content of the {part} has changed" for part in identity if known.get(part) != identity[part]
     ]
-    if found:
+    longer = all(difference.startswith(LENGTH) for difference in found) and is_longer(old, new)
+    if found and not longer and not has_begun(folder):
+        # A run that was refused or that failed before its first checkpoint has nothing to lose.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(folder / IDENTITY, identity)
+        save_recipe(recipe, folder / RECIPE)
+        return False
+    if found and not longer:
         raise KdtrainError(
-            f"{folder} holds another run ({'; '.join(found[:3])}); choose another output or delete that folder"
+            f"{folder} contains another run ({'; '.join(found[:3])}); set output to a new folder or delete that one"
         )
-    if has_ended(folder):
+    ended = has_ended(folder)
+    if ended and not found:
         return True
+    if ended:  # the longer run makes its own
+        (folder / CHECKSUMS).unlink()
     save_recipe(recipe, folder / RECIPE)
     return False
+
+
+def is_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a recipe asks for no fewer steps than another one that is equal but for its length."""
+    (before, epochs), (after, more) = (
+        (one["training"]["max_steps"], one["training"]["num_train_epochs"]) for one in (old, new)
+    )
+    if before is None and after is None:
+        return bool(more >= epochs)
+    return before is not None and after is not None and after >= before
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, or anything else that a run leaves and that is read again."""
+    checkpoints = folder / "checkpoints"
+    steps = [*steps_of(checkpoints), *steps_of(checkpoints, "best")]
+    return bool(steps) or any((folder / name).exists() for name in OUTPUTS)
 
 
 def has_ended(folder: Path) -> bool:
@@ -130,7 +165,7 @@ def recipe_hash(recipe: RunRecipe) -> str:
         for name, value in sorted(content.items()):
             if isinstance(value, dict):
                 yield from fields(value, f"{prefix}{name}.")
-            elif not f"{prefix}{name}:".startswith((*FREE, "output:")):
+            elif not f"{prefix}{name}:".startswith((*FREE, *LENGTH, "output:")):
                 yield f"{prefix}{name}: {value!r}"
 
     return hashlib.sha256("\n".join(fields(recipe.plain())).encode()).hexdigest()[:32]

@@ -70,8 +70,6 @@ def build_language_student(
         head.weight.requires_grad_(False)
         if head.bias is not None:
             head.bias.requires_grad_(False)
-    if recipe.training.gradient_checkpointing:
-        recompute_layers(model)
     return model
 
 
@@ -82,13 +80,6 @@ def check_length(model: PreTrainedModel, side: str, max_length: int) -> None:
         raise KdtrainError(
             f"data.max_length is {max_length}, but the {side} reads at most {longest} tokens; lower it to {longest}"
         )
-
-
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only the inputs of a model's layers for backward, which runs each of them once more."""
-    # Older releases of transformers 5 only have gradient_checkpointing_enable.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
 
 
 def new_config(recipe: LanguageRecipe, rows: int, special: dict[str, Any]) -> PreTrainedConfig:

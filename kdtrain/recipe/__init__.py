@@ -17,7 +17,7 @@ from kdtrain.recipe.code_lm import (
     LanguageTeacherSection,
     LanguageTraining,
 )
-from kdtrain.recipe.load import differences, read_yaml, save_recipe, to_yaml
+from kdtrain.recipe.load import differences, read_yaml, save_recipe, to_yaml, with_defaults
 from kdtrain.recipe.masked_lm import MaskedDataSection, MaskedRecipe, MaskedTraining
 from kdtrain.recipe.run import DistillationRecipe, RunRecipe
 from kdtrain.recipe.students import StudentSection
@@ -46,4 +46,5 @@ __all__ = [
     "read_yaml",
     "save_recipe",
     "to_yaml",
+    "with_defaults",
 ]

@@ -150,6 +150,30 @@ def to_yaml(recipe: Section) -> str:
     return yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True)
 
 
+def with_defaults(old: dict[str, Any], recipe: Section) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with the defaults of the fields that were added since.
+
+    Args:
+        old: its content.
+        recipe: a recipe of the same class.
+    """
+    filled = dict(old)
+    for name, field in type(recipe).model_fields.items():
+        value, inner = getattr(recipe, name), old.get(name)
+        if name not in old and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            filled[name] = default.plain() if isinstance(default, Section) else default
+        elif isinstance(value, Section) and isinstance(inner, dict):
+            filled[name] = with_defaults(inner, value)
+        elif isinstance(value, tuple):
+            entries = inner if isinstance(inner, list) else [inner]
+            pairs = list(zip(entries, value, strict=False))
+            if all(isinstance(one, dict) and isinstance(section, Section) for one, section in pairs):
+                found = [with_defaults(one, section) for one, section in pairs]
+                filled[name] = found[0] if len(found) == 1 and isinstance(inner, dict) else inner
+    return filled
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """The dotted fields in which two recipes differ, as 'training.max_steps: 5 there, 3 here'."""
     found = []

@@ -1,6 +1,7 @@
 """What a recipe may hold, for people (`--help`) and for editors (JSON schema)."""
 
 import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -49,3 +50,32 @@ def _default(field: FieldInfo) -> str:
     if default in (None, (), "", {}):
         return "none"
     return str(list(default) if isinstance(default, tuple) else default)
+
+
+def run_schema(
+    kind: type[Section], methods: Mapping[str, type[Section]], presets: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The JSON schema of a run: `method:` is one of the methods, or a list of several, each with its own fields.
+
+    Args:
+        kind: the class of recipe.
+        methods: the options of every method that serves the task, by name.
+        presets: methods that have a `preset: study`.
+    """
+    schema = json_schema(kind)
+    schema["required"] = list(dict.fromkeys(["task", *schema.get("required", [])]))
+    if "method" not in kind.model_fields:
+        return schema
+    for name, options in methods.items():
+        own = options.model_json_schema()
+        own["title"] = name
+        own["required"] = list(dict.fromkeys(["name", *own.get("required", [])]))
+        if name in presets:
+            own["properties"]["preset"] = {"const": "study", "description": "values of arXiv 2508.15423"}
+        schema["$defs"][f"method_{name}"] = own
+    one = {"oneOf": [{"$ref": f"#/$defs/method_{name}"} for name in methods]}
+    several = {"type": "array", "items": one, "minItems": 1}
+    description = kind.model_fields["method"].description
+    schema["properties"]["method"] = {"oneOf": [one, several], "description": description}
+    schema["$defs"].pop("MethodOptions", None)
+    return schema

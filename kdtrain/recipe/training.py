@@ -59,7 +59,6 @@ class TrainingSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="precision of the student's matmuls"
     )
-    torch_compile: Flag = Field(default=False, description="compile the student with torch.compile")
     group_by_length: Flag = Field(default=True, description="put rows of similar length into one batch")
     eval_steps: Annotated[Whole, POSITIVE] | None = Field(
         default=None, description="steps between evaluations; by default once per epoch"

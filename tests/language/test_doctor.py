@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from kdtrain.cli import main
 from kdtrain.doctor.code_lm import LanguageSubject, examine_language
 from kdtrain.doctor.memory_plan import ModelShape, plan_step
+from kdtrain.engine.layers import recompute_layers
 from kdtrain.methods import method_options
 from kdtrain.models.heads import head_of
-from kdtrain.models.language_student import recompute_layers
 from kdtrain.outputs import Batch
 from kdtrain.recipe import (
     LanguageDataSection,

@@ -11,9 +11,9 @@ from kdkernels import teacher_cross_term
 from kdkernels._torch.sizes import chunk_rows as torch_chunk_rows
 from kdkernels._triton.launch import chunk_rows as triton_chunk_rows
 from kdtrain.doctor.memory_plan import ModelShape, chunk_rows, plan_step
+from kdtrain.engine.layers import recompute_layers
 from kdtrain.methods import method_options
 from kdtrain.models.heads import head_of
-from kdtrain.models.language_student import recompute_layers
 from kdtrain.models.lora import add_adapters
 from kdtrain.objective import Objective
 from kdtrain.outputs import Batch

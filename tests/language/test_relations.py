@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
+from kdtrain.engine.layers import recompute_layers
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import method_options
 from kdtrain.methods.relations import split_documents
 from kdtrain.models.attention import attention_inputs
 from kdtrain.models.heads import hidden_states
-from kdtrain.models.language_student import recompute_layers
 from kdtrain.outputs import IGNORED
 from tests.language.conftest import FAMILIES, VOCABULARY, objective_of, tiny
 from tests.language.test_objective import CPU, objective, rows

@@ -77,7 +77,7 @@ def test_command_line_and_finished_runs(
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     assert "already done: run: held-out loss" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "recipe.yaml"), "--training.learning_rate", "0.1"]) == 2
-    assert "holds another run (training.learning_rate: 0.01 there, 0.1 here)" in capsys.readouterr().err
+    assert "contains another run (training.learning_rate: 0.01 there, 0.1 here)" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "recipe.yaml"), "--data.maxlength", "0.1"]) == 2
     assert "unknown recipe key data.maxlength; did you mean data.max_length?" in capsys.readouterr().err
     with pytest.raises(KdtrainError, match=r"is a recipe of task code_lm, which cannot be used here"):

@@ -86,8 +86,8 @@ METHODS = {"sharpened": Sharpened}
             "training.learning_rate must be a number, got 'much'",
         ),
         (
-            {"output": "x", "training": {"torch_compile": "yes"}},
-            "training.torch_compile must be true or false, got 'yes'",
+            {"output": "x", "training": {"group_by_length": "yes"}},
+            "training.group_by_length must be true or false, got 'yes'",
         ),
         ({"output": "x", "training": {"warmup_ratio": 1}}, "training.warmup_ratio must be below 1, got 1"),
         (

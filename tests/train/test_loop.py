@@ -178,12 +178,12 @@ def test_finished_run_is_recognised_and_another_is_refused(
     assert (tmp_path / "run" / "summary.json").stat().st_mtime_ns == written
     other = recipe.replaced(training=recipe.training.replaced(learning_rate=1e-4))
     with pytest.raises(
-        KdtrainError, match=r"holds another run \(training.learning_rate: 0.003 there, 0.0001 here\)"
+        KdtrainError, match=r"contains another run \(training.learning_rate: 0.003 there, 0.0001 here\)"
     ):
         run(other)
     # A run of another task left its own identity.
     (tmp_path / "run" / "checkpoints" / "identity.json").write_text('{"data": "x"}')
-    with pytest.raises(KdtrainError, match=r"holds another run \(training.learning_rate"):
+    with pytest.raises(KdtrainError, match=r"contains another run \(training.learning_rate"):
         run(other)
     (tmp_path / "run" / "recipe.yaml").write_text("")
     with pytest.raises(KdtrainError, match=r"recipe.yaml must hold sections"):

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from kdtrain.checksums import check_sealed, seal, seal_again
 from kdtrain.engine.checkpoint import latest_checkpoint, steps_of
 from kdtrain.errors import KdtrainError
+from kdtrain.methods import method_options
 from kdtrain.recipe import ClassificationRecipe, StudentSection
 from kdtrain.run import run
 
@@ -228,7 +230,7 @@ def test_start_weights_and_tokenizer_are_part_of_a_run(
     weights["roberta.encoder.layer.0.output.dense.weight"] += 1e-3
     save_file(weights, start / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        KdtrainError, match=r"holds another run \(the content of the weights at student.path has changed"
+        KdtrainError, match=r"contains another run \(the content of the weights at student.path has changed"
     ):
         run(given)
     shutil.copy(whole / "student" / "model.safetensors", start / "model.safetensors")
@@ -237,7 +239,7 @@ def test_start_weights_and_tokenizer_are_part_of_a_run(
     rules["model"]["merges"].pop()
     (start / "tokenizer.json").write_text(json.dumps(rules))
     with pytest.raises(
-        KdtrainError, match=r"holds another run \(the content of the student's tokenizer has changed"
+        KdtrainError, match=r"contains another run \(the content of the student's tokenizer has changed"
     ):
         run(given)
 
@@ -278,7 +280,56 @@ def test_two_recipes_started_at_once_never_mix(short: ClassificationRecipe, tmp_
             process.join()
         refused = [seed for seed, sentence in sentences.items() if sentence]
         assert len(refused) == 1, sentences
-        assert "is writing the run" in sentences[refused[0]] or "holds another run" in sentences[refused[0]]
+        assert (
+            "is writing the run" in sentences[refused[0]] or "contains another run" in sentences[refused[0]]
+        )
         (winner,) = {1, 2} - set(refused)
         assert json.loads((folder / "summary.json").read_text())["seed"] == winner
         assert f"seed: {winner}\n" in (folder / "recipe.yaml").read_text()
+
+
+# ---- what a folder may become
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_gives_its_folder_back(
+    short: ClassificationRecipe, tmp_path: Path
+) -> None:
+    diverging = short.training.replaced(learning_rate=1e38, warmup_ratio=0.0, logging_steps=1)
+    with pytest.raises(KdtrainError, match="the loss is"):
+        run(short.replaced(training=diverging, output=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "recipe.yaml").exists()
+    mended = run(short.replaced(output=str(tmp_path / "run")))
+    assert mended.training["steps"] == 6
+    assert f"learning_rate: {short.training.learning_rate}" in (tmp_path / "run/recipe.yaml").read_text()
+
+
+def test_a_field_that_was_added_since_does_not_make_another_run(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path
+) -> None:
+    folder = stopped(whole, tmp_path / "run")
+    content = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for section, name in (("training", "group_by_length"), ("data", "focus"), ("method", "ce_weight")):
+        del content[section][name]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    run(short.replaced(output=str(folder)))
+    assert student(folder) == student(whole)
+    with pytest.raises(KdtrainError, match=r"contains another run \(method.ce_weight: 1.0 there, 0.5 here\)"):
+        run(short.replaced(output=str(folder), method=method_options("ft", ce_weight=0.5)))
+
+
+def test_a_finished_run_goes_further_with_more_steps(
+    short: ClassificationRecipe, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a constant rate the longer run is, to the bit, the one that was long from the start."""
+    constant = short.training.replaced(
+        lr_scheduler_type="constant_with_warmup", warmup_ratio=0.0, max_steps=4
+    )
+    recipe = short.replaced(training=constant, output=str(tmp_path / "run"))
+    run(recipe)
+    longer = constant.replaced(max_steps=6)
+    assert run(recipe.replaced(training=longer)).training["steps"] == 6
+    assert "resumed at step 4 of 6" in capsys.readouterr().err
+    run(recipe.replaced(training=longer, output=str(tmp_path / "long")))
+    assert student(tmp_path / "run") == student(tmp_path / "long")
+    with pytest.raises(KdtrainError, match=r"training.max_steps: 6 there, 5 here"):
+        run(recipe.replaced(training=constant.replaced(max_steps=5)))

@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kdtrain.data.tokens import (
-    length_grouped_batches,
+    epoch_batches,
     special_affixes,
     token_budget_batches,
     tokenize,
@@ -103,15 +103,15 @@ def test_padding_is_dynamic_and_on_the_right(student: PreTrainedTokenizerBase) -
     assert ids[1][mask[1] == 1].tolist() == student("a")["input_ids"]
 
 
-def test_length_grouped_batches_are_a_function_of_seed_and_epoch() -> None:
+def test_epoch_batches_are_a_function_of_seed_and_epoch() -> None:
     lengths = torch.randint(3, 200, (1003,))
-    batches = length_grouped_batches(lengths, 16, seed=1, epoch=2)
+    batches = epoch_batches(lengths, 16, seed=1, epoch=2)
     torch.manual_seed(99)
-    again = length_grouped_batches(lengths, 16, seed=1, epoch=2)
+    again = epoch_batches(lengths, 16, seed=1, epoch=2)
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in again]
     assert sorted(torch.cat(batches).tolist()) == list(range(1003))
     assert len(batches) == 63
-    other = length_grouped_batches(lengths, 16, seed=1, epoch=3)
+    other = epoch_batches(lengths, 16, seed=1, epoch=3)
     assert [batch.tolist() for batch in batches] != [batch.tolist() for batch in other]
     padded = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
     shuffled = sum(int(part.max()) * len(part) for part in lengths.split(16))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdtrain.console import say
-from kdtrain.data.tokens import TokenRows, length_grouped_batches
+from kdtrain.data.tokens import TokenRows, epoch_batches
 from kdtrain.errors import KdtrainError
 from kdtrain.models.language_teacher import LanguageTeacher
 from kdtrain.outputs import Batch
@@ -176,7 +176,13 @@ class ServedRows(TeacherRows):
             nonlocal epoch, plan
             if (step - 1) // steps != epoch:
                 epoch = (step - 1) // steps
-                plan = length_grouped_batches(rows.lengths, options.batch_size, recipe.seed, epoch)
+                plan = epoch_batches(
+                    rows.lengths,
+                    options.batch_size,
+                    recipe.seed,
+                    epoch,
+                    group_by_length=options.group_by_length,
+                )
             parts = plan[(step - 1) % steps].tensor_split(options.gradient_accumulation_steps * count)
             own = torch.cat(parts[accelerator.process_index :: count])
             return [number for row in own.tolist() for number in range(int(first[row]), int(first[row + 1]))]
