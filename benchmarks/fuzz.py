@@ -180,7 +180,7 @@ def _logit_call(
         valid, torch.tensor(-100)
     )
     options: dict[str, Any] = {
-        "divergence": eval(case.divergence, vars(kdkernels)),
+        "divergence": eval(case.divergence, dict(vars(kdkernels))),
         "vocab_map": "shared_prefix" if case.shared else None,
     }
     for name in (
@@ -209,7 +209,8 @@ def _logit_call(
     options.update(mode=case.mode, chunk_bytes=case.chunk_bytes, static_shapes=case.static_shapes)
     fast = {"mode": "fast", "chunk_bytes": None}
     return [hidden, head], lambda inputs, impl: kdkernels.linear_kd_loss(
-        *inputs,
+        inputs[0],
+        inputs[1],
         _teacher(case, sides, inputs[0].dtype),
         labels,
         impl=impl,
@@ -219,7 +220,7 @@ def _logit_call(
 
 def _teacher(case: Case, sides: list[Tensor], dtype: torch.dtype) -> kdkernels.Teacher:
     if case.teacher == "head":
-        return kdkernels.TeacherHead(*(side.to(dtype) for side in sides))
+        return kdkernels.TeacherHead(sides[0].to(dtype), sides[1].to(dtype))
     if case.teacher == "logits":
         return sides[0].to(dtype)
     logprobs, ids = sides[0].float().log_softmax(-1).topk(case.entries)
@@ -320,7 +321,9 @@ def _still_fails(case: Case) -> bool:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run cases until the time is over; 1 when one failed."""
-    parser = argparse.ArgumentParser("python -m benchmarks.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.fuzz", description="Random calls of every loss against float64."
+    )
     parser.add_argument("--minutes", type=float, default=15.0, help="how long (default 15)")
     parser.add_argument("--start", type=int, default=0, help="number of the first case (default 0)")
     parser.add_argument("--cases", type=int, help="stop after this many cases")

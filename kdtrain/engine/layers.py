@@ -31,6 +31,6 @@ def recompute_layers(student: nn.Module) -> bool:
     # Older releases of transformers 5 only have gradient_checkpointing_enable.
     enable = (
         getattr(parts[0], "activation_checkpointing_enable", None) or parts[0].gradient_checkpointing_enable
-    )  # type: ignore[union-attr]
+    )
     enable()  # type: ignore[operator]
     return True

@@ -248,7 +248,7 @@ class LanguageRecipe(DistillationRecipe):
     @property
     def temperature(self) -> float:
         """Of the one method that cross-terms are stored for."""
-        return next((one.temperature for one in self.method if hasattr(one, "temperature")), 1.0)
+        return next((getattr(one, "temperature") for one in self.method if hasattr(one, "temperature")), 1.0)  # noqa: B009
 
     @model_validator(mode="after")
     def _signal_serves_the_methods(self) -> Self:

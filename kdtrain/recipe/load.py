@@ -167,10 +167,13 @@ def with_defaults(old: dict[str, Any], recipe: Section) -> dict[str, Any]:
             filled[name] = with_defaults(inner, value)
         elif isinstance(value, tuple):
             entries = inner if isinstance(inner, list) else [inner]
-            pairs = list(zip(entries, value, strict=False))
-            if all(isinstance(one, dict) and isinstance(section, Section) for one, section in pairs):
-                found = [with_defaults(one, section) for one, section in pairs]
-                filled[name] = found[0] if len(found) == 1 and isinstance(inner, dict) else inner
+            found = [
+                with_defaults(one, section)
+                for one, section in zip(entries, value, strict=False)
+                if isinstance(one, dict) and isinstance(section, Section)
+            ]
+            if len(found) == len(entries) == len(value):
+                filled[name] = found if isinstance(inner, list) else found[0]
     return filled
 
 

@@ -106,7 +106,7 @@ def _redirect(log: Path) -> None:
 
 def _watch(watched: Path, counted: Path, kind: Kind, at: int) -> None:
     """Replace the functions of this process that touch files."""
-    plain_open, plain_write = os.open, os.write
+    plain_open = os.open
     file = plain_open(counted, os.O_WRONLY)
     root = os.fsencode(watched.resolve())
     descriptors: set[int] = set()
@@ -157,9 +157,8 @@ def _watch(watched: Path, counted: Path, kind: Kind, at: int) -> None:
 
     for name in OPERATIONS:
         setattr(os, name, wrapped(name))
-    builtins.open = open_file  # pyright: ignore[reportAttributeAccessIssue]
-    io.open = open_file  # pyright: ignore[reportAttributeAccessIssue]
-    del plain_write
+    builtins.open = open_file
+    io.open = open_file
 
 
 class _Writes:

@@ -94,7 +94,7 @@ def test_pieces_packing_and_recomputed_layers_do_not_change_the_step(checkpointi
         torch.manual_seed(1)
         torch.nn.init.normal_(model.plan[0].projections[0].weight)  # type: ignore[index]
         if checkpointing and results:  # against the first, which keeps its layers
-            recompute_layers(model.student)  # type: ignore[arg-type]
+            recompute_layers(model.student)
         total = 0.0
         for cut in cuts:
             loss, _ = model(data.batch(torch.tensor(cut), CPU), data.count(torch.arange(len(data))))
