@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_told(
     for signal in ("hidden", "topk"):
         stored = recipe.replaced(teacher=recipe.teacher.replaced(signal=signal))
         with pytest.raises(
-            KdtrainError, match=r"kd_features \+ relations reads inner layers .* signal: online"
+            KdtrainError, match=r"kd_features \+ relations reads inner layers .*signal: online"
         ):
             opened(stored)
     with pytest.raises(KdtrainError, match=r"teacher.path: there is no folder /nowhere"):
