@@ -16,7 +16,7 @@ from transformers import get_scheduler
 from kdtrain.console import progress, say
 from kdtrain.data.tokens import epoch_batches
 from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
-from kdtrain.engine.failures import tells_failures
+from kdtrain.engine.failures import failures_told
 from kdtrain.engine.full_state import joined, load_state, whole_state
 from kdtrain.engine.gradients import give, gradient_sync, taken
 from kdtrain.engine.interrupts import StopSignals, stopped
@@ -36,7 +36,6 @@ from kdtrain.tasks.base import TrainingData, WaitingData
 SMALLER_IS_BETTER = ("loss", "divergence", "perplexity")
 
 
-@tells_failures
 def train(
     recipe: RunRecipe,
     model: Objective,
@@ -56,6 +55,20 @@ def train(
     Returns:
         The last position, which names the best step.
     """
+    # The signals come first: torchrun sends SIGTERM as soon as one process is gone, and the others tell which one.
+    with StopSignals(accelerator) as signals, failures_told(recipe.training, folder, accelerator):
+        return _train(recipe, model, data, evaluate, folder, accelerator, signals)
+
+
+def _train(
+    recipe: RunRecipe,
+    model: Objective,
+    data: TrainingData,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    folder: Path,
+    accelerator: Accelerator,
+    signals: StopSignals,
+) -> Position:
     # ---- set up
     options = recipe.training
     device, main = accelerator.device, accelerator.is_main_process
@@ -106,10 +119,7 @@ def train(
     window = replace(position)
     wrapped.train()
 
-    with (
-        StopSignals(accelerator) as signals,
-        progress(total_steps, folder.name, initial=position.step, show=main) as bar,
-    ):
+    with progress(total_steps, folder.name, initial=position.step, show=main) as bar:
         while True:
             stop = signals.agreed()
             step = Step(position.step, total_steps, position.step / steps_per_epoch, recipe.seed)

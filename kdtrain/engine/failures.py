@@ -2,11 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +14,6 @@ from torch import distributed
 from kdtrain.engine.checkpoint import latest_checkpoint
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import TrainingSection
-
-Result = TypeVar("Result")
 
 ROLL_CALL_SECONDS = 3.0
 """How long processes may take to answer before they are taken to be gone."""
@@ -30,27 +27,21 @@ LOST_CONNECTION = (
 )
 
 
-def tells_failures(loop: Callable[..., Result]) -> Callable[..., Result]:
-    """For a training loop `loop(recipe, model, data, evaluate, folder, accelerator)`: its failures as sentences."""
-
-    @wraps(loop)
-    def run(
-        recipe: Any, model: Any, data: Any, evaluate: Any, folder: Path, accelerator: Accelerator
-    ) -> Result:
-        try:
-            return loop(recipe, model, data, evaluate, folder, accelerator)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            way_on = resumes_at(folder)
-            if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-                raise KdtrainError(out_of_memory(error, recipe.training, accelerator, way_on)) from None
-            lost = isinstance(error, distributed.DistError) or any(
-                words in str(error) for words in LOST_CONNECTION
-            )
-            if accelerator.num_processes > 1 and lost:
-                raise KdtrainError(lost_processes(error, accelerator, recipe.training, way_on)) from None
-            raise
-
-    return run
+@contextmanager
+def failures_told(training: TrainingSection, folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The block trains the run in `folder`: memory that ran out and lost processes become sentences."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        way_on = resumes_at(folder)
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise KdtrainError(out_of_memory(error, training, accelerator, way_on)) from None
+        lost = isinstance(error, distributed.DistError) or any(
+            words in str(error) for words in LOST_CONNECTION
+        )
+        if accelerator.num_processes > 1 and lost:
+            raise KdtrainError(lost_processes(error, accelerator, training, way_on)) from None
+        raise
 
 
 def resumes_at(folder: Path) -> str:
