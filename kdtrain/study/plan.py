@@ -110,7 +110,8 @@ def _recipe(study: StudyRecipe, task: str, student: str, method: str, seed: int)
     try:
         recipe = recipe_from_dict(content)
     except KdtrainError as error:
-        raise KdtrainError(f"the study's cell ({place}): {error}") from None
+        sections = f"common, tasks.{task}, students.{student} and methods.{method}"
+        raise KdtrainError(f"the study's cell ({place}), from {sections}: {error}") from None
     if not isinstance(recipe, ClassificationRecipe):
         raise KdtrainError(f"a study compares runs of task classification, got task: {recipe.task}")
     return recipe

@@ -65,6 +65,7 @@ class Program:
 def _run(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores it
     for number, path in ((1, output), (2, errors)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)

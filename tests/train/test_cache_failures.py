@@ -90,7 +90,7 @@ def test_killed_build_goes_on(tmp_path: Path, distillation: ClassificationRecipe
     rows = "".join(json.dumps({"code": f"x{i} = d[{i}]", "label": i % 3}) + "\n" for i in range(6000))
     (tmp_path / "rows.jsonl").write_text(rows)
     (tmp_path / "recipe.yaml").write_text(
-        f"data: {{train: {tmp_path}/rows.jsonl, valid: {tmp_path}/rows.jsonl, classes: [{', '.join(CLASSES)}]}}\n"
+        f"task: classification\ndata: {{train: {tmp_path}/rows.jsonl, valid: {tmp_path}/rows.jsonl, classes: [{', '.join(CLASSES)}]}}\n"
         f"teacher: {{path: {teacher}, cache: {tmp_path}/cache, batch_tokens: 1024}}\nmethod: {{name: kd}}\n"
     )
     command = ["kdtrain", "cache", str(tmp_path / "recipe.yaml")]

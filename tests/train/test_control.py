@@ -62,9 +62,10 @@ def test_a_signal_saves_a_checkpoint_before_any_evaluation(
 
 
 TWICE = """
-import sys, time
+import signal, sys, time
 from accelerate import Accelerator
 from kdtrain.engine.interrupts import StopSignals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 with StopSignals(Accelerator(cpu=True)) as signals:
     print("ready", flush=True)
     while not signals.agreed():

@@ -247,7 +247,7 @@ def test_a_study_and_unknown_tasks(
 ) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(
-        f"tasks: {{toy: {{data: {{path: {toy}}}, teacher: {{path: {teacher}}}}}}}\n"
+        f"task: study\ntasks: {{toy: {{data: {{path: {toy}}}, teacher: {{path: {teacher}}}}}}}\n"
         "students: {small: {vocab_size: 320, hidden_size: 16, layers: 3, heads: 2, intermediate_size: 32, max_length: 40}}\n"
         "methods: {ft: {name: ft}, loose: {name: ft, training: {max_grad_norm: .inf}}}\n"
     )
@@ -256,4 +256,4 @@ def test_a_study_and_unknown_tasks(
     assert "suspicious  (toy, small, loose) training.max_grad_norm is inf" in printed
     path.write_text("task: vision\n")
     assert main(["doctor", str(path)]) == 2
-    assert "kdtrain doctor knows the tasks" in capsys.readouterr().err
+    assert "task must be one of classification, code_lm, masked_lm, study" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from kdtrain.errors import KdtrainError
 from kdtrain.evaluation.classification import compare_runs, evaluate_run
 from kdtrain.evaluation.measure import bootstrap_interval, paired_difference
+from kdtrain.methods import method_options
 from kdtrain.recipe import ClassificationRecipe
 from kdtrain.run import run
 from kdtrain.summary import Summary
@@ -59,9 +60,7 @@ def test_run_is_measured_again_with_the_same_result(
     distillation: ClassificationRecipe, tmp_path: Path
 ) -> None:
     folder, other = tmp_path / "one", tmp_path / "two"
-    summary = run(
-        distillation.replaced(output=str(folder), method=distillation.method[0].replaced(name="kd"))
-    )
+    summary = run(distillation.replaced(output=str(folder), method=method_options("kd")))
     run(distillation.replaced(output=str(other), seed=1))
     found = evaluate_run(folder)
     for name in ("accuracy", "top3", "macro_f1", "agreement", "accuracy_interval"):
@@ -128,8 +127,7 @@ def test_teacher_stands_in_the_summary(
     distillation: ClassificationRecipe, teacher: Path, tmp_path: Path
 ) -> None:
     """A fine-tuned student with a teacher beside it: agreement is known, training never saw the teacher."""
-    method = distillation.method[0].replaced(name="ft")
-    summary = run(distillation.replaced(output=str(tmp_path / "run"), method=method))
+    summary = run(distillation.replaced(output=str(tmp_path / "run"), method=method_options("ft")))
     assert summary.teacher is not None
     alone = Summary.load(teacher.parent)
     assert summary.teacher["test"]["accuracy"] == alone.metrics["accuracy"]

@@ -299,7 +299,9 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_its_encoder_becomes_a_teacher(
     (tmp_path / "fine-tune.yaml").write_text(
         yaml.safe_dump(
             {
+                "task": "classification",
                 "data": {"path": str(toy)},
+                "method": {"name": "ft"},
                 "student": {"path": str(whole / "student"), "max_length": 64},
                 "training": {"max_steps": 4, "batch_size": 16},
                 "output": str(tmp_path / "teacher"),

@@ -199,7 +199,12 @@ def test_a_method_without_its_teacher(
     study["tasks"]["toy"].pop("teacher")
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     assert main(["study", str(tmp_path / "study.yaml")]) == 2
-    assert "method ckd needs a teacher; set tasks.toy.teacher.path" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert (
+        "cell (toy, small-roberta, ckd), from common, tasks.toy, students.small-roberta and methods.ckd: "
+        in told
+    )
+    assert "method ckd needs a teacher; set teacher.path" in told
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "top3"])
