@@ -74,7 +74,7 @@ def test_cells_are_recipes(toy: Path, teacher: Path, tmp_path: Path) -> None:
         ({"tasks": {"a": 3}}, "tasks.a must be a section with fields, got 3"),
         (
             {"methods": {"m": {"name": "ft", "windw": 3}}},
-            r"the study's cell \(toy, small-roberta, m\): unknown recipe key method.windw",
+            r"the study's cell \(toy, small-roberta, m\), from .*methods\.m: unknown recipe key method.windw",
         ),
     ],
 )
