@@ -40,6 +40,7 @@ faults: .venv/.dev ## inject every fault: kills, full disk, damaged files (hours
 	$(BIN)/python -m tests.faults
 
 docs: .venv/.dev ## build the documentation site into site/, strictly (a quarter of a minute)
+	$(BIN)/python -m dev.reference
 	$(BIN)/zensical build --strict
 
 bench: .venv/.dev ## measure the losses beside eager and the bare matrix products (under 10 minutes on two cores)

@@ -72,6 +72,22 @@ class Parser(argparse.ArgumentParser):
         return action
 
 
+def command_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of its commands by name, still without arguments."""
+    parser = Parser(
+        prog="kdtrain",
+        description="Distil code models: a small one learns from a large one.",
+        epilog="Try `kdtrain demo` first. `kdtrain COMMAND --help` lists the arguments of a command; for train, cache and "
+        "study also every field of a recipe. Example recipes are in recipes/ of the repository.",
+    )
+    parser.add_argument("--version", action="version", version=versions())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    return parser, {
+        name: commands.add_parser(name, help=command.summary, description=command.summary)
+        for name, command in COMMANDS.items()
+    }
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -82,18 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code; user errors are one line and code 2.
     """
     words = list(sys.argv[1:] if words is None else words)
-    parser = Parser(
-        prog="kdtrain",
-        description="Distil code models: a small one learns from a large one.",
-        epilog="Try `kdtrain demo` first. `kdtrain COMMAND --help` lists the arguments of a command; for train, cache and "
-        "study also every field of a recipe. Example recipes are in recipes/ of the repository.",
-    )
-    parser.add_argument("--version", action="version", version=versions())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    parsers = {
-        name: commands.add_parser(name, help=command.summary, description=command.summary)
-        for name, command in COMMANDS.items()
-    }
+    parser, parsers = command_parsers()
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and words[0] == name and name not in COMMANDS:
         near = nearest(name, COMMANDS)
@@ -102,9 +107,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     overrides: list[str] = []
     if words[:1] == [name] and name is not None:
-        module = importlib.import_module(COMMANDS[name].module)
+        add_arguments(name, parsers[name])
         try:
-            add_arguments(module, name, parsers[name], words[1:])
+            add_fields(name, parsers[name], words[1:])
         except KdtrainError as error:  # help of a recipe that is wrong
             say(f"kdtrain: {error}")
             return error.code
@@ -131,15 +136,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def add_arguments(module: Any, name: str, parser: Parser, words: Sequence[str]) -> None:
-    """Add the arguments of a command, and for one that reads a recipe its fields to the help."""
+def add_arguments(name: str, parser: Parser) -> Any:
+    """Add the arguments of a command; returns its module."""
+    module = importlib.import_module(COMMANDS[name].module)
     module.add_arguments(parser)
-    if not COMMANDS[name].recipe:
-        return
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the recipe with every default and end"
-    )
-    if "--help" in words or "-h" in words:
+    if COMMANDS[name].recipe:
+        parser.add_argument("--print-config", action="store_true", help="print the recipe with every default")
+    return module
+
+
+def add_fields(name: str, parser: Parser, words: Sequence[str]) -> None:
+    """Add the fields of a recipe to the help of a command that reads one."""
+    if COMMANDS[name].recipe and ("--help" in words or "-h" in words):
         from kdtrain.commands.help import recipe_help
 
         rest, _ = split_overrides(words, parser.names)

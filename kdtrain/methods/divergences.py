@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from kdkernels import (
     JSD,
@@ -55,5 +55,7 @@ def _checked(choice: str | dict[str, Any]) -> str | dict[str, Any]:
     return choice
 
 
-DivergenceChoice = Annotated[str | dict[str, Any], AfterValidator(_checked)]
+_NAMES = {"enum": list(DIVERGENCES)}
+_SCHEMA = {"anyOf": [_NAMES, {"type": "object", "properties": {"name": _NAMES}, "required": ["name"]}]}
+DivergenceChoice = Annotated[str | dict[str, Any], AfterValidator(_checked), WithJsonSchema(_SCHEMA)]
 """A field of a recipe: the name of a divergence, or {name: ..., and its parameters}."""

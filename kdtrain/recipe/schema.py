@@ -29,7 +29,22 @@ def first_line(kind: type[Section]) -> str:
 
 def json_schema(kind: type[Section]) -> dict[str, Any]:
     """The JSON schema of a recipe class, for completion and checks in an editor."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields_schema(kind)}
+
+
+def fields_schema(kind: type[Section]) -> dict[str, Any]:
+    """The JSON schema of one section, with the bounds of every number."""
+    return _with_bounds(kind.model_json_schema())
+
+
+_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+
+
+def _with_bounds(schema: Any) -> Any:
+    # pydantic writes the bounds of a field with a validator under its own names, which no editor knows.
+    if isinstance(schema, dict):
+        return {_BOUNDS.get(name, name): _with_bounds(value) for name, value in schema.items()}
+    return [_with_bounds(one) for one in schema] if isinstance(schema, list) else schema
 
 
 def _line(name: str, field: FieldInfo, prefix: str) -> str:
@@ -67,7 +82,7 @@ def run_schema(
     if "method" not in kind.model_fields:
         return schema
     for name, options in methods.items():
-        own = options.model_json_schema()
+        own = fields_schema(options)
         own["title"] = name
         own["required"] = list(dict.fromkeys(["name", *own.get("required", [])]))
         if name in presets:
