@@ -1,9 +1,11 @@
 """kdtrain doctor RECIPE."""
 
 import argparse
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
-from kdtrain.doctor import Finding, wrong
+from kdtrain.doctor import PAGE, Finding, refusal
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
 from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
@@ -20,19 +22,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="task code_lm: memory and communication of 1 to 1024 devices, from shapes alone",
     )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print what was found; code 1 when something is wrong."""
+    """Print what was found; code 1 when there is an error."""
     content = read_yaml(arguments.recipe, arguments.overrides)
     if arguments.plan:
         return print_plan(content)
     findings = examined(content)
-    for finding in findings:
-        print(finding.line())
-    count = sum(finding.level == "wrong" for finding in findings)
-    print(f"{count} wrong, {sum(finding.level == 'suspicious' for finding in findings)} suspicious")
-    return 1 if count else 0
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    if arguments.json:
+        listed = [{**asdict(finding), "group": finding.group, "link": finding.link} for finding in findings]
+        print(
+            json.dumps(
+                {"errors": counts["error"], "warnings": counts["warning"], "findings": listed}, indent=2
+            )
+        )
+    else:
+        shown = [finding for finding in findings if not (arguments.quiet and finding.level == "info")]
+        for finding in shown:
+            print(finding.line())
+        print(f"{counts['error']} errors, {counts['warning']} warnings; {PAGE} explains every code")
+    return 1 if counts["error"] else 0
 
 
 def examined(content: dict[str, Any]) -> list[Finding]:
@@ -64,7 +77,7 @@ def print_plan(content: dict[str, Any]) -> int:
 
 
 def examine_study(content: dict[str, Any]) -> list[Finding]:
-    """The findings of every task, student and method with the first seed, each said once."""
+    """The findings of every task, student and method with the first seed, each once."""
     from kdtrain.study.plan import study_from_dict, unfold
 
     study = study_from_dict(content)
@@ -84,5 +97,5 @@ def examine_study(content: dict[str, Any]) -> list[Finding]:
             for finding in examine_recipe(cell.recipe.replaced(teacher=teacher), shared):
                 findings.setdefault(finding, place)
         except KdtrainError as error:
-            findings.setdefault(wrong(str(error)), place)
-    return [Finding(finding.level, f"({place}) {finding.text}") for finding, place in findings.items()]
+            findings.setdefault(refusal(error), place)
+    return [replace(finding, text=f"({place}) {finding.text}") for finding, place in findings.items()]

@@ -1,6 +1,6 @@
 """The checks of a classification run, in one table."""
 
-from kdtrain.doctor import Finding, data_checks, examine, method_checks, teacher_checks, wrong
+from kdtrain.doctor import Finding, data_checks, examine, method_checks, refusal, teacher_checks
 from kdtrain.doctor.subject import Subject
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import ClassificationRecipe
@@ -35,6 +35,6 @@ def examine_recipe(recipe: ClassificationRecipe, shared: SharedInputs | None = N
     subject = Subject(recipe, shared or SharedInputs())
     try:
         _ = subject.data, subject.teacher, subject.methods
-    except KdtrainError as error:
-        return [wrong(str(error))]
+    except KdtrainError as reason:
+        return [refusal(reason)]
     return list(examine(subject, CHECKS))

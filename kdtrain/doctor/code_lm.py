@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kdtrain.doctor import Finding, examine, note, suspicious, wrong
+from kdtrain.doctor import Finding, error, examine, info, refusal, warning
 from kdtrain.doctor.memory_plan import ModelShape, plan_step
 from kdtrain.errors import KdtrainError
 from kdtrain.files import human_bytes
@@ -55,13 +55,14 @@ def vocabularies_meet(subject: LanguageSubject) -> Iterator[Finding]:
     sizes = [head_of(model).weight.shape[0] for model in (subject.run.student, subject.run.teacher.model)]
     vocab_map = subject.run.models.vocab_map
     if vocab_map is None:
-        yield note(f"student and teacher have the same {sizes[0]} tokens, compared one by one")
+        yield info("KD401", f"student and teacher have the same {sizes[0]} tokens, compared one by one")
         return
     assert subject.run.match is not None
     shared = subject.run.match.shared
-    yield note(
+    yield info(
+        "KD402",
         f"the heads have {sizes[0]} (student) and {sizes[1]} (teacher) rows; ids 0 to {shared - 1} are the same tokens, compared "
-        "one by one, and the divergence is taken over those; the cross entropy is over all of the student's"
+        "one by one, and the divergence is taken over those; the cross entropy is over all of the student's",
     )
 
 
@@ -71,26 +72,29 @@ def servers_serve_the_teacher(subject: LanguageSubject) -> Iterator[Finding]:
     if not isinstance(run.teacher, ServedTeacher) or not run.learns_from_teacher:
         return
     if subject.is_silent:
-        yield note(
-            "the teacher is on servers, and teacher.url names none: only what is stored already can be read"
+        yield info(
+            "KD403",
+            "the teacher is on servers, and teacher.url names none: only what is stored already can be read",
         )
         return
     for line in run.teacher.check(run.target(run.recipe.teacher.asked)):
-        yield note(line)
+        yield info("KD404", line)
 
 
 def padding_is_told_from_the_end(subject: LanguageSubject) -> Iterator[Finding]:
     """A padding token that is the end-of-text token."""
     tokenizer = subject.run.tokenizer
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        yield note(
+        yield info(
+            "KD405",
             f"padding and end of text are one token ({tokenizer.eos_token!r}); here labels never depend on it, elsewhere it "
-            "teaches a student not to stop"
+            "teaches a student not to stop",
         )
     labels = subject.run.rows[0].labels
     if isinstance(tokenizer.eos_token_id, int) and not bool((labels == tokenizer.eos_token_id).any()):
-        yield wrong(
-            "no document ends in a counted end-of-text token, so the student would not learn to stop; look at the completions"
+        yield error(
+            "KD406",
+            "no document ends in a counted end-of-text token, so the student would not learn to stop; look at the completions",
         )
 
 
@@ -121,10 +125,11 @@ def labels_are_shifted_once(subject: LanguageSubject) -> Iterator[Finding]:
     best = min(losses, key=lambda name: losses[name])
     words = ", ".join(f"{name} {value:.2f}" for name, value in losses.items())
     if best == "the next token":
-        yield note(f"labels are shifted once: the cross entropy is {words}")
+        yield info("KD407", f"labels are shifted once: the cross entropy is {words}")
     else:
-        yield suspicious(
-            f"{best} is likelier than the next one (cross entropy: {words}); is this a causal model of such text?"
+        yield warning(
+            "KD408",
+            f"{best} is likelier than the next one (cross entropy: {words}); is this a causal model of such text?",
         )
 
 
@@ -133,13 +138,14 @@ def documents_fit(subject: LanguageSubject) -> Iterator[Finding]:
     rows = subject.run.rows[0]
     full = float(rows.lengths.sum()) / (len(rows) * subject.recipe.data.max_length)
     share = float(rows.counted.sum()) / float(rows.lengths.sum())
-    yield note(f"{len(rows)} rows, {full:.0%} full; {share:.0%} of their tokens are learned from")
+    yield info("KD409", f"{len(rows)} rows, {full:.0%} full; {share:.0%} of their tokens are learned from")
     if full < 0.5 and not subject.recipe.data.packing:
-        yield suspicious(f"rows are {full:.0%} full, the rest is padding; set data.packing: true")
+        yield warning("KD410", f"rows are {full:.0%} full, the rest is padding; set data.packing: true")
     cut = int((rows.positions == 0).cumsum(0).max() if len(rows.positions) else 0)
     if cut == len(rows) and full > 0.95 and subject.recipe.data.packing:
-        yield suspicious(
-            "almost every row is one cut piece of a longer document, which loses what stands before it; raise data.max_length"
+        yield warning(
+            "KD411",
+            "almost every row is one cut piece of a longer document, which loses what stands before it; raise data.max_length",
         )
 
 
@@ -154,8 +160,9 @@ def heads_are_understood(subject: LanguageSubject) -> Iterator[Finding]:
         extra = [f"softcap {head.softcap}"] if head.softcap is not None else []
         extra += [f"scale {head.scale:g}"] if head.scale != 1.0 else []
         words = ", ".join(["tied to the embeddings" if tied else "not tied", *extra])
-        yield note(
-            f"the {side}'s head is {head.weight.shape[0]} x {head.weight.shape[1]}, {words}; it gives the model's own logits"
+        yield info(
+            "KD412",
+            f"the {side}'s head is {head.weight.shape[0]} x {head.weight.shape[1]}, {words}; it gives the model's own logits",
         )
 
 
@@ -167,11 +174,15 @@ def first_loss_is_finite(subject: LanguageSubject) -> Iterator[Finding]:
         sums = subject.run.models.measure(subject.run.student, subject.sample).sum(0)
     loss, divergence = (float(value / sums[3]) for value in sums[:2])
     if not torch.isfinite(sums).all():
-        yield wrong(
-            f"the first loss is not finite (cross entropy {loss}, divergence {divergence}); a checkpoint is damaged"
+        yield error(
+            "KD413",
+            f"the first loss is not finite (cross entropy {loss}, divergence {divergence}); a checkpoint is damaged",
         )
     elif subject.run.models.teacher is not None:
-        yield note(f"before training: cross entropy {loss:.2f}, divergence from the teacher {divergence:.2f}")
+        yield info(
+            "KD414",
+            f"before training: cross entropy {loss:.2f}, divergence from the teacher {divergence:.2f}",
+        )
 
 
 def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
@@ -187,34 +198,36 @@ def memory_is_there(subject: LanguageSubject) -> Iterator[Finding]:
         f"{human_bytes(plan.loss)} (with logits it would be {human_bytes(plan.eager_loss)}), teacher {human_bytes(plan.teacher)}"
     )
     if plan.masks > plan.activations + plan.loss:
-        yield suspicious(
+        yield warning(
+            "KD415",
             f"the masks that keep packed documents apart take {human_bytes(plan.masks)} of a step, since they grow with the square "
             f"of data.max_length ({recipe.data.max_length}); set training.gradient_checkpointing: true, or data.packing: false, which "
-            "needs none"
+            "needs none",
         )
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
     if free is not None and plan.total > free:
         more = "raise training.gradient_accumulation_steps, set training.gradient_checkpointing: true, or use more devices (kdtrain doctor --plan)"
-        yield wrong(f"{words}; {human_bytes(free)} are free: {more}")
+        yield error("KD416", f"{words}; {human_bytes(free)} are free: {more}")
     else:
-        yield note(words)
+        yield info("KD417", words)
 
 
 def cache_has_room(subject: LanguageSubject) -> Iterator[Finding]:
     """What the stored signals of the teacher take."""
     run = subject.run
     if run.external is not None:
-        yield note(run.external.words)
+        yield info("KD418", run.external.words)
     if run.stored is None:
         return
     target, held_out = run.target(run.stored), run.target("hidden")
     tokens, measured = (int(rows.lengths.sum()) for rows in run.rows[:2])
     if run.models.teacher is None:
         measured = 0  # held-out rows are measured without the teacher
-    yield note(
+    yield info(
+        "KD419",
         f"the teacher cache takes {target.bytes_per_token} bytes a token ({target.describe()}), "
         f"{human_bytes(tokens * target.bytes_per_token)} for {tokens} tokens, and {human_bytes(measured * held_out.bytes_per_token)} "
-        f"for {measured} held-out tokens ({held_out.describe()})"
+        f"for {measured} held-out tokens ({held_out.describe()})",
     )
 
 
@@ -238,8 +251,8 @@ def examine_language(recipe: LanguageRecipe) -> list[Finding]:
     try:
         with closing(subject.run):
             return list(examine(subject, CHECKS))
-    except KdtrainError as error:
-        return [wrong(str(error))]
+    except KdtrainError as reason:
+        return [refusal(reason)]
 
 
 def available_memory() -> int | None:

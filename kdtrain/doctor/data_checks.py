@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kdtrain.doctor import Finding, note, suspicious, wrong
+from kdtrain.doctor import Finding, error, info, warning
 from kdtrain.doctor.subject import Subject
 from kdtrain.outputs import IGNORED
 from kdtrain.tasks.classification.pairs import PairRows
@@ -18,12 +18,13 @@ def classes_are_there(subject: Subject) -> Iterator[Finding]:
     counts = torch.bincount(seen, minlength=len(data.classes))
     missing = [data.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
     if missing:
-        yield suspicious(
+        yield warning(
+            "KD101",
             f"no training row has the class {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: "
-            "the labels alone cannot teach it; add rows or leave the class out"
+            "the labels alone cannot teach it; add rows or leave the class out",
         )
     largest = float(torch.bincount(data.test.labels).max() / len(data.test))
-    yield note(f"always naming the largest class is right for {largest:.1%} of the test rows")
+    yield info("KD102", f"always naming the largest class is right for {largest:.1%} of the test rows")
 
 
 def test_rows_are_new(subject: Subject) -> Iterator[Finding]:
@@ -38,8 +39,9 @@ def test_rows_are_new(subject: Subject) -> Iterator[Finding]:
     for name, rows in (("valid", data.valid), ("test", data.test)):
         count = sum(text in shown for text in plain(rows))
         if count:
-            yield suspicious(
-                f"{count} of {len(rows)} {name} rows also stand in the training rows; take them out there"
+            yield warning(
+                "KD103",
+                f"{count} of {len(rows)} {name} rows also stand in the training rows; take them out there",
             )
 
 
@@ -53,9 +55,10 @@ def rows_are_cut(subject: Subject) -> Iterator[Finding]:
         share = float((lengths > limit).double().mean())
         if share > 0.2:
             kept = "around the focus marker" if subject.data.focus else "from their beginning"
-            yield suspicious(
+            yield warning(
+                "KD104",
                 f"{share:.0%} of the rows are longer than the {limit} tokens the {side} reads and are cut, {kept}; "
-                f"half of all have at most {int(lengths.median())} tokens: {side}.max_length"
+                f"half of all have at most {int(lengths.median())} tokens: {side}.max_length",
             )
 
 
@@ -63,17 +66,19 @@ def focus_is_there(subject: Subject) -> Iterator[Finding]:
     """A marker that no row has: long rows would be cut from their beginning, in silence."""
     focus = subject.data.focus
     if focus is not None and not any(focus in text for text in subject.data.train.all_texts()):
-        yield suspicious(f"no training row holds the focus marker {focus}, so data.focus does nothing")
+        yield warning("KD105", f"no training row holds the focus marker {focus}, so data.focus does nothing")
 
 
 def best_is_what_counts(subject: Subject) -> Iterator[Finding]:
     """The metric that chooses the checkpoint."""
     best, metric = subject.recipe.training.metric_for_best_model, subject.data.metric
     if best == "f1" and len(subject.data.classes) != 2:
-        yield wrong(
-            f"training.metric_for_best_model f1 is for two classes, and {subject.data.name} has {len(subject.data.classes)}"
+        yield error(
+            "KD106",
+            f"training.metric_for_best_model f1 is for two classes, and {subject.data.name} has {len(subject.data.classes)}",
         )
     elif best != metric:
-        yield note(
-            f"the best checkpoint is chosen by {best}, and the task is measured by {metric}: training.metric_for_best_model"
+        yield info(
+            "KD107",
+            f"the best checkpoint is chosen by {best}, and the task is measured by {metric}: training.metric_for_best_model",
         )

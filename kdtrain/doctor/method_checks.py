@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.doctor import Finding, note, suspicious, wrong
+from kdtrain.doctor import Finding, error, info, warning
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.methods.kd import KDOptions
@@ -34,10 +34,11 @@ def what_is_trained(subject: Subject) -> Iterator[Finding]:
     rows = len(subject.task.training_rows)
     training = recipe.training
     steps = training.max_steps or math.ceil(-(-rows // training.batch_size) * training.num_train_epochs)
-    yield note(
+    yield info(
+        "KD301",
         f"{data.name}: {rows:,} rows to train on, {steps:,} steps of {training.batch_size}; student of "
         f"{parameter_count(student):,} parameters, about {human_bytes(16 * parameter_count(student))} for weights, "
-        "gradients and optimizer"
+        "gradients and optimizer",
     )
 
 
@@ -64,8 +65,9 @@ def loss_ignores_padding(subject: Subject) -> Iterator[Finding]:
     with torch.no_grad():
         first, second = (float(model(one, len(index))[0]) for one in (batch, wider))
     if not abs(first - second) <= 1e-3 * (1 + abs(first)):
-        yield wrong(
-            f"the loss is {first:.6g}, and {second:.6g} with 7 more columns of padding: the student reads padding"
+        yield error(
+            "KD302",
+            f"the loss is {first:.6g}, and {second:.6g} with 7 more columns of padding: the student reads padding",
         )
 
 
@@ -90,18 +92,20 @@ def correlation_has_a_gradient(subject: Subject) -> Iterator[Finding]:
     """DIST's inter-class term with two classes."""
     dist = named(subject, "dist")
     if dist is not None and len(subject.data.classes) == 2 and dist.inter_weight:
-        yield suspicious(
+        yield warning(
+            "KD303",
             "method dist: with two classes the correlation across classes is always +1 or -1 and has no gradient, so "
-            "only the correlation across the batch teaches; set method.inter_weight to 0 to say so"
+            "only the correlation across the batch teaches; set method.inter_weight to 0 to say so",
         )
 
 
 def batch_is_large_enough(subject: Subject) -> Iterator[Finding]:
     """DIST's correlation over a batch of few rows."""
     if named(subject, "dist") is not None and subject.recipe.training.batch_size < 8:
-        yield suspicious(
+        yield warning(
+            "KD304",
             f"method dist correlates over the rows of a batch, and training.batch_size is {subject.recipe.training.batch_size}; "
-            "take 16 or more"
+            "take 16 or more",
         )
 
 
@@ -109,7 +113,9 @@ def gradient_is_clipped(subject: Subject) -> Iterator[Finding]:
     """A clip that never clips."""
     norm = subject.recipe.training.max_grad_norm
     if norm == float("inf") or norm > 1e4:
-        yield suspicious(f"training.max_grad_norm is {norm:g}: the gradient is never clipped; 1.0 is usual")
+        yield warning(
+            "KD305", f"training.max_grad_norm is {norm:g}: the gradient is never clipped; 1.0 is usual"
+        )
 
 
 def soft_labels_weigh_something(subject: Subject) -> Iterator[Finding]:
@@ -118,12 +124,15 @@ def soft_labels_weigh_something(subject: Subject) -> Iterator[Finding]:
         if not isinstance(method, KDOptions):
             continue
         if method.kd_weight * method.temperature**2 < 0.01 * method.ce_weight:
-            yield suspicious(
+            yield warning(
+                "KD306",
                 f"method.kd_weight * temperature^2 is {method.kd_weight * method.temperature**2:.3g} beside "
-                f"method.ce_weight {method.ce_weight:g}: the teacher hardly counts"
+                f"method.ce_weight {method.ce_weight:g}: the teacher hardly counts",
             )
         if method.kd_weight == 0 and method.ce_weight == 0:
-            yield suspicious("method.kd_weight and method.ce_weight are both 0: nothing teaches the classes")
+            yield warning(
+                "KD307", "method.kd_weight and method.ce_weight are both 0: nothing teaches the classes"
+            )
 
 
 def layers_meet(subject: Subject) -> Iterator[Finding]:
@@ -137,16 +146,18 @@ def layers_meet(subject: Subject) -> Iterator[Finding]:
     own = subject.recipe.student.layers
     mapped = any(getattr(one, "layer_map", ()) for one in subject.recipe.methods)
     if not mapped and subject.recipe.student.path is None and layers % own:
-        yield suspicious(
+        yield warning(
+            "KD308",
             f"the teacher's {layers} layers are no multiple of the student's {own}: layers are paired as {pairs}; "
-            "name method.layer_map if you mean others"
+            "name method.layer_map if you mean others",
         )
     elif own == 1 and named(subject, "pkd") is not None:
-        yield note(
-            "method pkd leaves the topmost pair out, and a student of one layer has no other: it is kept"
+        yield info(
+            "KD309",
+            "method pkd leaves the topmost pair out, and a student of one layer has no other: it is kept",
         )
     else:
-        yield note(f"layers compared, student and teacher: {pairs}")
+        yield info("KD310", f"layers compared, student and teacher: {pairs}")
 
 
 def tokens_meet(subject: Subject) -> Iterator[Finding]:
@@ -160,21 +171,24 @@ def tokens_meet(subject: Subject) -> Iterator[Finding]:
     )
     ratio = float((ours.lengths / theirs.lengths).median())
     if not 0.8 < ratio < 1.25:
-        yield suspicious(
+        yield warning(
+            "KD311",
             f"method ckd compares tokens place by place, and the student needs {ratio:.2f} times the teacher's tokens for a row: "
-            "token 100 of one is not token 100 of the other; take student.vocab_size nearer to the teacher's vocabulary"
+            "token 100 of one is not token 100 of the other; take student.vocab_size nearer to the teacher's vocabulary",
         )
     limits = (recipe.student.max_length, teacher.max_length)
     cut = (ours.lengths > limits[0]) | (theirs.lengths > limits[1])
     if subject.data.focus and limits[0] != limits[1] and float(cut.double().mean()) > 0.2:
-        yield suspicious(
+        yield warning(
+            "KD312",
             f"method ckd compares tokens place by place, and {float(cut.double().mean()):.0%} of the rows are cut around "
             f"{subject.data.focus}, to {limits[0]} tokens for the student and {limits[1]} for the teacher: they begin at "
-            "different places; set teacher.max_length to student.max_length"
+            "different places; set teacher.max_length to student.max_length",
         )
     inserted = len(subject.task.inserted(subject.tokenizer))
     if inserted:
-        yield suspicious(
+        yield warning(
+            "KD313",
             f"method ckd compares tokens place by place, and the student reads {inserted} inserted tokens of its own: all "
-            "others are that far off; set student.insert to []"
+            "others are that far off; set student.insert to []",
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kdtrain.doctor import Finding, note, suspicious, wrong
+from kdtrain.doctor import Finding, error, info, warning
 from kdtrain.doctor.subject import CPU, Subject
 from kdtrain.files import human_bytes
 from kdtrain.models.loading import shape_of
@@ -22,11 +22,15 @@ def teacher_knows_the_task(subject: Subject) -> Iterator[Finding]:
     largest = float(torch.bincount(labels).max() / len(labels))
     text = f"the teacher is right for {accuracy:.1%} of {len(labels)} validation rows, the largest class is {largest:.1%} of them"
     if len(data.classes) == 2 and accuracy < 0.5 and 1 - accuracy > largest:
-        yield wrong(f"{text}: its two classes stand the other way round; set teacher.class_order to [1, 0]")
+        yield error(
+            "KD201", f"{text}: its two classes stand the other way round; set teacher.class_order to [1, 0]"
+        )
     elif accuracy < largest:
-        yield suspicious(f"{text}: is it a teacher of this task, and do its classes stand in this order?")
+        yield warning(
+            "KD202", f"{text}: is it a teacher of this task, and do its classes stand in this order?"
+        )
     else:
-        yield note(text)
+        yield info("KD203", text)
 
 
 def teacher_answers_alike(subject: Subject) -> Iterator[Finding]:
@@ -40,11 +44,14 @@ def teacher_answers_alike(subject: Subject) -> Iterator[Finding]:
     outputs = [teacher_outputs(subject.teacher, rows, index, layers, CPU) for _ in range(2)]
     alone = teacher_outputs(subject.teacher, rows, index[:1], layers, CPU)
     if not torch.equal(outputs[0].logits, outputs[1].logits):
-        yield wrong(
-            "the teacher answers the same rows differently each time: some dropout of it stays on in eval mode"
+        yield error(
+            "KD204",
+            "the teacher answers the same rows differently each time: some dropout of it stays on in eval mode",
         )
     if not torch.allclose(alone.logits, outputs[0].logits[:1], rtol=1e-3, atol=1e-3):
-        yield wrong("the teacher's answer depends on padding: its model does not use the attention mask")
+        yield error(
+            "KD205", "the teacher's answer depends on padding: its model does not use the attention mask"
+        )
 
 
 def cache_fits(subject: Subject) -> Iterator[Finding]:
@@ -67,8 +74,9 @@ def cache_fits(subject: Subject) -> Iterator[Finding]:
     free = shutil.disk_usage(there).free
     text = f"the teacher's outputs take about {human_bytes(need)} ({count:,} rows) below {place}"
     if need > free and not place.exists():
-        yield wrong(
-            f"{text}, and {human_bytes(free)} are free there: give another teacher.cache, or fewer rows (data.limit)"
+        yield error(
+            "KD206",
+            f"{text}, and {human_bytes(free)} are free there: give another teacher.cache, or fewer rows (data.limit)",
         )
     else:
-        yield note(text)
+        yield info("KD207", text)

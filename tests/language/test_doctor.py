@@ -46,42 +46,42 @@ def test_a_sound_run(
     language_distillation: LanguageRecipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = findings(language_distillation)
-    assert set(found.values()) == {"note"}
-    assert said(found, "the same 286 tokens, compared one by one") == "note"
-    assert said(found, "labels are shifted once") == "note"
-    assert said(found, "the student's head is 286 x 16, tied to the embeddings") == "note"
-    assert said(found, "a step holds about") == "note"
+    assert set(found.values()) == {"info"}
+    assert said(found, "the same 286 tokens, compared one by one") == "info"
+    assert said(found, "labels are shifted once") == "info"
+    assert said(found, "the student's head is 286 x 16, tied to the embeddings") == "info"
+    assert said(found, "a step holds about") == "info"
     save_recipe(language_distillation, tmp_path / "recipe.yaml")
     assert main(["doctor", str(tmp_path / "recipe.yaml")]) == 0
-    assert "0 wrong, 0 suspicious" in capsys.readouterr().out
+    assert "0 errors, 0 warnings" in capsys.readouterr().out
 
 
 def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Path, tmp_path: Path) -> None:
     """Another tokenizer, a teacher that knows nothing, padding by hand, a cache and its cost, padded heads."""
     recipe = language_distillation
     lost = recipe.replaced(teacher=recipe.teacher.replaced(path="/nowhere"))
-    assert findings(lost) == {"teacher.path: there is no folder /nowhere": "wrong"}
+    assert findings(lost) == {"teacher.path: there is no folder /nowhere": "error"}
     loose = recipe.replaced(
         data=recipe.data.replaced(packing=False, max_length=128),
         student=recipe.student.replaced(tokenizer=str(language_teacher)),
         teacher=recipe.teacher.replaced(path=None),  # it reads 64 tokens only
         method=method_options("ft"),
     )
-    assert said(findings(loose), "the rest is padding; set data.packing: true") == "suspicious"
+    assert said(findings(loose), "the rest is padding; set data.packing: true") == "warning"
     cached = recipe.replaced(
         method=method_options("kd", temperature=1.0, ce_weight=0.5),
         teacher=recipe.teacher.replaced(signal="hidden", cache=str(tmp_path / "cache")),
     )
-    assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "note"
+    assert said(findings(cached), "the teacher cache takes 64 bytes a token") == "info"
     kept = cached.replaced(teacher=cached.teacher.replaced(signal="topk", top_k=4))
     tokens = LanguageSubject(kept).run.rows[1].lengths.sum()
-    assert said(findings(kept), f"for {tokens} held-out tokens (hidden: 32 bfloat16)") == "note"
+    assert said(findings(kept), f"for {tokens} held-out tokens (hidden: 32 bfloat16)") == "info"
     # Labels alone store nothing, whatever the signal asks for.
     alone = cached.replaced(
         method=method_options("ft"),
         teacher=cached.teacher.replaced(signal="cross_term"),
     )
-    assert set(findings(alone).values()) == {"note"} and "cache" not in str(findings(alone))
+    assert set(findings(alone).values()) == {"info"} and "cache" not in str(findings(alone))
     model = AutoModelForCausalLM.from_pretrained(language_teacher)
     with torch.no_grad():  # every token now stands for its neighbour
         table = head_of(model).weight
@@ -89,7 +89,7 @@ def test_wrong_runs(language_distillation: LanguageRecipe, language_teacher: Pat
     model.save_pretrained(tmp_path / "confused")
     PreTrainedTokenizerFast.from_pretrained(language_teacher).save_pretrained(tmp_path / "confused")
     confused = recipe.replaced(teacher=recipe.teacher.replaced(path=str(tmp_path / "confused")))
-    assert said(findings(confused), "is likelier than the next one") == "suspicious"
+    assert said(findings(confused), "is likelier than the next one") == "warning"
 
 
 def test_padded_head_of_the_teacher(
@@ -109,9 +109,9 @@ def test_padded_head_of_the_teacher(
     found = findings(recipe)
     assert (
         said(found, "the heads have 286 (student) and 300 (teacher) rows; ids 0 to 285 are the same tokens")
-        == "note"
+        == "info"
     )
-    assert said(found, "before training: cross entropy") == "note"
+    assert said(found, "before training: cross entropy") == "info"
 
 
 class PeakMemory(TorchDispatchMode):

@@ -249,7 +249,7 @@ def test_command_and_doctor(
     assert "all values are log-probabilities of different tokens" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--plan"]) == 0
     levels = {finding.text: finding.level for finding in examine_language(recipe)}
-    assert set(levels.values()) == {"note"} and any("top 24 entries of my teacher" in text for text in levels)
+    assert set(levels.values()) == {"info"} and any("top 24 entries of my teacher" in text for text in levels)
 
 
 def spoil(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:

@@ -62,7 +62,7 @@ def test_what_a_server_is_wrong_in(
         run(recipe)
     assert not (tmp_path / "run").exists() and "sesame" not in str(caught.value)
     (finding, *_) = examine_language(recipe)
-    assert finding.level == "wrong" and finding.text == str(caught.value)
+    assert finding.level == "error" and finding.text == str(caught.value)
 
 
 def test_another_model_is_told_by_width_tokens_and_log_probabilities(

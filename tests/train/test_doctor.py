@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdtrain.cli import main
-from kdtrain.doctor import Finding, examine, note
+from kdtrain.doctor import Finding, error, examine, info
 from kdtrain.doctor import data_checks as of_data
 from kdtrain.doctor import method_checks as of_method
 from kdtrain.doctor import teacher_checks as of_teacher
@@ -46,9 +46,9 @@ def test_a_good_run_has_nothing_wrong(
     assert main(["doctor", str(tmp_path / "recipe.yaml"), "--student.layers", "3"]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert lines[-1].startswith("0 wrong")
+    assert lines[-1].startswith("0 errors")
     # What is suspicious of the toy task is true: short rows repeat, long ones are cut.
-    found = [line for line in lines if line.startswith("suspicious")]
+    found = [line for line in lines if line.startswith("warning")]
     assert all("also stand in the training rows" in line or "are cut" in line for line in found)
     assert "layers compared, student and teacher: [(1, 1), (2, 2), (3, 3)]" in printed
     assert "the teacher is right for" in printed and "the teacher's outputs take about" in printed
@@ -60,16 +60,16 @@ def test_dist_of_two_classes_and_few_rows(recipe: ClassificationRecipe, tmp_path
     small = small.replaced(training=small.training.replaced(batch_size=4))
     subject = Subject(small)
     assert told(
-        list(of_method.correlation_has_a_gradient(subject)), "suspicious", "set method.inter_weight to 0"
+        list(of_method.correlation_has_a_gradient(subject)), "warning", "set method.inter_weight to 0"
     )
-    assert told(list(of_method.batch_is_large_enough(subject)), "suspicious", "training.batch_size is 4")
+    assert told(list(of_method.batch_is_large_enough(subject)), "warning", "training.batch_size is 4")
     said = Subject(small.replaced(method=method_options("dist", inter_weight=0.0)))
     assert not list(of_method.correlation_has_a_gradient(said))
 
 
 def test_a_clip_that_never_clips(recipe: ClassificationRecipe) -> None:
     loose = recipe.replaced(training=recipe.training.replaced(max_grad_norm=float("inf")))
-    assert told(list(of_method.gradient_is_clipped(Subject(loose))), "suspicious", "never clipped")
+    assert told(list(of_method.gradient_is_clipped(Subject(loose))), "warning", "never clipped")
     assert not list(of_method.gradient_is_clipped(Subject(recipe)))
 
 
@@ -79,7 +79,7 @@ def test_a_teacher_whose_dropout_stays_on(distillation: ClassificationRecipe) ->
     assert not list(of_teacher.teacher_answers_alike(subject))
     model: Any = subject.teacher.model
     model.roberta.encoder.layer[0] = Noisy(model.roberta.encoder.layer[0])
-    assert told(list(of_teacher.teacher_answers_alike(subject)), "wrong", "differently each time")
+    assert told(list(of_teacher.teacher_answers_alike(subject)), "error", "differently each time")
 
 
 class Noisy(nn.Module):
@@ -104,7 +104,7 @@ def test_a_model_that_reads_padding(
     monkeypatch.setattr(
         model.roberta, "forward", lambda *a, **k: forward(*a, **{**k, "attention_mask": None})
     )
-    assert told(list(of_teacher.teacher_answers_alike(subject)), "wrong", "depends on padding")
+    assert told(list(of_teacher.teacher_answers_alike(subject)), "error", "depends on padding")
 
 
 def test_a_teacher_of_the_other_order(
@@ -115,11 +115,11 @@ def test_a_teacher_of_the_other_order(
     subject = Subject(turned, Opened(Subject(turned), teacher))
     subject.__dict__["teacher_logits"] = torch.eye(2)[1 - subject.sample.labels]
     assert told(
-        list(of_teacher.teacher_knows_the_task(subject)), "wrong", "set teacher.class_order to [1, 0]"
+        list(of_teacher.teacher_knows_the_task(subject)), "error", "set teacher.class_order to [1, 0]"
     )
     other = Subject(distillation)
     other.__dict__["teacher_logits"] = torch.eye(3)[(other.sample.labels + 1) % 3]
-    assert told(list(of_teacher.teacher_knows_the_task(other)), "suspicious", "is it a teacher of this task")
+    assert told(list(of_teacher.teacher_knows_the_task(other)), "warning", "is it a teacher of this task")
 
 
 class Opened(SharedInputs):
@@ -155,18 +155,16 @@ def test_rows_of_the_test_in_training_and_classes_that_are_missing(
     subject = Subject(recipe.replaced(data=DataSection(path=str(folder))))
     assert told(
         list(of_data.test_rows_are_new(subject)),
-        "suspicious",
+        "warning",
         "3 of 40 test rows also stand in the training rows",
     )
-    assert told(
-        list(of_data.classes_are_there(subject)), "suspicious", "no training row has the class OSError"
-    )
+    assert told(list(of_data.classes_are_there(subject)), "warning", "no training row has the class OSError")
 
 
 def test_a_focus_marker_that_no_row_has(recipe: ClassificationRecipe) -> None:
     assert not list(of_data.focus_is_there(Subject(recipe)))
     other = recipe.replaced(data=recipe.data.replaced(focus="__HOEL__"))
-    assert told(list(of_data.focus_is_there(Subject(other))), "suspicious", "holds the focus marker __HOEL__")
+    assert told(list(of_data.focus_is_there(Subject(other))), "warning", "holds the focus marker __HOEL__")
 
 
 def test_rows_that_are_cut(distillation: ClassificationRecipe) -> None:
@@ -174,7 +172,7 @@ def test_rows_that_are_cut(distillation: ClassificationRecipe) -> None:
     findings = list(of_data.rows_are_cut(Subject(short)))
     assert told(
         findings,
-        "suspicious",
+        "warning",
         "longer than the 16 tokens the student reads and are cut, around the focus marker",
     )
 
@@ -183,18 +181,16 @@ def test_weights_layers_and_metric(distillation: ClassificationRecipe) -> None:
     silent = distillation.replaced(method=distillation.method[0].replaced(kd_weight=1e-5, temperature=1.0))
     assert told(
         list(of_method.soft_labels_weigh_something(Subject(silent))),
-        "suspicious",
+        "warning",
         "the teacher hardly counts",
     )
     nothing = distillation.replaced(method=distillation.method[0].replaced(kd_weight=0.0, ce_weight=0.0))
+    assert told(list(of_method.soft_labels_weigh_something(Subject(nothing))), "warning", "nothing teaches")
     assert told(
-        list(of_method.soft_labels_weigh_something(Subject(nothing))), "suspicious", "nothing teaches"
-    )
-    assert told(
-        list(of_method.layers_meet(Subject(distillation))), "suspicious", "no multiple of the student's 2"
+        list(of_method.layers_meet(Subject(distillation))), "warning", "no multiple of the student's 2"
     )
     wrong_metric = distillation.replaced(training=distillation.training.replaced(metric_for_best_model="f1"))
-    assert told(list(of_data.best_is_what_counts(Subject(wrong_metric))), "wrong", "f1 is for two classes")
+    assert told(list(of_data.best_is_what_counts(Subject(wrong_metric))), "error", "f1 is for two classes")
 
 
 def test_tokens_that_do_not_meet(distillation: ClassificationRecipe) -> None:
@@ -205,15 +201,15 @@ def test_tokens_that_do_not_meet(distillation: ClassificationRecipe) -> None:
     subject = Subject(ckd)
     rows = subject.student_rows(1 << 20)
     subject.__dict__["student_rows"] = lambda limit: replace(rows, lengths=2 * rows.lengths)
-    assert told(list(of_method.tokens_meet(subject)), "suspicious", "times the teacher's tokens")
+    assert told(list(of_method.tokens_meet(subject)), "warning", "times the teacher's tokens")
     shorter = ckd.replaced(student=ckd.student.replaced(max_length=24))
     assert told(
         list(of_method.tokens_meet(Subject(shorter))),
-        "suspicious",
+        "warning",
         "set teacher.max_length to student.max_length",
     )
     shifted = ckd.replaced(student=ckd.student.replaced(insert=("</s>",)))
-    assert told(list(of_method.tokens_meet(Subject(shifted))), "suspicious", "set student.insert to []")
+    assert told(list(of_method.tokens_meet(Subject(shifted))), "warning", "set student.insert to []")
 
 
 def test_a_cache_larger_than_the_disk(
@@ -222,14 +218,14 @@ def test_a_cache_larger_than_the_disk(
     fresh = distillation.replaced(
         teacher=distillation.teacher.replaced(cache=str(tmp_path / "new" / "cache"))
     )
-    assert told(list(of_teacher.cache_fits(Subject(fresh))), "note", "the teacher's outputs take about")
+    assert told(list(of_teacher.cache_fits(Subject(fresh))), "info", "the teacher's outputs take about")
     monkeypatch.setattr(of_teacher.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    assert told(list(of_teacher.cache_fits(Subject(fresh))), "wrong", "1.0 kB are free there: give another")
+    assert told(list(of_teacher.cache_fits(Subject(fresh))), "error", "1.0 kB are free there: give another")
 
 
 def test_what_cannot_even_start(recipe: ClassificationRecipe) -> None:
     found = examine_recipe(recipe.replaced(method=method_options("kd")))
-    assert [finding.level for finding in found] == ["wrong"] and "needs a teacher" in found[0].text
+    assert [finding.level for finding in found] == ["error"] and "needs a teacher" in found[0].text
     found = examine_recipe(recipe.replaced(teacher=TeacherSection(path="./nowhere")))
     assert "there is no folder ./nowhere" in found[0].text
 
@@ -238,7 +234,10 @@ def test_a_check_that_is_refused_is_a_finding() -> None:
     def refused(subject: object) -> list[Finding]:
         raise KdtrainError("no")
 
-    assert list(examine(None, [refused, lambda _: [note("yes")]])) == [Finding("wrong", "no"), note("yes")]
+    assert list(examine(None, [refused, lambda _: [info("KD102", "yes")]])) == [
+        error("KD001", "no"),
+        info("KD102", "yes"),
+    ]
     assert len({check.__name__ for check in CHECKS}) == len(CHECKS)
 
 
@@ -253,7 +252,16 @@ def test_a_study_and_unknown_tasks(
     )
     assert main(["doctor", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "suspicious  (toy, small, loose) training.max_grad_norm is inf" in printed
+    assert "warning  KD305  (toy, small, loose) training.max_grad_norm is inf" in printed
+    assert main(["doctor", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["errors"] == 0 and found["warnings"] == sum(
+        one["level"] == "warning" for one in found["findings"]
+    )
+    loose = next(one for one in found["findings"] if one["code"] == "KD305")
+    assert loose["group"] == "Method and training" and loose["link"].endswith("troubleshooting.md#kd305")
+    assert main(["doctor", str(path), "--quiet"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]} == {"warning"}
     path.write_text("task: vision\n")
     assert main(["doctor", str(path)]) == 2
     assert "task must be one of classification, code_lm, masked_lm, study" in capsys.readouterr().err
