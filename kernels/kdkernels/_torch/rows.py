@@ -16,7 +16,8 @@ from ..divergences import Decoupled
 from ..options import RowTerms
 from .blocks import CHECKED_SUMS, EXPONENTIAL_SUMS, Block, Sums, exponentiate, shift, subtract_target
 from .divergences import arithmetic_of
-from .sizes import block_rows
+from .sizes import block_rows, worker_count
+from .threads import share_rows
 
 # Row sums of exp(logits) between which the logits are used without subtracting their maximum: the
 # logits that matter are then below 30 in size, and their float32 rounding no worse than log_softmax's.
@@ -76,22 +77,28 @@ def kd_rows(
             ce_factor = (unit * (terms.ce_weight * scale)).masked_fill_(outside, math.nan)
     if plan.cross_entropy:
         target, total = torch.empty_like(sums[0]), torch.empty_like(sums[0])
-    sizes = block_rows(rows, vocabulary, student_logits.device)
     by_row: Any = (
         sums, student_logits, teacher_logits, labels, grad, kd_factor, ce_factor, target, total, *fields
     )  # fmt: skip
-    blocks = (by_row,) if len(sizes) == 1 else zip(*(_cut(tensor, sizes) for tensor in by_row), strict=True)
-    scratch = _Scratch.make(plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, dtype)
-    # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
-    # block is first tried without; elsewhere looking at the result would be a host sync.
-    safe = not on_cpu
-    for part, *block in blocks:
-        arguments, block_sums = _Rows(*block[:8]), Sums(*block[8:])
-        if part.shape[1] != scratch.exp_s.shape[0]:
-            scratch = scratch.first(part.shape[1])
-        if not _solve(arguments, block_sums, part, plan, scratch, safe):
-            safe = True
-            _solve(arguments, block_sums, part, plan, scratch, safe)
+    workers = worker_count(rows, vocabulary, student_logits.device)
+
+    def solve(here: slice) -> None:
+        own: Any = by_row if workers == 1 else [_rows_of(tensor, here) for tensor in by_row]
+        sizes = block_rows(own[0].shape[1], vocabulary, student_logits.device, workers)
+        blocks = (own,) if len(sizes) == 1 else zip(*(_cut(tensor, sizes) for tensor in own), strict=True)
+        scratch = _Scratch.make(plan, sizes[0] if sizes else 0, student_logits, teacher_logits, grad, dtype)
+        # Taking maxima and masking infinities costs a third more passes, and few rows need it. On the CPU a
+        # block is first tried without; elsewhere looking at the result would be a host sync.
+        safe = not on_cpu
+        for part, *block in blocks:
+            arguments, block_sums = _Rows(*block[:8]), Sums(*block[8:])
+            if part.shape[1] != scratch.exp_s.shape[0]:
+                scratch = scratch.first(part.shape[1])
+            if not _solve(arguments, block_sums, part, plan, scratch, safe):
+                safe = True
+                _solve(arguments, block_sums, part, plan, scratch, safe)
+
+    share_rows(solve, rows, workers)
 
     divergences = plan.arithmetic.values(Sums(*sums.double().unbind()), fields).to(dtype)
     cross_entropies = torch.zeros_like(divergences)
@@ -106,6 +113,10 @@ def kd_rows(
         if masked is not None and result is not None:
             result.masked_fill_(masked, 0.0)
     return divergences.squeeze(1), cross_entropies.squeeze(1)
+
+
+def _rows_of(tensor: Tensor | None, here: slice) -> Tensor | None:
+    return None if tensor is None else tensor[..., here, :]
 
 
 def _cut(tensor: Any, sizes: list[int]) -> Any:

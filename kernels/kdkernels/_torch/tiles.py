@@ -6,7 +6,7 @@ Tiles are worked on in blocks of rows like whole rows are, always with the maxim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ from ..options import RowTerms
 from .arithmetic import Arithmetic
 from .blocks import Block, Sums, subtract_target
 from .divergences import arithmetic_of
-from .sizes import block_rows
+from .sizes import block_rows, worker_count
+from .threads import share_rows
 
 
 class _Part(NamedTuple):
@@ -51,17 +52,33 @@ class _Part(NamedTuple):
     scratch: Tensor  # (6, R, C)
 
 
-def _parts(tile: Tile, terms: RowTerms, state: Tensor, derivative: bool = False) -> Iterator[_Part]:
-    """The blocks of rows of a tile, one after the other in the same scratch."""
+def _each_part(
+    work: Callable[[_Part], None], tile: Tile, terms: RowTerms, state: Tensor, *, derivative: bool = False
+) -> None:
+    """work(part) for all blocks of rows of a tile."""
     rows, width = tile.student.shape
+    workers = worker_count(rows, width, tile.student.device)
+
+    def share(here: slice) -> None:
+        for part in _parts(tile, terms, state, derivative, here, workers):
+            work(part)
+
+    share_rows(share, rows, workers)
+
+
+def _parts(
+    tile: Tile, terms: RowTerms, state: Tensor, derivative: bool, share: slice, workers: int
+) -> Iterator[_Part]:
+    """The blocks of the rows of a share, one after the other in the same scratch."""
+    rows, width = share.stop - share.start, tile.student.shape[1]
     dtype = state.dtype
     student_bias, teacher_bias = (
         None if bias is None else bias.to(dtype) for bias in (tile.student_bias, tile.teacher_bias)
     )
-    sizes = block_rows(rows, width, tile.student.device)
+    sizes = block_rows(rows, width, tile.student.device, workers)
     scratch = torch.empty((9, sizes[0] if sizes else 0, width), dtype=dtype, device=tile.student.device)
     capped = derivative and terms.student_transform.softcap is not None
-    start = 0
+    start = share.start
     for size in sizes:
         here = slice(start, start + size)
         start += size
@@ -112,7 +129,8 @@ def tile_statistics(tile: Tile, terms: RowTerms, state: Tensor) -> None:
     """Merge a tile into the normalisers; the contract is `core.backend.Backend.tile_statistics`."""
     before = None if tile.row_weight is None else state.clone()
     split = isinstance(terms.divergence, Decoupled)
-    for part in _parts(tile, terms, state):
+
+    def work(part: _Part) -> None:
         if part.label is not None and part.inside is not None:
             outside = ~part.inside
             part.state[LABEL] += part.student.gather(1, part.label).masked_fill(outside, 0.0).squeeze(1)
@@ -132,6 +150,8 @@ def tile_statistics(tile: Tile, terms: RowTerms, state: Tensor) -> None:
             temperature, scratch = terms.temperature, part.scratch[0]
             _merge(part.state, STUDENT_MAX, STUDENT_SUM, student, temperature, scratch)
             _merge(part.state, TEACHER_MAX, TEACHER_SUM, teacher, temperature, scratch)
+
+    _each_part(work, tile, terms, state)
     _keep(state, tile.row_weight, before)
 
 
@@ -176,11 +196,14 @@ def tile_sums(tile: Tile, terms: RowTerms, state: Tensor) -> None:
     """Add a tile to VALUE and MEAN; the contract is `core.backend.Backend.tile_sums`."""
     before = None if tile.row_weight is None else state.clone()
     arithmetic = arithmetic_of(terms.divergence, state.dtype)
-    for part in _parts(tile, terms, state):
+
+    def work(part: _Part) -> None:
         block = _block(part, terms)
         _accumulate(arithmetic, block)
         _add_value(arithmetic, block, part.state)
         part.state[MEAN] += arithmetic.mean(block.sums).squeeze(1)
+
+    _each_part(work, tile, terms, state)
     _keep(state, tile.row_weight, before)
 
 
@@ -207,7 +230,8 @@ def tile_gradient(
     arithmetic = arithmetic_of(terms.divergence, state.dtype)
     unit = torch.ones_like(state[0]) if tile.row_weight is None else tile.row_weight.to(state.dtype)
     unit = (unit * terms.student_transform.scale).unsqueeze(1)
-    for part in _parts(tile, terms, state, derivative=True):
+
+    def work(part: _Part) -> None:
         weight = unit[part.rows]
         if part.teacher is None:
             out = part.scratch[1].zero_()
@@ -233,6 +257,8 @@ def tile_gradient(
         if part.derivative is not None:
             out.mul_(part.derivative)
         grad[part.rows] = out.masked_fill_(weight == 0, 0.0)
+
+    _each_part(work, tile, terms, state, derivative=True)
     _keep(state, tile.row_weight, before)
 
 
