@@ -12,7 +12,7 @@ from benchmarks import report
 from benchmarks.measure import environment
 from benchmarks.operation import AnyCase
 from benchmarks.registry import OPERATIONS, operation_of
-from benchmarks.runner import MINIMUM_ROUNDS, ROOT, run_case
+from benchmarks.runner import MINIMUM_ROUNDS, ROOT, busy_cores, run_case
 from benchmarks.suites import SUITES
 
 
@@ -48,10 +48,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--skip-tests", action="store_true", help="measure without running the tests of the operations first"
     )
     parser.add_argument(
+        "--busy-cores",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep so many cores busy with other work meanwhile (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="also write <date>.csv and <date>.json there (<date>-<suite> for suites but cpu and gpu)",
+        help="also write <date>.csv and <date>.json there (<date>-<suite> for suites but cpu and gpu; -busy<N> with --busy-cores)",
     )
     chosen = parser.parse_args(arguments)
     if chosen.rounds < MINIMUM_ROUNDS:
@@ -107,12 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"--out {chosen.out} cannot be a folder: {error.strerror}.", file=sys.stderr)
             return 2
     stamp = environment(device)
+    if chosen.busy_cores:
+        stamp["busy_cores"] = chosen.busy_cores
     if not chosen.skip_tests and not tests_pass(cases):
         print("Tests of what is measured fail, so there are no figures.", file=sys.stderr)
         return 1
     print(", ".join(f"{name} {value}" for name, value in stamp.items()))
     # The suite of the machine's kind is what a date stands for; the others say their name.
     name = stamp["date"] if chosen.suite in ("cpu", "gpu") else f"{stamp['date']}-{chosen.suite}"
+    if chosen.busy_cores:
+        name += f"-busy{chosen.busy_cores}"
     everything: list[report.Record] = []
     start, failed = time.monotonic(), False
     for number, case in enumerate(cases, 1):
@@ -124,7 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         share = (start + chosen.minutes * 60 - time.monotonic()) / (len(cases) - number + 1)
         try:
-            found = report.records(case, run_case(case, takes_part[case.name], chosen.rounds, share, say))
+            with busy_cores(chosen.busy_cores):
+                rows = run_case(case, takes_part[case.name], chosen.rounds, share, say)
+            found = report.records(case, rows)
         except RuntimeError as error:  # of this case; the others have figures
             print(error, file=sys.stderr)
             failed = True
