@@ -91,7 +91,7 @@ def _values(action: argparse.Action) -> str:
         return ", ".join(f"`{one}`" for one in action.choices)
     if action.nargs == 0:
         return "flag"
-    kind = {int: "whole number", float: "number", Path: "path"}.get(action.type, "text")  # type: ignore[call-overload]
+    kind = {int: "whole number", float: "number", Path: "path"}.get(action.type, "text")
     return (
         f"{kind}, may be repeated"
         if isinstance(action, argparse._AppendAction) or action.nargs == "*"

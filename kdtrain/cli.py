@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kdtrain.console import say
+from kdtrain.console import be_quiet, complain
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe.base import nearest
 
@@ -103,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if name is not None and words[0] == name and name not in COMMANDS:
         near = nearest(name, COMMANDS)
         hint = "" if near is None else f"; did you mean {near}?"
-        say(f"kdtrain: unknown command {name}{hint} (commands: {', '.join(COMMANDS)})")
+        complain(f"kdtrain: unknown command {name}{hint} (commands: {', '.join(COMMANDS)})")
         return 2
     overrides: list[str] = []
     if words[:1] == [name] and name is not None:
@@ -111,13 +111,14 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             add_fields(name, parsers[name], words[1:])
         except KdtrainError as error:  # help of a recipe that is wrong
-            say(f"kdtrain: {error}")
+            complain(f"kdtrain: {error}")
             return error.code
         if COMMANDS[name].recipe:
             rest, overrides = split_overrides(words[1:], parsers[name].names)
             words = [name, *rest]
     arguments = parser.parse_args(words)
     arguments.overrides = overrides
+    be_quiet(getattr(arguments, "quiet", False))
     command = COMMANDS[arguments.command]
     module = importlib.import_module(command.module)
     try:
@@ -125,11 +126,11 @@ def main(words: Sequence[str] | None = None) -> int:
             print_config(arguments) if getattr(arguments, "print_config", False) else module.main(arguments)
         )
     except KdtrainError as error:
-        say(f"kdtrain: {error}")
+        complain(f"kdtrain: {error}")
         return error.code
     except KeyboardInterrupt:
         again = "; run the same command to resume" if command.resumed else ""
-        say(f"kdtrain: interrupted{again}")
+        complain(f"kdtrain: interrupted{again}")
         return 130
     except BrokenPipeError:  # the reader of what is printed is gone, as with `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

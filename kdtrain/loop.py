@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_scheduler
 
-from kdtrain.console import progress, say
+from kdtrain.console import event, progress, say
 from kdtrain.data.tokens import epoch_batches
 from kdtrain.engine.checkpoint import Position, load_checkpoint, read_best, save_best, save_checkpoint
 from kdtrain.engine.failures import failures_told
@@ -144,7 +144,7 @@ def _train(
                 accelerator.log(shown, step=step.number)
                 if main:
                     append_line(metrics_path, json.dumps({"step": step.number, **shown}))
-                    say(f"{folder.name}: step {step.number}/{total_steps} {describe(metrics)}")
+                    event(folder.name, f"{step.number}/{total_steps}", metrics)
                 plain.after_evaluate(step, metrics)
                 last = last or position.waited == options.early_stopping_patience
                 wrapped.train()
@@ -240,7 +240,7 @@ def _train(
                 accelerator.log(line, step=position.step)
                 if main:
                     append_line(metrics_path, json.dumps(line))
-                bar.note(f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s")
+                bar.note(loss=loss, tokens_per_second=line["tokens_per_second"])
                 window = replace(position)
 
     # ---- the best weights stay
@@ -278,8 +278,3 @@ def parameter_groups(model: torch.nn.Module, options: TrainingSection) -> list[d
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     """{"accuracy": 0.5} as {"valid/accuracy": 0.5}."""
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """The metrics in one line."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,10 +1,11 @@
 """kdtrain cache RECIPE."""
 
 import argparse
+import json
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from kdtrain.console import say
+from kdtrain.console import add_output_options, say
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
 from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=64, help="how many rows --verify recomputes (default: 64)"
     )
+    add_output_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -46,6 +48,8 @@ def main(arguments: argparse.Namespace) -> int:
     store = run.filled_store(accelerator)
     if accelerator.is_main_process:
         say(f"teacher cache: {len(store)} rows in {store.folder}")
+        if arguments.json:
+            print(json.dumps({"folder": str(store.folder), "rows": len(store)}))
     if arguments.verify:
         rows = run.cached_rows
         prepare, keys = run.prepare_work(rows, accelerator.device), keys_of(rows.keys())
@@ -95,6 +99,8 @@ def fill_and_verify(run: "CodeLM", arguments: argparse.Namespace) -> int:
         assert rows.store is not None
         if main:
             say(f"teacher cache: {len(rows.store)} segments in {rows.store.folder}")
+        if main and arguments.json:
+            print(json.dumps({"folder": str(rows.store.folder), "rows": len(rows.store)}))
         if arguments.verify:
             assert rows.prepare is not None
             count = verify(

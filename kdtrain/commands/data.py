@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kdtrain.console import add_output_options, result
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command a data set."""
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for kind in (exceptions, devign, clones, cubert):
         kind.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+        add_output_options(kind)
 
 
 def _kind(kinds: Any, name: str, summary: str, more: str) -> argparse.ArgumentParser:
@@ -68,7 +71,8 @@ def main(arguments: argparse.Namespace) -> int:
         from kdtrain.data.exceptions import build_exceptions
 
         description = build_exceptions(output, arguments.trees)
-        print(f"{output}: {description['rows']} from {description['files_read']} files")
+        text = f"{output}: {description['rows']} from {description['files_read']} files"
+        result(arguments, text, description)
         return 0
     from kdtrain.data.benchmarks import convert_bigclonebench, convert_cubert, convert_devign
 
@@ -80,5 +84,6 @@ def main(arguments: argparse.Namespace) -> int:
         )
     else:
         description = convert_cubert(arguments.source, output)
-    print(f"{output}: {description['rows']}, labels of the test split {description['labels']['test']}")
+    text = f"{output}: {description['rows']}, labels of the test split {description['labels']['test']}"
+    result(arguments, text, description)
     return 0

@@ -1,8 +1,11 @@
 """kdtrain demo."""
 
 import argparse
+import json
+import shlex
 from pathlib import Path
 
+from kdtrain.console import add_output_options, result
 from kdtrain.errors import KdtrainError
 
 
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-teacher",
         action="store_true",
-        help="task exceptions: make the teacher anew in place of the shipped one, about an hour on two cores",
+        help="task exceptions: train a new teacher in place of the shipped one, about an hour on two cores",
     )
     parser.add_argument(
         "--site-packages",
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="with --train-teacher: also learn from the packages installed in this folder (may be repeated)",
     )
+    add_output_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -52,16 +56,35 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.task == "code-lm":
         from kdtrain.demo.code_lm import language_demo
 
-        print(language_demo(Path(arguments.output or "runs/demo-code-lm")))
-        return 0
-    from kdtrain.demo.classification import demo
+        output = Path(arguments.output or "runs/demo-code-lm")
+        report, student = language_demo(output), output / "runs" / "forward_kl"
+    else:
+        from kdtrain.demo.classification import demo
 
-    print(
-        demo(
-            Path(arguments.output or "runs/demo"),
+        output = Path(arguments.output or "runs/demo")
+        student = output / "runs" / "kd-0"
+        report = demo(
+            output,
             seeds=arguments.seeds,
             train_teacher=arguments.train_teacher,
             site_packages=arguments.site_packages,
         )
-    )
+    result(arguments, f"{report}\n{next_commands(student)}", json.loads((output / "report.json").read_text()))
     return 0
+
+
+def next_commands(student: Path) -> str:
+    """Three commands to try next.
+
+    Args:
+        student: folder of a run of the demo.
+    """
+    run = shlex.quote(str(student))
+    return "\n".join(
+        (
+            "Next:",
+            f"  kdtrain evaluate {run}",
+            f"  kdtrain doctor {run}/recipe.yaml",
+            f"  kdtrain train {run}/recipe.yaml --method.temperature 4 --output {shlex.quote(f'{student}-again')}",
+        )
+    )

@@ -1,14 +1,21 @@
 """kdtrain doctor RECIPE."""
 
 import argparse
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
+from kdtrain.console import add_output_options, result, show
 from kdtrain.doctor import PAGE, Finding, refusal
 from kdtrain.errors import KdtrainError
 from kdtrain.recipe import ClassificationRecipe, LanguageRecipe, read_yaml
 from kdtrain.tasks.recipes import recipe_from_dict, task_named_in
+
+MARKS = {"error": ("✗", "bold red"), "warning": ("!", "yellow"), "info": ("✓", "green")}
+"""Of each level on a terminal, with its style."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="task code_lm: memory and communication of 1 to 1024 devices, from shapes alone",
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    add_output_options(parser, quiet="print errors and warnings only")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -33,18 +39,16 @@ def main(arguments: argparse.Namespace) -> int:
         return print_plan(content)
     findings = examined(content)
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
-    if arguments.json:
-        listed = [{**asdict(finding), "group": finding.group, "link": finding.link} for finding in findings]
-        print(
-            json.dumps(
-                {"errors": counts["error"], "warnings": counts["warning"], "findings": listed}, indent=2
-            )
-        )
-    else:
-        shown = [finding for finding in findings if not (arguments.quiet and finding.level == "info")]
-        for finding in shown:
-            print(finding.line())
-        print(f"{counts['error']} errors, {counts['warning']} warnings; {PAGE} explains every code")
+    listed = [{**asdict(finding), "group": finding.group, "link": finding.link} for finding in findings]
+    kept = [finding for finding in findings if not (arguments.quiet and finding.level == "info")]
+    words = ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items())
+    end = f"{words}; {PAGE} explains every code"
+    result(
+        arguments,
+        "\n".join([*(finding.line() for finding in kept), end]),
+        {"errors": counts["error"], "warnings": counts["warning"], "findings": listed},
+        draw=lambda: [drawn_findings(kept), end],
+    )
     return 1 if counts["error"] else 0
 
 
@@ -65,6 +69,21 @@ def examined(content: dict[str, Any]) -> list[Finding]:
     raise KdtrainError(f"kdtrain doctor has no checks for task: {task}")
 
 
+def drawn_findings(findings: Sequence[Finding]) -> Table:
+    """The findings by group, as a terminal shows them."""
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    for column in ("group", "mark", "code"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("text", overflow="fold")
+    last = ""
+    for finding in sorted(findings, key=lambda one: one.code[2]):
+        mark, style = MARKS[finding.level]
+        group = "" if finding.group == last else finding.group
+        last = finding.group
+        table.add_row(Text(group, "bold"), Text(mark, style), Text(finding.code, style), Text(finding.text))
+    return table
+
+
 def print_plan(content: dict[str, Any]) -> int:
     """Where the memory of one device goes, without opening data or weights."""
     recipe = None if task_named_in(content) == "study" else recipe_from_dict(content)
@@ -72,7 +91,7 @@ def print_plan(content: dict[str, Any]) -> int:
         raise KdtrainError(f"--plan is for recipes of task code_lm, got task: {content['task']}")
     from kdtrain.doctor.memory_plan import plan_table
 
-    print(plan_table(recipe))
+    show(plan_table(recipe))
     return 0
 
 

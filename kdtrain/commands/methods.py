@@ -5,12 +5,13 @@ import sys
 
 from pydantic import ValidationError
 
+from kdtrain.console import result
 from kdtrain.errors import KdtrainError
 from kdtrain.methods import METHODS
 from kdtrain.methods.base import Method
 from kdtrain.models.loading import Shape
 from kdtrain.recipe.base import nearest
-from kdtrain.recipe.schema import describe
+from kdtrain.recipe.schema import describe, fields_schema
 
 SHAPE = Shape(layers=12, width=8)
 """Of a model that every method can serve; what a method needs does not depend on it."""
@@ -19,22 +20,29 @@ SHAPE = Shape(layers=12, width=8)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The name of a method."""
     parser.add_argument("name", nargs="?", help="list the fields of this method")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Print what a recipe can name in `method:`."""
     if arguments.name is None:
-        for name, kind in METHODS.items():
-            print(
-                f"{name}\n    {summary(kind)}\n    tasks: {', '.join(sorted(kind.tasks))}; needs: {needs(kind)}"
-            )
+        listed = [
+            {"name": name, "summary": summary(kind), "tasks": sorted(kind.tasks), "needs": needs(kind)}
+            for name, kind in METHODS.items()
+        ]
+        lines = [
+            f"{one['name']}\n    {one['summary']}\n    tasks: {', '.join(one['tasks'])}; needs: {one['needs']}"
+            for one in listed
+        ]
+        result(arguments, "\n".join(lines), listed)
         return 0
     if arguments.name not in METHODS:
         near = nearest(arguments.name, METHODS)
         hint = "" if near is None else f"; did you mean {near}?"
         raise KdtrainError(f"unknown method {arguments.name}{hint} (methods: {', '.join(METHODS)})")
     kind = METHODS[arguments.name]
-    print(f"{arguments.name}: {summary(kind)}\n{describe(kind.Options, 'method.')}")
+    text = f"{arguments.name}: {summary(kind)}\n{describe(kind.Options, 'method.')}"
+    result(arguments, text, fields_schema(kind.Options))
     return 0
 
 

@@ -46,7 +46,7 @@ def test_runs_are_measured_and_compared(
         assert found[name]["latency_ms"] > 0 and found[name]["generated_per_second"] > 0
     difference = found["student"]["loss"] - found["teacher"]["loss"]
     assert difference > 0.1 and f"loss minus run: {difference:+.4f}" in out
-    assert f"agreement with teacher   {found['student']['agreement']:.4f}" in out
+    assert f"agreement with teacher   {found['student']['agreement']:.1%}" in out
     assert main(["evaluate", str(student), "--split", "test"]) == 2
     assert "has no test split" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 2

@@ -28,7 +28,7 @@ def test_train_evaluate_and_compare(saved: Path, tmp_path: Path, capsys: pytest.
     assert json.loads((run / "summary.json").read_text())["training"]["steps"] == 4
     assert main(["evaluate", str(run), "--against", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "accuracy minus run: +0.0000  95 % interval [+0.0000, +0.0000]" in printed
+    assert "accuracy minus run: +0.0%  95 % interval [+0.0%, +0.0%]" in printed
     assert "latency of one row" in printed
     assert json.loads((run / "evaluation.json").read_text())["rows"] == 40
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kdtrain.cli import main
+from kdtrain.commands.demo import next_commands
 from kdtrain.data.handlers import CLASSES, HOLE
 from kdtrain.demo.classification import DemoPlan, demo
 from kdtrain.demo.make_teacher import FINE_TUNING, PRETRAINING, SHAPE, TeacherPlan, make_teacher
@@ -93,6 +95,12 @@ def test_the_demo_tells_the_whole_story_and_a_second_call_only_reports(
     rows = [[cell for cell in text.splitlines() if cell.startswith("| student")] for text in (report, again)]
     accuracies = [[row.split("|")[4] for row in part] for part in rows]
     assert accuracies[0] == accuracies[1]
+    commands = next_commands(tmp_path / "demo" / "runs" / "kd-0").splitlines()[1:]
+    assert len(commands) == 3
+    for command in commands:
+        name, *words = shlex.split(command)
+        assert name == "kdtrain" and main(words) == 0, command
+    assert (tmp_path / "demo" / "runs" / "kd-0-again" / "summary.json").exists()
 
 
 def test_linear_baselines_beat_chance_where_tokens_tell() -> None:
