@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -272,8 +272,18 @@ def drawn(rows: list[list[str]]) -> Table:
     """A table of Markdown cells: the header, the line below it, the rows."""
     table = Table(box=None, header_style="bold cyan", padding=(0, 1), pad_edge=False)
     header, *body = [row for row in rows if set("".join(row)) - set("-: ")]
-    for number, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    # Figures stay whole, headings wrap between words, and the first column gets the rest; where that does not fit, rich decides.
+    cells = [[row[i] for row in body if i < len(row)] for i in range(len(header))]
+    widths: list[int | None] = [
+        max(map(len, [*name.split(), *column]), default=1) for name, column in zip(header, cells, strict=True)
+    ]
+    rest = WIDTH - sum(width or 0 for width in widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = min(max(map(len, [header[0], *cells[0]])), rest)
+    if rest < 8:
+        widths = [None] * len(widths)
+    for i, name in enumerate(header):
+        justify: Literal["left", "right"] = "right" if i else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", width=widths[i])
     for row in body:
         table.add_row(*(Text(cell.strip("*"), style="bold green" if "**" in cell else "") for cell in row))
     return table
