@@ -37,10 +37,10 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "neighbours correlated by 0.9": lambda features: smooth(features, 0.9),
     "neighbours correlated by 0.999": lambda features: smooth(features, 0.999),
-    "a third twins, at 1e-2": lambda features: twins(features, 1e-2),
-    "a third twins, at 1e-5": lambda features: twins(features, 1e-5),
-    "a third twins, equal": lambda features: twins(features, 0.0),
-    "few twins, at 1e-3": lambda features: twins(features, 1e-3, step=40),
+    "a third near-duplicates, at 1e-2": lambda features: twins(features, 1e-2),
+    "a third near-duplicates, at 1e-5": lambda features: twins(features, 1e-5),
+    "a third near-duplicates, equal": lambda features: twins(features, 0.0),
+    "few near-duplicates, at 1e-3": lambda features: twins(features, 1e-3, step=40),
     "lengths from 1e-3 to 1e3": lambda features: (
         features * torch.logspace(-3, 3, features.shape[2], device=features.device).unsqueeze(1)
     ),

@@ -87,7 +87,7 @@ class KDTrainer(Trainer):
         model: a causal language model; or None, with `model_init` among the others.
         teacher: a causal language model, or its folder or hub id, whose tokenizer is then compared with
             `processing_class` token by token.
-        args: `KDConfig`. Its weights, temperature and divergence are read anew in every step, so that a search over them or
+        args: `KDConfig`. Its weights, temperature and divergence are read in every step, so that a search over them or
             a callback may change them.
         others: as for `Trainer`. Data sets have `input_ids` and `labels` (not shifted, -100 where nothing counts).
 

@@ -33,7 +33,7 @@ class NativeEnsemble(Method):
 
         name: Literal["one"] = "one"
         branches: Annotated[Whole, Field(ge=1)] = Field(
-            default=2, description="branches beside the student's own head"
+            default=2, description="branches in addition to the student's own head"
         )
         stem_layer: Annotated[Whole, Field(ge=1)] | None = Field(
             default=None, description="layer whose state the branches read; by default the last"

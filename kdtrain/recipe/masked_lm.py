@@ -33,7 +33,7 @@ class MaskedDataSection(Section):
     text: Text = Field(default="code", description="column of the code, in files and data sets (text)")
     site_packages: tuple[Text, ...] = Field(
         default=(),
-        description="further folders of installed packages, beside those of this Python (exceptions)",
+        description="further folders of installed packages, added to those of this Python (exceptions)",
     )
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ class TeacherTopK:
     The log-probabilities are those of the teacher's whole distribution at temperature 1; an entry of -inf is one that
     was not kept. `indices` are int64 ids without repetition. `tail` says what stands for the entries that were not kept:
 
-    - "renormalize": nothing. p_t is softmax(logprobs / T) over the kept entries and 0 elsewhere.
+    - "renormalize": nothing. p_t is softmax(logprobs / T) over the listed entries and 0 elsewhere.
     - "bucket": one category. On both sides all other ids become one entry, at temperature 1, with the rest of
       the probability; both distributions over K + 1 categories are then brought to temperature T (p^(1/T), normalised).
       The teacher's is 2^-24 at least: less cannot be distinguished from 0 in float32, and 0 would make reverse KL infinite.

@@ -48,7 +48,9 @@ def test_hard_features_in_float32(kind: str) -> None:
     assert_as_good_as_eager(student, KINDS[kind](teacher), impl="torch", window=4, layer_weight=0.5)
 
 
-@pytest.mark.parametrize("kind", ["a common offset of 100", "few twins, at 1e-3", "a third twins, equal"])
+@pytest.mark.parametrize(
+    "kind", ["a common offset of 100", "few near-duplicates, at 1e-3", "a third near-duplicates, equal"]
+)
 def test_hard_features_in_the_kernels(kind: str) -> None:
     pytest.importorskip("triton")
     student = KINDS[kind](normal(1, 2, 16, 32))

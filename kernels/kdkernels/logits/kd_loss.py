@@ -128,7 +128,7 @@ def kd_loss(
             "reference" (eager float32) are taken as asked, never replaced.
         return_stats: also return `KDStats`, numbers per token. Default False.
         check_finite: raise FloatingPointError when the loss is NaN or infinite, naming the first bad row and side; the
-            host sync. Only the loss is looked at: beside a finite one the gradient of float16 logits may
+            host sync. Only the loss is looked at: with a finite loss the gradient of float16 logits may
             overflow beyond 65,504, which torch.amp.GradScaler finds. Default False.
 
     Returns:

@@ -66,7 +66,7 @@ def contextual_relation_loss(
             divided by the number of pairs; angles as with a mask.
         average: "relations", the mean over all relations of the batch, in which longer samples count more; or
             "samples", the mean over samples of each one's own mean, which does not depend on how a batch is cut into
-            equal pieces. Default "relations".
+            equal parts. Default "relations".
         impl: None takes triton for CUDA and ROCm tensors, torch elsewhere; "reference" is eager float32.
 
     Returns:
