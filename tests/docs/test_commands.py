@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEACHER = {"teacher": {"path": "teacher"}, "method": {"name": "kd"}}
 BASES: tuple[dict[str, Any], ...] = (
     {"task": "classification", "data": {"path": "data"}, **TEACHER},
+    {"task": "classification", "data": {"train": "data.jsonl", "classes": ["a", "b"]}, **TEACHER},
     {"task": "code_lm", "data": {"train": "data"}, "student": {"path": "student"}, **TEACHER},
     {"task": "masked_lm", "data": {"train": ["data"]}},
 )

@@ -18,7 +18,12 @@ GUIDES = sorted(
         DOCS / "faq.md",
         DOCS / "glossary.md",
         DOCS / "methods.md",
-        *(path for folder in ("get-started", "guides", "migrate") for path in (DOCS / folder).glob("*.md")),
+        DOCS / "troubleshooting.md",
+        *(
+            path
+            for folder in ("get-started", "guides", "migrate", "concepts")
+            for path in (DOCS / folder).glob("*.md")
+        ),
     ]
 )
 """Pages whose blocks stand alone; those of docs/integrations.md run in tests/language/test_integrations.py."""
