@@ -86,8 +86,10 @@ def test_sentences_are_short(page: Path) -> None:
         assert len(sentence.split()) <= MOST_WORDS, sentence
 
 
-def test_links_outside_of_the_site_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "dev" / "LOG.md"]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "dev/LOG.md"])
+def test_links_outside_of_the_site_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", line):
             if not target.startswith(("http://", "https://")):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                assert (page.parent / target).exists(), f"{name}:{number}: {target}"
