@@ -17,7 +17,7 @@ GUIDES = sorted(
         DOCS / "index.md",
         DOCS / "faq.md",
         DOCS / "glossary.md",
-        *(DOCS / f"{name}.md" for name in ("code-lm", "demo", "integrations", "methods", "scaling")),
+        *(DOCS / f"{name}.md" for name in ("code-lm", "demo", "integrations", "methods", "scaling", "study")),
         DOCS / "troubleshooting.md",
         *(
             path
