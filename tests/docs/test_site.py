@@ -15,6 +15,7 @@ DOCS = ROOT / "docs"
 GUIDES = sorted(
     [
         DOCS / "index.md",
+        DOCS / "compatibility.md",
         DOCS / "faq.md",
         DOCS / "glossary.md",
         *(DOCS / f"{name}.md" for name in ("code-lm", "demo", "integrations", "methods", "scaling", "study")),
