@@ -11,16 +11,19 @@ PYTHON ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-cpus test-server speed check faults bench docs
+.PHONY: help demo test test-thorough test-cpus test-server speed check faults bench docs
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.train ## distil a real code model on this machine, nothing downloaded (minutes on two cores)
 	$(BIN)/kdtrain demo
 
 test: .venv/.dev ## run the tests (under 10 minutes on two cores)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+test-thorough: .venv/.dev ## run what `make test` takes a sample of: every compiled kernel, every case of the PTX (10 minutes on two cores)
+	$(BIN)/python -m pytest -m thorough --numprocesses auto --dist loadgroup
 
 test-cpus: .venv/.dev ## run the numeric tests as older CPUs and other thread numbers run them (half an hour on two cores)
 	$(BIN)/python -m tests.cpus -- --numprocesses auto --dist loadgroup

@@ -85,6 +85,8 @@ def _fixed_seeds() -> None:
 def _interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
     """Without a GPU, of the combinations that a test marked `interpreted(n)` has for triton every n-th.
 
+    A test without the parameter `impl` is one of triton.
+
     The interpreter takes about a second for one. Choose n without a divisor in common with the lists of parameters, so
     that every value of each is met.
     """
@@ -92,7 +94,7 @@ def _interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
     kept = []
     for item in items:
         mark = item.get_closest_marker("interpreted")
-        if mark is not None and getattr(item, "callspec").params.get("impl") == "triton":  # noqa: B009
+        if mark is not None and getattr(item, "callspec").params.get("impl", "triton") == "triton":  # noqa: B009
             name = item.nodeid.partition("[")[0]
             seen[name] = seen.get(name, -1) + 1
             if seen[name] % mark.args[0]:

@@ -71,15 +71,34 @@ REGISTERS = {
 SHARED_BYTES = 48 * 1024
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("sm_90", "gfx942"), id="sm_90 and gfx942"),
+        pytest.param(("sm_80", "sm_100"), id="sm_80 and sm_100", marks=pytest.mark.thorough),
+    ],
+)
+def architectures(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> list[Counts]:
+def counts(architectures: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Counts]:
     """Counts of every variant, from processes in which kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.support.compiled", "--portion", str(portion), str(PROCESSES)],
+            [
+                sys.executable,
+                "-m",
+                "tests.support.compiled",
+                "--portion",
+                str(portion),
+                str(PROCESSES),
+                *architectures,
+            ],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -106,9 +125,9 @@ def names(rows: Sequence[Counts]) -> list[str]:
     return [f"{row.architecture}: {row.variant}" for row in rows]
 
 
-def test_every_variant_compiles(counts: list[Counts]):
-    assert len(counts) == sum(len(work(portion, PROCESSES)) for portion in range(PROCESSES))
-    assert {row.architecture for row in counts} == set(ARCHITECTURES)
+def test_every_variant_compiles(architectures: tuple[str, ...], counts: list[Counts]):
+    assert len(counts) == sum(len(work(portion, PROCESSES, architectures)) for portion in range(PROCESSES))
+    assert {row.architecture for row in counts} == set(architectures)
 
 
 def test_nothing_spills(counts: list[Counts]):
@@ -119,16 +138,18 @@ def test_aligned_rows_are_read_128_bits_at_a_time(counts: list[Counts]):
     """What is narrower is a number per row: label, its logits and its bias, weights, scale; and the state of the row."""
     wide = {variant.name for variant in main_variants() + other_variants() if variant.wide}
     rows = [row for row in counts if row.variant in wide]
-    assert len(rows) > len(wide)
+    assert len(rows) >= len(main_variants())
     numbers = {row.variant: 12 + ROW_STATE * ("from a state" in row.variant) for row in rows}
     narrow = [row for row in rows if sum(row.loads.values()) - row.loads[128] > numbers[row.variant]]
     assert names(narrow) == []
 
 
-def test_padded_rows_are_read_128_bits_at_a_time_but_for_their_tail(counts: list[Counts]):
+def test_padded_rows_are_read_128_bits_at_a_time_but_for_their_tail(
+    architectures: tuple[str, ...], counts: list[Counts]
+):
     """Two passes, both sides, two loads of 128 bits a thread in each: as many as in the full tiles of aligned rows."""
     padded = [row for row in counts if "padded" in row.variant]
-    assert len(padded) == len(PADDED)
+    assert len(padded) == len(PADDED) * ("sm_90" in architectures)
     assert names([row for row in padded if row.loads.get(128, 0) < 8]) == []
 
 
@@ -146,20 +167,25 @@ def test_the_loops_move_the_bytes_of_the_design(counts: list[Counts]):
         if divergence in DIVERGENCES and logit_bytes and row.architecture.startswith("sm_"):
             assert row.bytes_per_column == reads * 2 * logit_bytes + 2, names([row])
             checked += 1
-    assert checked == 4 * len(DIVERGENCES)
+    assert checked == 2 * len(DIVERGENCES)  # on sm_90 of two dtypes
 
 
-def test_given_logits_are_read_three_times_and_their_gradient_written_once(counts: list[Counts]):
+def test_given_logits_are_read_three_times_and_their_gradient_written_once(
+    architectures: tuple[str, ...], counts: list[Counts]
+):
     """`kd_loss`, forward and backward: 14 bytes a logit in bfloat16 for every divergence, 8 for the values and 6 for the gradient."""
     values, gradients = (
         {row.variant.split()[0]: row.bytes_per_column for row in counts if row.variant.endswith(end)}
         for end in ("values, state kept", "gradient from a state")
     )
-    assert values == dict.fromkeys(DIVERGENCES, 8)
-    assert gradients == dict.fromkeys(DIVERGENCES, 6)
+    divergences = DIVERGENCES if "sm_90" in architectures else ()
+    assert values == dict.fromkeys(divergences, 8)
+    assert gradients == dict.fromkeys(divergences, 6)
 
 
-def test_no_more_instructions_and_registers_than_were_committed(counts: list[Counts]):
+def test_no_more_instructions_and_registers_than_were_committed(
+    architectures: tuple[str, ...], counts: list[Counts]
+):
     """A slow-down of the code shows here without a GPU; a new compiler may move the figures a little."""
     found = {
         (row.variant.partition(" ")[0], row.architecture): row
@@ -168,6 +194,8 @@ def test_no_more_instructions_and_registers_than_were_committed(counts: list[Cou
     }
     for divergence, most in INSTRUCTIONS.items():
         for number, architecture in enumerate(("sm_80", "sm_90", "sm_100")):
+            if architecture not in architectures:
+                continue
             now, limit = found[divergence, architecture], most[number]
             assert 0 < now.instructions_per_column <= math.ceil(MORE * limit), (divergence, now, limit)
             assert now.registers < REGISTERS[divergence][number] + 24, (divergence, now)

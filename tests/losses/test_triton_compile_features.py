@@ -19,15 +19,26 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("sm_90", "gfx942"), id="sm_90 and gfx942"),
+        pytest.param(("sm_80", "sm_100"), id="sm_80 and sm_100", marks=pytest.mark.thorough),
+    ],
+)
+def architectures(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> list[Counts]:
+def counts(architectures: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Counts]:
     """Counts of every variant, from processes in which kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.support.compiled_features", "--portion", str(portion), str(PROCESSES)],
+            [sys.executable, "-m", "tests.support.compiled_features", "--portion", str(portion), str(PROCESSES), *architectures],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -46,9 +57,9 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> list[Counts]:
     return found
 
 
-def test_every_variant_compiles(counts: list[Counts]) -> None:
-    assert len(counts) == sum(len(work(portion, PROCESSES)) for portion in range(PROCESSES))
-    assert {row.architecture for row in counts} == set(ARCHITECTURES)
+def test_every_variant_compiles(architectures: tuple[str, ...], counts: list[Counts]) -> None:
+    assert len(counts) == sum(len(work(portion, PROCESSES, architectures)) for portion in range(PROCESSES))
+    assert {row.architecture for row in counts} == set(architectures)
 
 
 def test_nothing_spills(counts: list[Counts]) -> None:
@@ -57,5 +68,5 @@ def test_nothing_spills(counts: list[Counts]) -> None:
 
 def test_half_products_use_matrix_units(counts: list[Counts]) -> None:
     halves = [row for row in counts if "bf16" in row.variant]
-    assert len(halves) >= 18
+    assert len(halves) >= 9
     assert [f"{row.architecture}: {row.variant}" for row in halves if row.products == 0] == []

@@ -22,16 +22,26 @@ pytestmark = pytest.mark.xdist_group(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [case.name for case in cases()]
 PLANTED = [name for name in CASES if name.startswith("planted")]
+# A case takes seconds: every third in each run, all with `make test-thorough`.
+WHOLE = [
+    pytest.param(name, marks=[pytest.mark.thorough] if number % 3 else [])
+    for number, name in enumerate(name for name in CASES if name not in PLANTED)
+]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What became of every case, from a process in which kernels are compiled and not interpreted."""
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What became of every case that was chosen, from a process in which kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    chosen = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+    ]
     process = subprocess.run(
-        [sys.executable, "-m", "tests.support.ptx_run"],
+        [sys.executable, "-m", "tests.support.ptx_run", "--cases", *chosen],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -41,7 +51,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {row["name"]: row for row in map(json.loads, process.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in PLANTED])
+@pytest.mark.parametrize("name", WHOLE)
 def test_order_of_warps_is_open_and_the_result_is_not(
     name: str, outcomes: dict[str, dict], record_property
 ) -> None:

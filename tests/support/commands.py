@@ -24,15 +24,17 @@ _forks.set_forkserver_preload(["tests.support.preloaded"])
 class Program:
     """`python -m module words`, begun. Of `subprocess.Popen` it has what tests use."""
 
-    def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, words: list[str], environment: dict[str, str] | None = None, typed: str = "") -> None:
         self._words = words
         folder = tempfile.mkdtemp(prefix="kdkernels-program-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._said = [Path(folder) / name for name in ("output", "errors")]
         for path in self._said:
             path.touch()
+        keyboard = Path(folder) / "keyboard"
+        keyboard.write_text(typed)
         whole = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}
-        self._process = _forks.Process(target=_run, args=(words, whole, *map(str, self._said)))
+        self._process = _forks.Process(target=_run, args=(words, whole, *map(str, (keyboard, *self._said))))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -62,10 +64,13 @@ class Program:
         return self.returncode
 
 
-def _run(words: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+def _run(words: list[str], environment: dict[str, str], keyboard: str, output: str, errors: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores it
+    with open(keyboard, "rb") as file:
+        os.dup2(file.fileno(), 0)
+    sys.stdin = open(0, closefd=False)
     for number, path in ((1, output), (2, errors)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,19 +350,19 @@ def table(counts: list[Counts]) -> str:
     return "\n".join(lines)
 
 
-def work(portion: int, portions: int) -> list[tuple[Variant, str]]:
+def work(portion: int, portions: int, architectures: Sequence[str]) -> list[tuple[Variant, str]]:
     """One portion of what the test compiles: everything for sm_90, the main variants for the rest of NVIDIA's."""
-    everything = [(variant, "sm_90") for variant in main_variants() + other_variants()]
-    for architecture in ARCHITECTURES:
-        if architecture != "sm_90":
-            chosen = main_variants() if architecture.startswith("sm_") else main_variants()[:3]
-            everything += [(variant, architecture) for variant in chosen]
+    everything = []
+    for architecture in architectures:
+        chosen = main_variants() if architecture.startswith("sm_") else main_variants()[:3]
+        chosen += other_variants() if architecture == "sm_90" else []
+        everything += [(variant, architecture) for variant in chosen]
     return everything[portion::portions]
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--portion":
-        for variant, architecture in work(int(sys.argv[2]), int(sys.argv[3])):
+        for variant, architecture in work(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]):
             print(json.dumps(asdict(count(variant, architecture))), flush=True)
     else:
         chosen = [(variant, name) for name in sys.argv[1:] for variant in main_variants() + other_variants()]

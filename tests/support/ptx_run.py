@@ -173,9 +173,11 @@ def _raw(value: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Run what the words of the command line choose, everything without one."""
+    """Run what the words of the command line choose, everything without one; after `--cases` they are whole names."""
+    words = sys.argv[1:]
+    names = words[1:] if words[:1] == ["--cases"] else None
     for case in cases():
-        if all(word in case.name for word in sys.argv[1:]):
+        if case.name in names if names is not None else all(word in case.name for word in words):
             print(json.dumps(asdict(run(case))), flush=True)
 
 

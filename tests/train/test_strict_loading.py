@@ -2,9 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from kdtrain.models.teachers import load_teacher
 from kdtrain.models.tokenizers import train_tokenizer
 from kdtrain.recipe import MaskedRecipe, StudentSection
 from kdtrain.tasks.masked_lm.task import build_masked_student
+from tests.support.commands import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("no", "yes")
@@ -242,6 +240,7 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 """
 
 
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("role", ["--teacher.path", "--student.path", "--student.tokenizer"])
 def test_code_in_a_model_folder_does_not_run_on_yes(tmp_path: Path, place: str, role: str) -> None:
@@ -268,15 +267,12 @@ def test_code_in_a_model_folder_does_not_run_on_yes(tmp_path: Path, place: str, 
         f"method: {{name: {'kd' if role == '--teacher.path' else 'ft'}}}\ntraining: {{max_steps: 1}}\n"
         f"output: {tmp_path}/run\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-m", "kdtrain", "train", str(tmp_path / "recipe.yaml"), role, str(folder)],
-        input="y\n" * 9,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        timeout=200,
+    ended = Program(
+        ["kdtrain", "train", str(tmp_path / "recipe.yaml"), role, str(folder)],
+        {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        typed="y\n" * 9,
     )
+    output, errors = ended.communicate()
     assert not mark.exists(), "the code ran"
-    assert ended.returncode == 2 and ended.stderr.startswith("kdtrain: "), ended.stderr
-    assert "custom code" in ended.stderr and "run the custom code?" not in ended.stdout + ended.stderr
+    assert ended.returncode == 2 and errors.startswith("kdtrain: "), errors
+    assert "custom code" in errors and "run the custom code?" not in output + errors
