@@ -70,7 +70,7 @@ def _run(words: list[str], environment: dict[str, str], keyboard: str, output: s
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores it
     with open(keyboard, "rb") as file:
         os.dup2(file.fileno(), 0)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     for number, path in ((1, output), (2, errors)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
