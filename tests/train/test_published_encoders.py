@@ -98,7 +98,7 @@ def test_a_published_encoder_is_fine_tuned_and_teaches(tmp_path: Path, family: s
     tuned = ClassificationRecipe(
         data=data,
         student=StudentSection(path=str(tmp_path / "encoder"), max_length=40),
-        method=method_options("ft"),
+        method=(method_options("ft"),),
         training=training,
         output=str(tmp_path / "tuned"),
     )
