@@ -19,10 +19,10 @@ help: ## print this list
 demo: .venv/.train ## distil a real code model on this machine, nothing downloaded (minutes on two cores)
 	$(BIN)/kdtrain demo
 
-test: .venv/.dev ## run the tests (under 10 minutes on two cores)
+test: .venv/.dev ## run the tests (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
-test-thorough: .venv/.dev ## run what `make test` takes a sample of: every compiled kernel, every case of the PTX (10 minutes on two cores)
+test-thorough: .venv/.dev ## run what `make test` takes a sample of: all compiled kernels, all cases of the PTX (minutes)
 	$(BIN)/python -m pytest -m thorough --numprocesses auto --dist loadgroup
 
 test-cpus: .venv/.dev ## run the numeric tests as older CPUs and other thread numbers run them (half an hour on two cores)
